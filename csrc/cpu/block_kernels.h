@@ -1,0 +1,303 @@
+// Sweeps over one block of a row, a few thousand pairs that sit in the first-level cache. Sums are fp32 per lane inside a block
+// and double from there on: longer fp32 chains round systematically when all terms are equal.
+// Included once per instruction set, after its simd_*.h.
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "../row_math.h"
+#include "dtype.h"
+
+namespace fusedkl {
+namespace {
+
+constexpr int kStep = 2 * kLanes;
+constexpr int64_t kBlock = 64 * kStep;
+constexpr float kNear = 40.f;  // |u| up to which e^u is formed from the reference's weight
+
+// What a sweep is relative to. Differences are scaled by 1/T, never the logits: x/T at |x| = 1e4 would already cost 5e-4.
+struct Frame {
+  float log2e_t;    // log2(e) / T
+  float inv_t;      // 1 / T
+  float shift;      // weights are 2^(y log2e_t - shift)
+  float centre_hi;  // the centre of x - y, in two floats
+  float centre_lo;
+  float policy_shift;  // careful sweeps weigh the policy on its own scale
+
+  double centre() const { return static_cast<double>(centre_hi) + centre_lo; }
+  void set_centre(double c) {
+    centre_hi = static_cast<float>(c);
+    centre_lo = static_cast<float>(c - centre_hi);
+  }
+};
+
+struct BlockSums {
+  CentredSums sums;
+  float reach;  // largest |u|; NaN differences are not in it, they show in the sums
+};
+
+SIMD_INLINE vf exp2_lanes(vf t) {
+  const vf r = exp2_fraction(t);
+  vf p = fma(r, set1(kExp2[5]), set1(kExp2[4]));
+  for (int j = 3; j >= 0; j--) p = fma(p, r, set1(kExp2[j]));
+  return scale_floor(p, t);
+}
+
+// relative error 2.6e-6: enough where the result is stored in 16 bits
+SIMD_INLINE vf exp2_coarse(vf t) {
+  const vf r = exp2_fraction(t);
+  vf p = fma(r, set1(0.0135341677f), set1(0.0520114609f));
+  p = fma(p, r, set1(0.2414427567f));
+  p = fma(p, r, set1(0.6930038345f));
+  p = fma(p, r, set1(1.0000025934f));
+  return scale_floor(p, t);
+}
+
+// (x - y) - centre. In fp32 the rounding error of x - y is recovered (TwoDiff): with an offset of 1e4 it would drown small KLs.
+// Differences of 16-bit logits are exact unless their exponents are 16 apart; a certificate catches rows where that matters.
+template <DType D>
+SIMD_INLINE vf centred_difference(vf x, vf y, vf hi, vf lo) {
+  const vf s = x - y;
+  if constexpr (D != DType::f32) return (s - hi) - lo;
+  const vf back = s - x, error = (x - (s - back)) - (y + back);
+  return ((s - hi) + error) - lo;
+}
+
+// Runs step(lane_group, x, y, keep) over the block; `keep` is 1 for real tokens. The tail is padded with copies of its first
+// token, which stay in range, and their weight is multiplied by 0: every element takes the same instructions at every offset.
+template <DType D, class Step>
+SIMD_INLINE void sweep(const void* x, const void* y, int64_t n, Step step) {
+  const vf one = set1(1.f);
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    vf x0, x1, y0, y1;
+    load2<D>(x, i, x0, x1);
+    load2<D>(y, i, y0, y1);
+    step(0, x0, y0, one, false);
+    step(1, x1, y1, one, false);
+  }
+  if (i == n) return;
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  alignas(64) unsigned char tx[kStep * kSize], ty[kStep * kSize];
+  alignas(64) float lane_of[kStep];
+  for (int k = 0; k < kStep; k++) {
+    const int64_t from = i + (i + k < n ? k : 0);
+    memcpy(tx + k * kSize, static_cast<const char*>(x) + from * kSize, kSize);
+    memcpy(ty + k * kSize, static_cast<const char*>(y) + from * kSize, kSize);
+    // 16-bit loads deal elements to the two vectors in their own order: send the flags the same way
+    lane_of[k] = i + k < n ? 1.f : 0.f;
+  }
+  alignas(64) unsigned char flags[kStep * kSize];
+  for (int k = 0; k < kStep; k++) {
+    const uint16_t one16 = D == DType::bf16 ? 0x3f80 : 0x3c00, flag = lane_of[k] != 0 ? one16 : 0;
+    if constexpr (D == DType::f32) memcpy(flags + k * 4, lane_of + k, 4);
+    else memcpy(flags + k * 2, &flag, 2);
+  }
+  vf x0, x1, y0, y1, k0, k1;
+  load2<D>(tx, 0, x0, x1);
+  load2<D>(ty, 0, y0, y1);
+  load2<D>(flags, 0, k0, k1);
+  step(0, x0, y0, k0, true);
+  step(1, x1, y1, k1, true);
+}
+
+#define STEP_INLINE __attribute__((always_inline))
+
+template <int DEGREE>
+SIMD_INLINE const float* polynomial() {
+  return DEGREE == 4 ? kPoly4 : DEGREE == 6 ? kPoly6 : kPoly8;
+}
+
+struct LaneSums {
+  vf S, A, B, C, reach;
+};
+SIMD_INLINE LaneSums zero_sums() { return {set1(0.f), set1(0.f), set1(0.f), set1(0.f), set1(0.f)}; }
+
+// All |u| within the polynomial's range (the caller checks `reach`): one exponential and one polynomial per pair.
+// The temperature is folded into the coefficients: with v = T u, g(u) = v^2 sum_j (c_j / T^(j+2)) v^j.
+template <DType D, int DEGREE, bool REVERSE>
+static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame& f) {
+  const vf log2e = set1(f.log2e_t), minus_shift = set1(-f.shift), hi = set1(f.centre_hi), lo = set1(f.centre_lo);
+  const vf inv_t = set1(f.inv_t), inv_t2 = set1(f.inv_t * f.inv_t), minus_one = set1(-1.f);
+  vf coefficient[DEGREE + 1];
+  double power = static_cast<double>(f.inv_t) * f.inv_t;
+  for (int j = 0; j <= DEGREE; j++, power *= f.inv_t) coefficient[j] = set1(static_cast<float>(polynomial<DEGREE>()[j] * power));
+  LaneSums acc[2] = {zero_sums(), zero_sums()};
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    LaneSums& a = acc[group];
+    vf w = exp2_lanes(fma_exact(yv, log2e, minus_shift));
+    if (tail) w = w * keep;
+    const vf v = centred_difference<D>(xv, yv, hi, lo), v2 = v * v, wv2 = w * v2;
+    vf P = coefficient[DEGREE];
+    for (int j = DEGREE - 1; j >= 0; j--) P = fma(P, v, coefficient[j]);
+    a.S = a.S + w;
+    a.A = fma(w, v, a.A);
+    a.B = fma(wv2, P, a.B);
+    a.reach = max2(v2, a.reach);
+    if constexpr (REVERSE) a.C = fma(wv2, fma(P, fma(v, inv_t, minus_one), inv_t2), a.C);  // k(u) = u^2 (1 + P (u - 1))
+  });
+  BlockSums out;
+  out.sums.S = sum_lanes(acc[0].S + acc[1].S);
+  out.sums.A = static_cast<double>(sum_lanes(acc[0].A + acc[1].A)) * f.inv_t;
+  out.sums.B = sum_lanes(acc[0].B + acc[1].B);
+  if constexpr (REVERSE) out.sums.C = sum_lanes(acc[0].C + acc[1].C);
+  out.reach = sqrtf(max_lanes(max2(acc[0].reach, acc[1].reach))) * f.inv_t;
+  return out;
+}
+
+// e^u = s (1 + r + q) with s = 2^k, r = u - k ln2. For k = 0 both s - 1 and r - u vanish exactly, so g(u) and k(u) keep their
+// relative accuracy at small u and no blend of two formulas is needed.
+struct Split {
+  vf s, r, q;
+};
+SIMD_INLINE Split split_exponential(vf u) {
+  const vf k = round_even(u * set1(static_cast<float>(kLog2e))), r = fnma_exact(k, set1(static_cast<float>(kLn2)), u);
+  vf P = set1(kPolySplit[4]);
+  for (int j = 3; j >= 0; j--) P = fma(P, r, set1(kPolySplit[j]));
+  return {pow2_int(k), r, (r * r) * P};
+}
+SIMD_INLINE vf g_lanes(const Split& e, vf u) { return fma(e.s, e.q, fma(e.s, e.r, (e.s - set1(1.f)) - u)); }
+SIMD_INLINE vf k_lanes(const Split& e, vf u) {
+  return e.s * fma(e.q, u - set1(1.f), fma(u, e.r, u - e.r)) - (e.s - set1(1.f));
+}
+SIMD_INLINE vf expm1_lanes(const Split& e) { return fma(e.s, e.q + e.r, e.s - set1(1.f)); }
+
+// Any |u| <= kNear. MASKED: tokens at -inf in both rows are skipped (their weight is exactly 0, their u is made so).
+template <DType D, bool REVERSE, bool MASKED>
+static BlockSums split_block(const void* x, const void* y, int64_t n, const Frame& f) {
+  const vf log2e = set1(f.log2e_t), minus_shift = set1(-f.shift), hi = set1(f.centre_hi), lo = set1(f.centre_lo);
+  const vf inv_t = set1(f.inv_t), absent = set1(-INFINITY);
+  LaneSums acc[2] = {zero_sums(), zero_sums()};
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    LaneSums& a = acc[group];
+    vf w = exp2_lanes(fma_exact(yv, log2e, minus_shift));
+    if (tail) w = w * keep;
+    vf u = centred_difference<D>(xv, yv, hi, lo) * inv_t;
+    if constexpr (MASKED) u = zero_unless(mask_not(mask_and(equal(xv, absent), equal(yv, absent))), u);
+    const Split e = split_exponential(u);
+    a.S = a.S + w;
+    a.A = fma(w, u, a.A);
+    a.B = fma(w, g_lanes(e, u), a.B);
+    a.reach = max_abs(a.reach, u);
+    if constexpr (REVERSE) a.C = fma(w, k_lanes(e, u), a.C);
+  });
+  BlockSums out;
+  out.sums.S = sum_lanes(acc[0].S + acc[1].S);
+  out.sums.A = sum_lanes(acc[0].A + acc[1].A);
+  out.sums.B = sum_lanes(acc[0].B + acc[1].B);
+  if constexpr (REVERSE) out.sums.C = sum_lanes(acc[0].C + acc[1].C);
+  out.reach = max_lanes(max2(acc[0].reach, acc[1].reach));
+  return out;
+}
+
+template <DType D>
+static float max_block(const void* x, int64_t n) {
+  vf m[2] = {set1(-INFINITY), set1(-INFINITY)};
+  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf, bool) STEP_INLINE { m[group] = max2(xv, m[group]); });
+  return max_lanes(max2(m[0], m[1]));
+}
+
+// ---- the careful sweeps: both rows weighed on their own scale, nothing can overflow, any support
+
+struct MassSums {
+  double policy = 0, reference = 0, difference = 0;  // sum wx, sum wy, sum wy ((x - y) - centre) over tokens finite in both
+};
+
+template <DType D>
+static MassSums mass_block(const void* x, const void* y, int64_t n, const Frame& f) {
+  const vf log2e = set1(f.log2e_t), shift_x = set1(-f.policy_shift), shift_y = set1(-f.shift), absent = set1(-INFINITY);
+  const vf hi = set1(f.centre_hi), lo = set1(f.centre_lo);
+  vf sx[2] = {set1(0.f), set1(0.f)}, sy[2] = {set1(0.f), set1(0.f)}, sd[2] = {set1(0.f), set1(0.f)};
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool) STEP_INLINE {
+    const vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)) * keep, wy = exp2_lanes(fma_exact(yv, log2e, shift_y)) * keep;
+    const vm one_sided = mask_or(equal(xv, absent), equal(yv, absent));
+    sx[group] = sx[group] + wx;
+    sy[group] = sy[group] + wy;
+    sd[group] = fma(wy, zero_unless(mask_not(one_sided), centred_difference<D>(xv, yv, hi, lo)), sd[group]);
+  });
+  return {sum_lanes(sx[0] + sx[1]), sum_lanes(sy[0] + sy[1]), sum_lanes(sd[0] + sd[1])};
+}
+
+// Sums over near tokens (|u| <= kNear, finite in both rows) about the centre, and plain masses of all others.
+struct CarefulSums {
+  double S = 0, A = 0, B = 0, C = 0;
+  double far_policy = 0, far_reference = 0;      // sum wx, sum wy
+  double far_policy_u = 0, far_reference_u = 0;  // sum wx u, sum wy u
+  bool policy_lacks = false, reference_lacks = false;  // a token of the one that the other excludes
+};
+
+template <DType D>
+static CarefulSums careful_block(const void* x, const void* y, int64_t n, const Frame& f) {
+  const vf log2e = set1(f.log2e_t), shift_x = set1(-f.policy_shift), shift_y = set1(-f.shift), absent = set1(-INFINITY);
+  const vf hi = set1(f.centre_hi), lo = set1(f.centre_lo), inv_t = set1(f.inv_t), zero = set1(0.f);
+  vf S[2] = {zero, zero}, A[2] = {zero, zero}, B[2] = {zero, zero}, C[2] = {zero, zero};
+  vf FX[2] = {zero, zero}, FY[2] = {zero, zero}, FXU[2] = {zero, zero}, FYU[2] = {zero, zero};
+  bool policy_lacks = false, reference_lacks = false;
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool) STEP_INLINE {
+    const vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)) * keep, wy = exp2_lanes(fma_exact(yv, log2e, shift_y)) * keep;
+    const vm no_x = equal(xv, absent), no_y = equal(yv, absent), both = mask_not(mask_or(no_x, no_y));
+    policy_lacks |= any(mask_and(no_x, mask_not(no_y)));
+    reference_lacks |= any(mask_and(no_y, mask_not(no_x)));
+    // a span beyond fp32's range saturates instead of becoming 0 * inf
+    const vf u = max2(set1(-FLT_MAX), min2(set1(FLT_MAX), zero_unless(both, centred_difference<D>(xv, yv, hi, lo) * inv_t)));
+    const vm near = mask_and(both, not_above(abs1(u), set1(kNear)));
+    const vf un = zero_unless(near, u), uf = zero_unless(mask_not(near), u);
+    const Split e = split_exponential(un);
+    S[group] = S[group] + wy;
+    A[group] = fma(wy, un, A[group]);
+    B[group] = fma(wy, g_lanes(e, un), B[group]);
+    C[group] = fma(wy, k_lanes(e, un), C[group]);
+    FX[group] = FX[group] + zero_unless(mask_not(near), wx);
+    FY[group] = FY[group] + zero_unless(mask_not(near), wy);
+    FXU[group] = fma(wx, uf, FXU[group]);
+    FYU[group] = fma(wy, uf, FYU[group]);
+  });
+  return {sum_lanes(S[0] + S[1]),   sum_lanes(A[0] + A[1]),   sum_lanes(B[0] + B[1]),     sum_lanes(C[0] + C[1]),     sum_lanes(FX[0] + FX[1]),
+          sum_lanes(FY[0] + FY[1]), sum_lanes(FXU[0] + FXU[1]), sum_lanes(FYU[0] + FYU[1]), policy_lacks, reference_lacks};
+}
+
+// ---- one row alone
+
+template <DType D>
+static double weight_block(const void* x, int64_t n, float log2e_t, float shift) {
+  const vf log2e = set1(log2e_t), minus_shift = set1(-shift);
+  vf s[2] = {set1(0.f), set1(0.f)};
+  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool tail) STEP_INLINE {
+    vf w = exp2_lanes(fma_exact(xv, log2e, minus_shift));
+    if (tail) w = w * keep;
+    s[group] = s[group] + w;
+  });
+  return sum_lanes(s[0] + s[1]);
+}
+
+struct EntropySums {
+  double ties = 0, rest = 0, gap = 0;  // about the largest logit so far; see entropy_of
+  float max = 0;                       // of this block
+};
+
+template <DType D>
+static EntropySums entropy_block(const void* x, int64_t n, float log2e_t, float inv_t, float about) {
+  const vf log2e = set1(log2e_t), minus_shift = set1(-about * log2e_t), m = set1(about), large = set1(0x1p100f);
+  // the shift is rounded, so a weight is off by a factor common to all; the ties are exactly 1 and must not differ from it
+  const vf unit = set1(static_cast<float>(exp2(static_cast<double>(about * log2e_t) - static_cast<double>(about) * log2e_t)));
+  vf rest[2] = {set1(0.f), set1(0.f)}, gap[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
+  vf ties[2] = {set1(0.f), set1(0.f)};
+  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool) STEP_INLINE {
+    const vm tie = equal(xv, m);
+    const vf w = exp2_lanes(fma_exact(xv, log2e, minus_shift)) * unit * keep;
+    ties[group] = ties[group] + zero_unless(tie, keep);
+    rest[group] = rest[group] + zero_unless(mask_not(tie), w);
+    gap[group] = fma(w, min2(large, m - xv), gap[group]);  // -inf: 0 * 2^100
+    top[group] = max2(xv, top[group]);
+  });
+  EntropySums out;
+  out.ties = sum_lanes(ties[0] + ties[1]);
+  out.rest = sum_lanes(rest[0] + rest[1]);
+  out.gap = static_cast<double>(sum_lanes(gap[0] + gap[1])) * inv_t;
+  out.max = max_lanes(max2(top[0], top[1]));
+  return out;
+}
+
+}  // namespace
+}  // namespace fusedkl

@@ -1,0 +1,241 @@
+// Gradient sweeps: read the logits once more, write each gradient once. Nothing of the forward but RowState is needed.
+// Included once per instruction set, after block_kernels.h.
+#pragma once
+
+#include "job.h"
+
+namespace fusedkl {
+namespace {
+
+// Constants of a row, splatted. Logits and their log-ratio are centred in two floats before the scaling by 1/T.
+struct GradientFrame {
+  vf log2e, inv_t;
+  vf ratio_hi, ratio_lo;           // T D
+  vf shift_y, weight_y;            // q = 2^(y log2e - shift_y) * weight_y
+  vf shift_x, weight_x;            // p likewise, for tokens too far from the reference
+  vf max_x, log_sum_x;             // log p = (x - max_x)/T - log_sum_x
+
+  explicit GradientFrame(const GradientJob& job) {
+    const RowState& s = job.state;
+    const double t = 1 / job.inv_t;
+    const float slope = static_cast<float>(kLog2e * job.inv_t);
+    log2e = set1(slope);
+    inv_t = set1(static_cast<float>(job.inv_t));
+    const float hi = static_cast<float>(s.log_ratio * t);
+    ratio_hi = set1(hi);
+    ratio_lo = set1(is_finite(s.log_ratio) ? static_cast<float>(s.log_ratio * t - hi) : 0.f);
+    splat_weight(s.reference_max, s.reference_log_sum, t, slope, shift_y, weight_y);
+    splat_weight(s.policy_max, s.policy_log_sum, t, slope, shift_x, weight_x);
+    const float mx = static_cast<float>(s.policy_max * t);
+    max_x = set1(mx);
+    log_sum_x = set1(static_cast<float>(s.policy_log_sum + (s.policy_max - mx * job.inv_t)));
+  }
+
+  // 2^(v slope - shift) with a rounded shift; what the rounding took is in the weight, computed in double
+  __attribute__((always_inline)) static inline void splat_weight(double max, double log_sum, double t, float slope, vf& shift, vf& weight) {
+    const double m = max * t;
+    const float rounded = static_cast<float>(m * slope);
+    shift = set1(-rounded);
+    weight = set1(static_cast<float>(exp2(rounded - m * slope) * exp(-log_sum)));
+  }
+};
+
+template <DType D>
+SIMD_INLINE vf exp2_for_store(vf t) {
+  if constexpr (D == DType::f32) return exp2_lanes(t);
+  return exp2_coarse(t);
+}
+
+// expm1(l) for |l| <= 1
+template <DType D>
+SIMD_INLINE vf expm1_small(vf l) {
+  vf P;
+  if constexpr (D == DType::f32) {
+    P = set1(kPoly6[6]);
+    for (int j = 5; j >= 0; j--) P = fma(P, l, set1(kPoly6[j]));
+  } else {  // far below half a unit of a 16-bit result
+    P = fma(l, set1(0.0014262537f), set1(0.008335255f));
+    P = fma(P, l, set1(0.041652795f));
+    P = fma(P, l, set1(0.1666659f));
+    P = fma(P, l, set1(0.5000008f));
+  }
+  return fma(l * l, P, l);
+}
+
+// Calls chunk(x0, x1, y0, y1) -> (gx0, gx1, gy0, gy1) over the row. Loads of a chunk come before its stores, so a gradient may
+// replace its own logits. The tail goes through a buffer: no instruction depends on where the row ends or is aligned.
+template <DType D, class Chunk>
+SIMD_INLINE void map_row(const void* x, const void* y, void* gx, void* gy, int64_t n, Chunk chunk) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    vf x0, x1, y0, y1, a0, a1, b0, b1;
+    load2<D>(x, i, x0, x1);
+    load2<D>(y, i, y0, y1);
+    chunk(x0, x1, y0, y1, a0, a1, b0, b1);
+    if (gx) store2<D>(gx, i, a0, a1);
+    if (gy) store2<D>(gy, i, b0, b1);
+  }
+  if (i == n) return;
+  const size_t bytes = static_cast<size_t>((n - i) * kSize);
+  alignas(64) unsigned char tx[kStep * kSize] = {}, ty[kStep * kSize] = {};
+  memcpy(tx, static_cast<const char*>(x) + i * kSize, bytes);
+  memcpy(ty, static_cast<const char*>(y) + i * kSize, bytes);
+  vf x0, x1, y0, y1, a0, a1, b0, b1;
+  load2<D>(tx, 0, x0, x1);
+  load2<D>(ty, 0, y0, y1);
+  chunk(x0, x1, y0, y1, a0, a1, b0, b1);
+  if (gx) {
+    store2<D>(tx, 0, a0, a1);
+    memcpy(static_cast<char*>(gx) + i * kSize, tx, bytes);
+  }
+  if (gy) {
+    store2<D>(ty, 0, b0, b1);
+    memcpy(static_cast<char*>(gy) + i * kSize, ty, bytes);
+  }
+}
+
+// gx = forward * q * expm1(l): the hot one. weight_y already carries `forward`, weight_x too.
+template <DType D>
+SIMD_INLINE vf forward_far(const GradientFrame& f, vf x, vf q, vf l, vf scale) {
+  const vm small = not_above(abs1(l), set1(kNear));
+  const vf p = exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * (f.weight_x * scale);
+  return select(small, q * expm1_lanes(split_exponential(zero_unless(small, l))), p - q);  // -inf in both rows: 0 - 0
+}
+
+template <DType D>
+static void forward_gradient(const GradientJob& job) {
+  const GradientFrame f(job);
+  const vf scale = set1(static_cast<float>(job.gradient.forward)), one = set1(1.f), near = set1(kNear);
+  const vf weight = f.weight_y * scale;
+  map_row<D>(job.x, job.y, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
+    const vf l0 = centred_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo) * f.inv_t;
+    const vf l1 = centred_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo) * f.inv_t;
+    const vf q0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)) * weight;
+    const vf q1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y)) * weight;
+    const vf m0 = abs1(l0), m1 = abs1(l1);
+    if (!any(mask_not(mask_and(not_above(m0, one), not_above(m1, one))))) {
+      a0 = q0 * expm1_small<D>(l0);
+      a1 = q1 * expm1_small<D>(l1);
+    } else if (!any(mask_not(mask_and(not_above(m0, near), not_above(m1, near))))) {
+      a0 = q0 * expm1_lanes(split_exponential(l0));
+      a1 = q1 * expm1_lanes(split_exponential(l1));
+    } else {
+      a0 = forward_far<D>(f, x0, q0, l0, scale);
+      a1 = forward_far<D>(f, x1, q1, l1, scale);
+    }
+  });
+}
+
+// Means of the scaled difference d/T under each distribution: l - R = d/T - policy_mean, l + F = d/T - reference_mean.
+struct Means {
+  double policy, reference;
+};
+
+// Where the KLs are large and a row is peaked, l - R is a tiny rest of large numbers: the means have to be right to the spread
+// of the differences under p (or q), not to their size. One more sweep measures what is missing.
+template <DType D>
+static void refine_means(const GradientJob& job, const GradientFrame& f, Means& m) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  const double t = 1 / job.inv_t;
+  Frame p{}, q{};
+  p.set_centre(m.policy * t);
+  q.set_centre(m.reference * t);
+  const vf p_hi = set1(p.centre_hi), p_lo = set1(p.centre_lo), q_hi = set1(q.centre_hi), q_lo = set1(q.centre_lo), absent = set1(-INFINITY);
+  double sums[4] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < job.n; i += kBlock) {
+    vf acc[2][4];
+    for (int k = 0; k < 8; k++) acc[k & 1][k >> 1] = set1(0.f);
+    sweep<D>(static_cast<const char*>(job.x) + i * kSize, static_cast<const char*>(job.y) + i * kSize, job.n - i < kBlock ? job.n - i : kBlock,
+             [&](int group, vf x, vf y, vf keep, bool) STEP_INLINE {
+               vf* const a = acc[group];
+               const vm both = mask_not(mask_or(equal(x, absent), equal(y, absent)));
+               const vf wx = zero_unless(both, exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * keep);
+               const vf wy = zero_unless(both, exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * keep);
+               a[0] = a[0] + wx;
+               a[1] = fma(wx, zero_unless(both, centred_difference<D>(x, y, p_hi, p_lo)), a[1]);
+               a[2] = a[2] + wy;
+               a[3] = fma(wy, zero_unless(both, centred_difference<D>(x, y, q_hi, q_lo)), a[3]);
+             });
+    for (int k = 0; k < 4; k++) sums[k] += sum_lanes(acc[0][k] + acc[1][k]);
+  }
+  if (sums[0] > 0) m.policy += sums[1] / sums[0] * job.inv_t;
+  if (sums[2] > 0) m.reference += sums[3] / sums[2] * job.inv_t;
+}
+
+// Everything of RowGradient at once, for the policy, the reference or both.
+template <DType D>
+static void general_gradient(const GradientJob& job) {
+  const GradientFrame f(job);
+  const RowGradient& g = job.gradient;
+  const vf forward = set1(static_cast<float>(g.forward)), reverse = set1(static_cast<float>(g.reverse)), mass = set1(static_cast<float>(g.mass));
+  const vf information = set1(static_cast<float>(g.information)), ref_forward = set1(static_cast<float>(g.ref_forward));
+  const vf ref_reverse = set1(static_cast<float>(g.ref_reverse)), absent = set1(-INFINITY), zero = set1(0.f);
+  const vf H = set1(static_cast<float>(job.state.entropy));
+  const bool alone = g.mass != 0 || g.information != 0;
+  // an infinite value has its coefficient at 0 already; here it must only not make 0 * inf
+  const double F = job.state.forward_kl == INFINITY ? 0 : job.state.forward_kl, R = job.state.reverse_kl == INFINITY ? 0 : job.state.reverse_kl;
+  Means m{job.state.log_ratio + R, job.state.log_ratio - F};
+  if (F + R > 0.02 && (g.reverse != 0 || g.ref_forward != 0)) refine_means<D>(job, f, m);
+  const double t = 1 / job.inv_t;
+  Frame about_p{}, about_q{};
+  about_p.set_centre(m.policy * t);
+  about_q.set_centre(m.reference * t);
+  const vf p_hi = set1(about_p.centre_hi), p_lo = set1(about_p.centre_lo), q_hi = set1(about_q.centre_hi), q_lo = set1(about_q.centre_lo);
+  auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
+    const vm has_x = mask_not(equal(x, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
+    const vf l = zero_unless(both, centred_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
+    const vm near = mask_and(both, not_above(abs1(l), set1(kNear)));
+    const vf q = exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
+    const Split e = split_exponential(zero_unless(near, l));
+    vf moved = q * expm1_lanes(e), p = q * fma(e.s, e.q + e.r, e.s);  // p - q and p = q e^l, each without cancelling
+    if (any(mask_not(near))) {
+      const vf own = exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
+      p = select(near, p, own);
+      moved = select(near, moved, own - q);
+    }
+    const vf above_p = zero_unless(both, centred_difference<D>(x, y, p_hi, p_lo) * f.inv_t);  // l - R
+    const vf above_q = zero_unless(both, centred_difference<D>(x, y, q_hi, q_lo) * f.inv_t);  // l + F
+    gx = fma(forward, moved, p * (reverse * above_p));
+    if (alone) {
+      const vf log_p = (x - f.max_x) * f.inv_t - f.log_sum_x;
+      gx = fma(p, fma(information, zero_unless(has_x, log_p + H), mass), gx);
+    }
+    gx = select(has_x, gx, select(has_y, forward * moved, zero));
+    gy = fma(ref_reverse, moved, q * (ref_forward * above_q));
+  };
+  map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
+    token(x0, y0, a0, b0);
+    token(x1, y1, a1, b1);
+  });
+}
+
+// No reference: gx = p (mass + information (log p + H))
+template <DType D>
+static void single_gradient(const GradientJob& job) {
+  const GradientFrame f(job);
+  const vf mass = set1(static_cast<float>(job.gradient.mass)), information = set1(static_cast<float>(job.gradient.information));
+  const vf H = set1(static_cast<float>(job.state.entropy)), absent = set1(-INFINITY);
+  const bool entropy = job.gradient.information != 0;
+  auto token = [&](vf x) STEP_INLINE {
+    const vf p = exp2_for_store<D>(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
+    if (!entropy) return p * mass;
+    const vf log_p = (x - f.max_x) * f.inv_t - f.log_sum_x;
+    return p * fma(information, zero_unless(mask_not(equal(x, absent)), log_p + H), mass);
+  };
+  map_row<D>(job.x, job.x, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf, vf, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
+    a0 = token(x0);
+    a1 = token(x1);
+  });
+}
+
+template <DType D>
+static void gradient_row(const GradientJob& job) {
+  const RowGradient& g = job.gradient;
+  if (!job.y) single_gradient<D>(job);
+  else if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0) forward_gradient<D>(job);
+  else general_gradient<D>(job);
+}
+
+}  // namespace
+}  // namespace fusedkl

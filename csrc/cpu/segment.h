@@ -1,0 +1,303 @@
+// From blocks to a segment's RowState: the one-sweep scheme with its tiers and certificates, and the careful two-sweep path that
+// takes over where the scheme cannot vouch for its digits. Included once per instruction set, after block_kernels.h.
+#pragma once
+
+namespace fusedkl {
+namespace {
+
+struct Scale {
+  double inv_t;
+  float inv_t_f, log2e_t;
+  explicit Scale(double inverse_temperature)
+      : inv_t(inverse_temperature), inv_t_f(static_cast<float>(inverse_temperature)), log2e_t(static_cast<float>(kLog2e * inverse_temperature)) {}
+};
+
+// log of sum e^((v - max)/T), from the sum of weights 2^(v log2e_t - shift) with a rounded shift
+static double log_sum(double weights, float shift, float max, const Scale& t) {
+  return log(weights) + (shift - static_cast<double>(max) * t.log2e_t) * kLn2;
+}
+
+// The rounding of x - y (half an ulp of the centre) is not negligible against sqrt(2 KL).
+static bool difference_too_coarse(double centre, double kl) { return centre * centre * 0x1p-48 > 2e-12 * (kl < 1 ? kl : 1); }
+
+template <DType D>
+static double difference_at(const void* x, const void* y, int64_t i) {
+  return static_cast<double>(load_float<D>(x, i)) - load_float<D>(y, i);
+}
+
+template <DType D, bool REVERSE>
+static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out) {
+  using Kernel = BlockSums (*)(const void*, const void*, int64_t, const Frame&);
+  // tiers by the block's largest |u|; the last also skips tokens masked in both rows
+  static constexpr Kernel kTier[] = {poly_block<D, 4, REVERSE>, poly_block<D, 6, REVERSE>, poly_block<D, 8, REVERSE>,
+                                     split_block<D, REVERSE, false>, split_block<D, REVERSE, true>};
+  static constexpr float kReach[] = {0.5f, 1.f, 2.f, kNear, kNear};
+  constexpr int kLast = 4;
+
+  const int64_t sample = n < 1024 ? (n < 64 ? n : 64) : n < 8192 ? n / 16 : 512;
+  float max = max_block<D>(y, sample);
+  if (!(max > -INFINITY)) max = max_block<D>(y, n);
+  if (!(fabsf(max) <= FLT_MAX)) return false;
+  Frame f{};
+  f.log2e_t = t.log2e_t;
+  f.inv_t = t.inv_t_f;
+  f.shift = max * t.log2e_t;
+
+  // the first difference as origin makes a constant difference exactly 0; the sample's mean makes it a centre
+  int64_t first = 0;
+  while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
+  if (first == n) return false;
+  f.set_centre(difference_at<D>(x, y, first));
+  BlockSums probe = kTier[kLast](x, y, sample, f);
+  if (probe.reach <= kNear && probe.sums.S > 0) {
+    const double mean = probe.sums.A / probe.sums.S;
+    if (mean != 0) {
+      f.set_centre(f.centre() + mean / t.inv_t);
+      probe = kTier[kLast](x, y, sample, f);
+    }
+  }
+  int tier = 0;
+  while (tier < 3 && !(1.5f * probe.reach <= kReach[tier])) tier++;
+
+  CentredSums row;
+  double noise = 0;  // sum of |B| as accumulated: what fp32 rounding is relative to
+  int misses = 0, since_probe = 0, patience = 16;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+    const void *bx = static_cast<const char*>(x) + begin * kSize, *by = static_cast<const char*>(y) + begin * kSize;
+    const bool probing = tier > 0 && ++since_probe >= patience;
+    const int wanted = probing ? tier - 1 : tier;
+    int now = wanted, recentred = 0;
+    bool raised = false;
+    BlockSums b;
+    CentredSums sum;
+    for (;;) {
+      b = kTier[now](bx, by, size, f);
+      if (!(b.sums.S <= 0x1p60)) {  // the sampled maximum was too small for this block, or there is a NaN
+        if (raised) return false;
+        raised = true;
+        const float higher = max_block<D>(by, size);
+        if (higher > max) {
+          const float shift = higher * t.log2e_t;
+          const double factor = exp2(static_cast<double>(f.shift) - static_cast<double>(shift));
+          row.scale(factor);
+          noise *= factor;
+          f.shift = shift;
+          max = higher;
+        }
+        continue;
+      }
+      const bool finite = fabs(b.sums.A) <= 0x1p100 && fabs(b.sums.B) <= 0x1p100 && fabs(b.sums.C) <= 0x1p100;
+      if (!finite || !(b.reach <= kReach[now])) {
+        if (now == kLast || b.reach > kNear) return false;
+        if (!finite) now = kLast;
+        else while (!(b.reach <= kReach[now])) now++;
+        continue;
+      }
+      sum.S = row.S + b.sums.S;
+      sum.A = row.A + b.sums.A;
+      sum.B = row.B + b.sums.B;
+      sum.C = row.C + b.sums.C;
+      if (recentred < 4 && sum.S > 0 && sum.off_centre()) {
+        const double before = f.centre(), mean = sum.A / sum.S;
+        f.set_centre(before + mean / t.inv_t);
+        const double moved = (f.centre() - before) * t.inv_t;
+        if (moved != 0 && fabs(moved) < 80) {
+          row.recentre(moved);
+          noise *= exp(-moved);
+          recentred++;
+          now = wanted;
+          continue;
+        }
+        f.set_centre(before);
+      }
+      break;
+    }
+    if (probing) {
+      since_probe = 0;
+      if (now == wanted) tier = wanted, patience = 16;
+      else patience = patience < 64 ? 2 * patience : 64;
+    } else if (now > wanted) {
+      if (++misses >= 2) tier = now, misses = 0, since_probe = 0;
+    } else {
+      misses = 0;
+    }
+    row = sum;
+    noise += fabs(b.sums.B);
+  }
+
+  const double policy = row.S + row.A + row.B, forward = row.forward_kl();
+  const bool equal_rows = row.A == 0 && row.B == 0;  // every difference is the centre, exactly
+  if (!equal_rows) {
+    if (!(noise <= 8 * policy * forward)) return false;
+    if (D != DType::f32 && difference_too_coarse(0.33 * f.centre() * t.inv_t, forward)) return false;
+    if constexpr (REVERSE) {
+      const double reverse = row.reverse_kl(), kept = fabs(row.A + row.B) > 0.5 * row.S ? fabs(row.A + row.B + row.C) : 0;
+      if (!((fabs(row.C) > kept ? fabs(row.C) : kept) <= 10 * reverse * policy)) return false;
+    }
+  }
+  out = RowState{};
+  out.reference_max = max * t.inv_t;
+  out.reference_log_sum = log_sum(row.S, f.shift, max, t);
+  out.log_ratio = f.centre() * t.inv_t + row.log_ratio_about_centre();
+  out.policy_max = out.reference_max + f.centre() * t.inv_t;
+  out.policy_log_sum = out.reference_log_sum + row.log_ratio_about_centre();
+  out.forward_kl = forward;
+  out.reverse_kl = REVERSE ? row.reverse_kl() : 0;
+  return true;
+}
+
+static void add_careful(CarefulSums& a, const CarefulSums& b) {
+  a.S += b.S;
+  a.A += b.A;
+  a.B += b.B;
+  a.C += b.C;
+  a.far_policy += b.far_policy;
+  a.far_reference += b.far_reference;
+  a.far_policy_u += b.far_policy_u;
+  a.far_reference_u += b.far_reference_u;
+  a.policy_lacks |= b.policy_lacks;
+  a.reference_lacks |= b.reference_lacks;
+}
+
+// First sweep: both masses. Second sweep about the true log-ratio, where nothing
+// cancels, repeated where that was not known well enough. About three times the one-sweep cost.
+template <DType D>
+static RowState careful_segment(const void* x, const void* y, int64_t n, const Scale& t) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  auto part = [](const void* base, int64_t i) { return static_cast<const char*>(base) + i * kSize; };
+  const float max_x = max_block<D>(x, n), max_y = max_block<D>(y, n);
+  if (max_x == INFINITY || max_y == INFINITY) return nan_state();
+  const bool has_x = max_x > -INFINITY, has_y = max_y > -INFINITY;
+  Frame f{};
+  f.log2e_t = t.log2e_t;
+  f.inv_t = t.inv_t_f;
+  f.shift = has_y ? max_y * t.log2e_t : 0;
+  f.policy_shift = has_x ? max_x * t.log2e_t : 0;
+  int64_t first = 0;
+  while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
+  const double origin = first < n ? difference_at<D>(x, y, first) : 0;
+  f.set_centre(origin);
+  MassSums mass;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const MassSums b = mass_block<D>(part(x, i), part(y, i), n - i < kBlock ? n - i : kBlock, f);
+    mass.policy += b.policy;
+    mass.reference += b.reference;
+    mass.difference += b.difference;
+  }
+  if (mass.policy != mass.policy || mass.reference != mass.reference) return nan_state();
+
+  RowState out{};
+  out.policy_max = has_x ? max_x * t.inv_t : 0;
+  out.reference_max = has_y ? max_y * t.inv_t : 0;
+  out.policy_log_sum = has_x ? log_sum(mass.policy, f.policy_shift, max_x, t) : -INFINITY;
+  out.reference_log_sum = has_y ? log_sum(mass.reference, f.shift, max_y, t) : -INFINITY;
+  if (!has_x || !has_y) {
+    out.log_ratio = has_x ? INFINITY : has_y ? -INFINITY : 0;
+    return out;
+  }
+  const double direct = (out.policy_max - out.reference_max) + (out.policy_log_sum - out.reference_log_sum);
+  // the weighted mean is exact for a constant difference; far from it, only the log-ratio centres both directions
+  const double mean = origin + mass.difference / mass.reference;
+  f.set_centre(fabs(mean * t.inv_t - direct) < 0.5 ? mean : direct / t.inv_t);
+
+  // About a poor centre a small KL is a difference of large sums. Each sweep knows the log-ratio to the accuracy of what is left.
+  CarefulSums all;
+  CentredSums sums;
+  for (int sweeps = 0; sweeps < 4; sweeps++) {
+    all = CarefulSums{};
+    for (int64_t i = 0; i < n; i += kBlock) add_careful(all, careful_block<D>(part(x, i), part(y, i), n - i < kBlock ? n - i : kBlock, f));
+    // policy weights about the centre, on the reference's scale: wx * kappa
+    const double kappa = exp2(static_cast<double>(f.policy_shift) - f.shift - f.centre() * static_cast<double>(t.log2e_t));
+    sums.S = all.S;
+    sums.A = all.A + all.far_reference_u;
+    sums.B = all.B + ((kappa * all.far_policy - all.far_reference) - all.far_reference_u);
+    sums.C = all.C + all.far_reference + kappa * (all.far_policy_u - all.far_policy);
+    out.log_ratio = f.centre() * t.inv_t + sums.log_ratio_about_centre();
+    if (!is_finite(out.log_ratio)) out.log_ratio = direct;
+    const double policy = sums.S + sums.A + sums.B;
+    const bool forward_holds = all.policy_lacks || fabs(sums.B) <= 4 * sums.S * sums.forward_kl();
+    const bool reverse_holds = all.reference_lacks || fabs(sums.C) <= 4 * policy * sums.reverse_kl();
+    if (forward_holds && reverse_holds) break;
+    f.set_centre(out.log_ratio / t.inv_t);
+  }
+  out.forward_kl = all.policy_lacks ? INFINITY : sums.forward_kl();
+  out.reverse_kl = all.reference_lacks ? INFINITY : sums.reverse_kl();
+  return out;
+}
+
+template <DType D>
+static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse) {
+  const Scale t(inv_t);
+  RowState out;
+  if (reverse ? one_sweep_segment<D, true>(x, y, n, t, out) : one_sweep_segment<D, false>(x, y, n, t, out)) return out;
+  return careful_segment<D>(x, y, n, t);
+}
+
+// logsumexp of one row, and its entropy where asked
+template <DType D>
+static RowState single_segment(const void* x, int64_t n, double inv_t, bool entropy) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  const Scale t(inv_t);
+  RowState out{};
+  const int64_t sample = n < 8192 ? (n + 15) / 16 : 512;
+  float max = max_block<D>(x, sample);
+  if (!(max > -INFINITY)) max = max_block<D>(x, n);
+  if (max == -INFINITY) {
+    // all -inf, or NaN among them: the sum of one weight block tells which
+    out.policy_log_sum = -INFINITY;
+    for (int64_t i = 0; i < n; i++)
+      if (load_float<D>(x, i) != load_float<D>(x, i)) return nan_state();
+    return out;
+  }
+  if (max == INFINITY) return nan_state();
+  double ties = 0, rest = 0, gap = 0, weights = 0;
+  float shift = max * t.log2e_t;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    const void* block = static_cast<const char*>(x) + begin * kSize;
+    if (!entropy) {
+      double s = weight_block<D>(block, size, t.log2e_t, shift);
+      if (!(s <= 0x1p60)) {
+        const float higher = max_block<D>(block, size);
+        if (!(higher <= FLT_MAX)) return nan_state();
+        if (higher > max) {
+          const float old = shift;
+          max = higher;
+          shift = max * t.log2e_t;
+          weights *= exp2(static_cast<double>(old) - static_cast<double>(shift));
+        }
+        s = weight_block<D>(block, size, t.log2e_t, shift);
+        if (s != s) return nan_state();
+      }
+      weights += s;
+      continue;
+    }
+    EntropySums b = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
+    if (b.max > max) {  // the sums are about the true maximum: move what there is, and do the block again
+      if (b.max == INFINITY) return nan_state();
+      const double step = (static_cast<double>(b.max) - max) * t.inv_t, factor = exp(-step), mass = ties + rest;
+      gap = factor * (gap + mass * step);
+      rest = factor * mass;
+      ties = 0;
+      max = b.max;
+      b = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
+    }
+    ties += b.ties;
+    rest += b.rest;
+    gap += b.gap;
+    if (rest != rest || gap != gap) return nan_state();
+  }
+  out.policy_max = max * t.inv_t;
+  if (entropy) {
+    out.policy_log_sum = log_mass(ties, rest);
+    out.entropy = entropy_of(ties, rest, gap);
+  } else {
+    out.policy_log_sum = log_sum(weights, shift, max, t);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fusedkl

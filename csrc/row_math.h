@@ -1,0 +1,235 @@
+// The mathematics of a row of two distributions over a vocabulary: the one C++ home of every formula.
+//
+//   x, y   policy and reference logits, T temperature;  p = softmax(x/T), q = softmax(y/T)
+//   c      a centre: any number near the reference-weighted mean of x - y
+//   u      ((x - y) - c) / T,   w = exp(y/T) up to a common factor
+//   S = sum w,  A = sum w u,  B = sum w g(u),  C = sum w k(u)
+//   g(u) = e^u - 1 - u >= 0,   k(u) = 1 + (u - 1) e^u >= 0,   h(z) = z - log1p(z) >= 0
+//
+// Then, with z = (A + B) / S, the policy's mass is S + A + B, log-ratio D = lse(x/T) - lse(y/T) = c/T + log1p(z), and
+//   forward_kl = KL(q || p) = B/S - h(z),            reverse_kl = KL(p || q) = C/Sx - h(-(A+B)/Sx),  Sx = S + A + B.
+// The error is of second order in the centre, nothing large is ever subtracted, and no second exponential is needed.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+// Member functions are forced inline: this header is compiled for several instruction sets, and an out-of-line copy made for
+// one of them could be picked by the linker for all.
+#if defined(__CUDACC__)
+#define FUSEDKL_HD __host__ __device__
+#define FUSEDKL_MEMBER __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define FUSEDKL_HD
+#define FUSEDKL_MEMBER __forceinline
+#else
+#define FUSEDKL_HD
+#define FUSEDKL_MEMBER __attribute__((always_inline)) inline
+#endif
+
+namespace fusedkl {
+
+// Row numbers that outlive the forward sweep; one row of the `state` tensor. A segment of a row has the same numbers,
+// taken as if the segment were the whole vocabulary; merge() makes a row of its segments.
+// logsumexp is kept as (max, log_sum): |lse| = 1e4 would cost 5e-4 of p in one float, and log p of a peaked row in one double.
+struct RowState {
+  double policy_max, policy_log_sum;        // logsumexp(x/T) = max + log_sum, max = (largest sampled x)/T
+  double reference_max, reference_log_sum;  // logsumexp(y/T)
+  double log_ratio;                         // D = lse(x/T) - lse(y/T), to its own accuracy
+  double forward_kl, reverse_kl, entropy, reference_entropy;
+};
+constexpr int kStateColumns = 9;
+static_assert(sizeof(RowState) == kStateColumns * sizeof(double));
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// Minimax coefficients of g(u)/u^2. Largest relative error in brackets.
+constexpr float kPoly4[] = {0.49999997f, 0.1666628f, 0.041667476f, 0.008395411f, 0.0013914652f};             // |u| <= 0.5  [8e-7]
+constexpr float kPoly6[] = {0.5f, 0.16666695f, 0.041666515f, 0.00833093f, 0.0013891335f, 0.00020325484f,      // |u| <= 1  [1.1e-7]
+                            2.4960811e-05f};
+constexpr float kPoly8[] = {0.49999997f,   0.16666646f,   0.041666847f,  0.008334049f, 0.0013886975f,         // |u| <= 2  [1.2e-7]
+                            0.00019774109f, 2.4847946e-05f, 2.9843188e-06f, 2.8162347e-07f};
+constexpr float kPolySplit[] = {0.5f, 0.16666573f, 0.04166686f, 0.008363733f, 0.0013901531f};                 // |u| <= ln2/2  [1.4e-7]
+// 2^r on [0, 1), relative error 7.5e-8
+constexpr float kExp2[] = {0.9999999251f, 0.6931530732f, 0.2401536171f, 0.0558263180f, 0.0089893401f, 0.0018775767f};
+
+FUSEDKL_HD static inline bool is_finite(double v) { return v - v == 0; }
+
+// g(u) = e^u - 1 - u, to full relative accuracy
+FUSEDKL_HD static inline double g_of(double u) {
+  if (fabs(u) > 0.3) return expm1(u) - u;
+  double term = u * u / 2, sum = term;
+  for (int j = 3; j < 18; j++) sum += (term *= u / j);
+  return sum;
+}
+
+// k(u) = 1 + (u - 1) e^u
+FUSEDKL_HD static inline double k_of(double u) {
+  if (fabs(u) > 0.3) return 1 + (u - 1) * exp(u);
+  double term = u * u / 2, sum = term;
+  for (int j = 3; j < 18; j++) {
+    term *= u / j;
+    sum += term * (j - 1);
+  }
+  return sum;
+}
+
+// h(z) = z - log1p(z)
+FUSEDKL_HD static inline double h_of(double z) {
+  if (fabs(z) > 0.1) return z - log1p(z);
+  double sum = 0;
+  for (int j = 20; j > 1; j--) sum = ((j & 1) ? -1.0 : 1.0) / j + sum * z;
+  return sum * z * z;
+}
+
+// The four sums about one centre. All members carry the same unknown common factor.
+struct CentredSums {
+  double S = 0, A = 0, B = 0, C = 0;
+
+  FUSEDKL_MEMBER void scale(double factor) {
+    S *= factor;
+    A *= factor;
+    B *= factor;
+    C *= factor;
+  }
+
+  // u -> u - t. For |t| > 1/2 the policy's mass is rebuilt from its own sum: B + expm1(-t) B would lose e^-t of its digits.
+  FUSEDKL_MEMBER void recentre(double t) {
+    const double e = exp(-t), policy = S + A + B, kept = A + B + C;
+    if (fabs(t) > 0.5) {
+      C = S + e * (kept - (1 + t) * policy);
+      B = e * policy - (S + (A - t * S));
+    } else {
+      const double em = expm1(-t);
+      C += em * kept + e * g_of(t) * policy;
+      B += em * (A + B) + g_of(-t) * S;
+    }
+    A -= t * S;
+  }
+
+  // Rounding of B is amplified when the centre is far from the mean; true when by more than about 2.
+  FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > B * S; }
+
+  FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p((A + B) / S); }
+
+  FUSEDKL_MEMBER double forward_kl() const {
+    const double z = (A + B) / S, direct = log1p(z) - A / S;
+    const double kl = fabs(z) > 0.5 || direct > 0.5 ? direct : B / S - h_of(z);
+    return kl < 0 ? 0 : kl;
+  }
+
+  FUSEDKL_MEMBER double reverse_kl() const {
+    const double policy = S + A + B, z = (A + B) / S, direct = (A + B + C) / policy - log1p(z);
+    const double kl = fabs(z) > 0.5 || direct > 0.5 ? direct : C / policy - h_of(-(A + B) / policy);
+    return kl < 0 ? 0 : kl;
+  }
+};
+
+// Entropy of a distribution given about its largest logit m: ties = number of entries equal to m, rest = sum of e^(v-m) over
+// the others, gap = sum of e^(v-m) (m-v). Both terms are >= 0, so a peaked row keeps its digits.
+FUSEDKL_HD static inline double log_mass(double ties, double rest) { return ties == 1 ? log1p(rest) : log(ties + rest); }
+FUSEDKL_HD static inline double entropy_of(double ties, double rest, double gap) { return log_mass(ties, rest) + gap / (ties + rest); }
+
+FUSEDKL_HD static inline RowState nan_state() {
+  const double v = NAN;
+  return {v, v, v, v, v, v, v, v, v};
+}
+
+// log of the total of parts whose logs are max + log_sum, about the heaviest part; index of that part in `heaviest`
+FUSEDKL_HD static inline double merged_log_sum(const RowState* parts, int count, bool policy, int* heaviest) {
+  *heaviest = 0;
+  auto lse = [&](int i) {
+    return policy ? parts[i].policy_max + parts[i].policy_log_sum : parts[i].reference_max + parts[i].reference_log_sum;
+  };
+  for (int i = 1; i < count; i++)
+    if (lse(i) > lse(*heaviest)) *heaviest = i;
+  double others = 0;
+  for (int i = 0; i < count; i++)
+    if (i != *heaviest) others += exp(lse(i) - lse(*heaviest));
+  return log1p(others);  // to be added to the heaviest part's own log_sum
+}
+
+// Chain rule over segments: KL = sum_i Q_i KL_i + KL over the masses (Q_i, P_i), entropy likewise. Segments count as tokens
+// whose log-ratio is their D. A segment without mass on one side has log_sum = -inf there (support is decided by that, never
+// by an exponential that may underflow).
+FUSEDKL_HD static inline RowState merge(const RowState* parts, int count) {
+  if (count == 1) return parts[0];
+  for (int i = 0; i < count; i++)
+    if (parts[i].policy_log_sum != parts[i].policy_log_sum || parts[i].reference_log_sum != parts[i].reference_log_sum) return nan_state();
+  RowState row{};
+  int top_p, top_q;
+  const double more_p = merged_log_sum(parts, count, true, &top_p), more_q = merged_log_sum(parts, count, false, &top_q);
+  row.policy_max = parts[top_p].policy_max;
+  row.policy_log_sum = parts[top_p].policy_log_sum + more_p;
+  row.reference_max = parts[top_q].reference_max;
+  row.reference_log_sum = parts[top_q].reference_log_sum + more_q;
+  auto log_p = [&](int i) {
+    return ((parts[i].policy_max - parts[top_p].policy_max) + (parts[i].policy_log_sum - parts[top_p].policy_log_sum)) - more_p;
+  };
+  auto log_q = [&](int i) {
+    return ((parts[i].reference_max - parts[top_q].reference_max) + (parts[i].reference_log_sum - parts[top_q].reference_log_sum)) - more_q;
+  };
+  const double origin = parts[top_q].log_ratio;
+  double spread = 0;
+  bool one_sided = false;
+  for (int i = 0; i < count; i++) {
+    const bool has_p = parts[i].policy_log_sum > -INFINITY, has_q = parts[i].reference_log_sum > -INFINITY;
+    one_sided |= has_p && !has_q;
+    if (has_q) spread += exp(log_q(i)) * expm1(parts[i].log_ratio - origin);
+  }
+  // about the heaviest segment, D keeps the digits that a difference of two logsumexps of size 1e4 would lose
+  row.log_ratio = !one_sided && spread > -0.5 && spread < 1e6
+                      ? origin + log1p(spread)
+                      : (row.policy_max - row.reference_max) + (row.policy_log_sum - row.reference_log_sum);
+  for (int i = 0; i < count; i++) {
+    const bool has_p = parts[i].policy_log_sum > -INFINITY, has_q = parts[i].reference_log_sum > -INFINITY;
+    const double p = has_p ? exp(log_p(i)) : 0, q = has_q ? exp(log_q(i)) : 0, l = parts[i].log_ratio - row.log_ratio;
+    if (has_q && (!has_p || parts[i].forward_kl == INFINITY)) row.forward_kl = INFINITY;
+    else if (has_q) row.forward_kl += q * parts[i].forward_kl + (l > 1 ? (p - q) - q * l : q * g_of(l));
+    if (has_p && (!has_q || parts[i].reverse_kl == INFINITY)) row.reverse_kl = INFINITY;
+    else if (has_p) row.reverse_kl += p * parts[i].reverse_kl + (l < -1 ? (q - p) + p * l : p * g_of(-l));
+    if (has_p) row.entropy += p * (parts[i].entropy - log_p(i));
+    if (has_q) row.reference_entropy += q * (parts[i].reference_entropy - log_q(i));
+  }
+  return row;
+}
+
+// One row's gradient, as coefficients of what a sweep can compute per token (l = log p - log q):
+//   d/dx = q * (forward * expm1(l)) + p * (reverse * (l - R) + mass + information * (log p + H))      (+ token scatter)
+//   d/dy = q * (ref_forward * (l + F) + ref_reverse * expm1(l))
+// Everything already carries the incoming gradient and 1/T.
+struct RowGradient {
+  double forward = 0, reverse = 0, mass = 0, information = 0;
+  double ref_forward = 0, ref_reverse = 0;
+
+  FUSEDKL_MEMBER bool policy_zero() const { return forward == 0 && reverse == 0 && mass == 0 && information == 0; }
+  FUSEDKL_MEMBER bool reference_zero() const { return ref_forward == 0 && ref_reverse == 0; }
+};
+
+// grads of the row's values -> coefficients. Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
+FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_t, double g_forward, double g_reverse, double g_entropy,
+                                                  double g_lse, double g_logprobs) {
+  RowGradient r;
+  const bool f_inf = s.forward_kl == INFINITY, r_inf = s.reverse_kl == INFINITY;
+  r.forward = inv_t * (g_forward + (r_inf ? g_reverse : 0));
+  r.reverse = r_inf ? 0 : inv_t * g_reverse;
+  r.ref_forward = f_inf ? 0 : -inv_t * g_forward;
+  r.ref_reverse = r_inf ? 0 : -inv_t * g_reverse;
+  r.mass = inv_t * (g_lse - g_logprobs);
+  r.information = -inv_t * g_entropy;
+  return r;
+}
+
+// The same gradient for one token, in double: the tokens whose log-probability was asked for are stored once, from here.
+FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t, bool with_reference) {
+  const double log_p = (x * inv_t - s.policy_max) - s.policy_log_sum, p = exp(log_p);
+  double v = p > 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0;
+  if (with_reference && (r.forward != 0 || r.reverse != 0)) {
+    const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = (x - y) * inv_t - s.log_ratio;
+    v += r.forward * (q > 0 && l < 1 ? q * expm1(l) : p - q);
+    if (r.reverse != 0 && p > 0) v += p * r.reverse * (l - s.reverse_kl);
+  }
+  return v;
+}
+
+}  // namespace fusedkl

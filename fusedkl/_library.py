@@ -1,0 +1,98 @@
+"""The operator namespace and the compiled library behind it.
+
+Schemas live in Python (`LIB`), kernels in `fusedkl/_C.abi3.so`, so that the package imports, and its
+operators exist, on a machine that could not build or load the library.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "fusedkl"
+LIB = torch.library.Library(NAMESPACE, "DEF")
+
+_INPUTS = "Tensor policy, Tensor? reference, Tensor? token_ids"
+_SAVED = "Tensor state, str[] fields, Tensor? inv_temperature"
+
+# name -> (arguments without the backend's name, results). fusedkl::name takes the name of a backend
+# last and is what graphs hold; fusedkl::_name, without it, is what the compiled library implements.
+OPERATORS: dict[str, tuple[str, str]] = {
+    "row_stats": (
+        f"{_INPUTS}, str[] fields, Tensor? inv_temperature, Tensor? mask",
+        "(Tensor values, Tensor state)",
+    ),
+    "row_stats_backward": (
+        f"Tensor grad, {_INPUTS}, {_SAVED}, bool policy_grad, bool reference_grad",
+        "(Tensor, Tensor)",
+    ),
+    "row_stats_backward_": (
+        f"Tensor grad, {_INPUTS}, {_SAVED}, bool reference_grad".replace(
+            "Tensor policy", "Tensor(a!) policy"
+        ),
+        "Tensor",
+    ),
+    "log_softmax": ("Tensor logits, ScalarType dtype", "Tensor"),
+    "log_softmax_backward": ("Tensor grad, Tensor output, ScalarType dtype", "Tensor"),
+    "ordered_sum": ("Tensor values, Tensor? weight", "Tensor"),
+}
+
+# needs_exact_strides: torch.compile hands over the strides the caller had (a copy of a slice of logits
+# would be the largest tensor of the step).
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+for _name, (_arguments, _results) in OPERATORS.items():
+    LIB.define(f"{_name}({_arguments}, str backend) -> {_results}", tags=TAGS)
+    LIB.define(f"_{_name}({_arguments}) -> {_results}", tags=TAGS)
+
+
+# The instruction set that the compiled library chose for this machine.
+LIB.define("_cpu_isa() -> str")
+
+
+def _find() -> Path | None:
+    folder = Path(__file__).resolve().parent
+    # The wheel's name is _C.abi3.so; a free-threaded interpreter builds _C.cpython-*.so.
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        candidate = folder / f"_C{suffix}"
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _load(found: Path | None) -> str | None:
+    if found is None:
+        return (
+            "the compiled library fusedkl/_C is not there: this is a pure Python install, or the "
+            "source folder of one that was never built (pip install -e . --no-build-isolation)"
+        )
+    try:
+        # Runs the library's static initialisers, which register kernels and do nothing else.
+        torch.ops.load_library(str(found))
+    except OSError as error:
+        return f"the compiled library {found.name} did not load: {error}"
+    return None
+
+
+_PATH = _find()
+_WHY_NOT = _load(_PATH)
+
+
+def path() -> Path | None:
+    """The compiled library's file, or None where there is none."""
+    return _PATH
+
+
+def why_not() -> str | None:
+    """None if the compiled library is loaded, else the reason in words."""
+    return _WHY_NOT
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether operator `fusedkl::name` has a kernel for this dispatch key."""
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::{name}", dispatch_key
+    )
+    return has

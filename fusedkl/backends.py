@@ -1,0 +1,175 @@
+"""Which code computes: the ordered backends, why one can or cannot be used, and the choice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._library import OPERATORS
+
+ENVIRONMENT = "FUSEDKL_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels with the operators' signatures, and the conditions for their use."""
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
+    kernels: Any
+
+
+def _cpu_missing() -> str | None:
+    absent = [name for name in OPERATORS if not _library.has_kernel(f"_{name}", "CPU")]
+    if _library.why_not() is None and absent:
+        return f"the compiled library has no CPU kernel for {', '.join(absent)}"
+    return _library.why_not()
+
+
+# Asked once: the choice below is traced by torch.compile, the dispatcher's tables are not.
+_CPU_MISSING = _cpu_missing()
+
+
+def _cpu_why_not(device: torch.device | None) -> str | None:
+    if _CPU_MISSING is None and device is not None and device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return _CPU_MISSING
+
+
+def _reference_why_not(device: torch.device | None) -> str | None:
+    return None
+
+
+# The library's operators, fusedkl::_row_stats and so on, behind torch's own dispatcher.
+_COMPILED = SimpleNamespace(
+    **{name: getattr(torch.ops.fusedkl, f"_{name}") for name in OPERATORS}
+)
+
+# Best first; the first usable one is taken.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
+        Backend("reference", "plain torch in float64", _reference_why_not, reference),
+    )
+}
+
+
+def kernels(name: str) -> Any:
+    """The kernels of the backend called `name`."""
+    return BACKENDS[name].kernels
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The name of the backend to run: the one asked for, or the first usable one.
+
+    An explicit name, by argument or by FUSEDKL_BACKEND, never falls back: if it cannot be used, that
+    is a ValueError with the reason.
+    """
+    source = "backend"
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT) or None
+        source = ENVIRONMENT
+    if backend is None:
+        for name, candidate in BACKENDS.items():
+            if candidate.why_not(device) is None:
+                return name
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    reason = BACKENDS[backend].why_not(device)
+    if reason is not None:
+        raise ValueError(f"{source}={backend!r} cannot be used: {reason}")
+    return backend
+
+
+def _instruction_set() -> str | None:
+    if _library.why_not() is not None or not hasattr(torch.ops.fusedkl, "_cpu_isa"):
+        return None
+    isa: str = torch.ops.fusedkl._cpu_isa()
+    return isa
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `backends()`."""
+
+    name: str
+    available: bool
+    reason: str  # why not, or what it is
+
+    def __str__(self) -> str:
+        return f"{self.name:<10} {'yes' if self.available else 'no':<4} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it."""
+
+    subject: str
+    chosen: str | None
+    why: str
+    backends: tuple[BackendStatus, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.subject}: {self.chosen or 'no backend'} ({self.why})"
+        return "\n".join([head, *(f"  {status}" for status in self.backends)])
+
+
+def _status(device: torch.device | None) -> tuple[BackendStatus, ...]:
+    found = []
+    for backend in BACKENDS.values():
+        reason = backend.why_not(device)
+        text = reason
+        if text is None:
+            isa = _instruction_set() if backend.name == "cpu" else None
+            text = backend.summary + (f" ({isa})" if isa else "")
+        found.append(BackendStatus(backend.name, reason is None, text))
+    return tuple(found)
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """All backends, best first, with whether they can be used in this process and why not.
+
+    Returns a tuple of `BackendStatus(name, available, reason)`; print one to read it.
+    """
+    return _status(None)
+
+
+def explain(
+    policy_logits: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Explanation:
+    """Tell which backend runs for these tensors (CPU tensors, if none are given), and why not another.
+
+    Returns an `Explanation` with `chosen`, `why` and one `BackendStatus` per backend; print it.
+    Never raises for a backend that cannot be used: the reason is in `why`.
+    """
+    given = [t for t in (policy_logits, reference_logits) if t is not None]
+    for name, t in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    device = given[0].device if given else torch.device("cpu")
+    subject = " and ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in given)
+    forced = os.environ.get(ENVIRONMENT)
+    try:
+        chosen: str | None = resolve(backend, device)
+        why = "the first that can be used"
+        if backend is not None:
+            why = "asked for by backend="
+        elif forced:
+            why = f"asked for by {ENVIRONMENT}"
+    except ValueError as error:
+        chosen, why = None, str(error)
+    return Explanation(f"{subject or 'any tensors'} on {device}", chosen, why, _status(device))

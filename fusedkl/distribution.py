@@ -1,0 +1,147 @@
+"""The public functions of one row of logits: logsumexp, log_softmax, log-probabilities, entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops, validation
+from .backends import resolve
+from .layout import inverse_temperature, rows
+
+
+def _one_field(
+    logits: Tensor,
+    field: str,
+    token_ids: Tensor | None,
+    temperature: float | Tensor,
+    backend: str | None,
+) -> Tensor:
+    inverse = inverse_temperature(temperature, logits)
+    name = resolve(backend, logits.device)
+    return ops.row_stats(rows(logits), None, token_ids, (field,), inverse, backend=name)
+
+
+def logsumexp(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+) -> Tensor:
+    """log sum exp(logits / T) over the last dim of [..., V].
+
+    Equivalent to ``torch.logsumexp(logits.float() / temperature, -1)``, without a [..., V] temporary.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
+        temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        backend: None, or a name from `backends()`.
+
+    Returns:
+        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing but
+        -inf in a row makes it NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+    """
+    validation.logits("logits", logits)
+    return _one_field(logits, "logsumexp", None, temperature, backend)[0].reshape(logits.shape[:-1])
+
+
+def entropy(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+) -> Tensor:
+    """-sum p log p over the last dim of [..., V], p = softmax(logits / T), in nats.
+
+    Accurate relative to its size also for peaked rows (1e-12). Equivalent to
+    ``torch.distributions.Categorical(logits=logits.float() / temperature).entropy()``.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64; -inf is skipped. Differentiable.
+        temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        backend: None, or a name from `backends()`.
+
+    Returns:
+        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing but
+        -inf in a row makes it NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Shannon, "A Mathematical Theory of Communication", 1948.
+    """
+    validation.logits("logits", logits)
+    return _one_field(logits, "entropy", None, temperature, backend)[0].reshape(logits.shape[:-1])
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """log p[index] for one or K token ids a row, p = softmax(logits / T).
+
+    Equivalent to, without the [..., V] log-probabilities::
+
+        log_p = torch.log_softmax(logits.float() / temperature, -1)
+        log_p.gather(-1, index)                             # index [..., K]
+        log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)   # index [...]
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
+        index: int64, shape logits.shape[:-1] or that and one dim more; from 0 to V - 1.
+        temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        backend: None, or a name from `backends()`.
+
+    Returns:
+        the shape of index, float32 (float64 for float64 logits), nats; -inf where the logit is.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+    """
+    validation.logits("logits", logits)
+    validation.token_index(index, logits)
+    many = index.dim() == logits.dim()
+    rows_, per_row = math.prod(logits.shape[:-1]), index.shape[-1] if many else 1
+    ids = index.reshape(rows_, per_row).contiguous()
+    values = _one_field(logits, "logprob", ids, temperature, backend)
+    return values.t().reshape(index.shape)
+
+
+def log_softmax(
+    logits: Tensor,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """logits - log sum exp(logits) over one dim: `torch.log_softmax`, float32 or better inside.
+
+    Equivalent to ``torch.log_softmax(logits, dim, dtype)``, except that float16 and bfloat16 rows
+    are rounded once, at the end, and that a long float16 row does not overflow.
+
+    Args:
+        logits: at least 1-d, float32, bfloat16, float16 or float64. Differentiable, twice too.
+        dim: the dim that is normalised. Any but the last is copied to the last and back.
+        dtype: of the result; the dtype of logits, if None.
+        backend: None, or a name from `backends()`.
+
+    Returns:
+        the shape of logits, nats; autocast changes nothing. A row with NaN, +inf or nothing but -inf
+        is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+        IndexError: dim out of range, as torch has it.
+    """
+    validation.tensor("logits", logits)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int; got {type(dim).__name__}")
+    if dtype is not None and dtype not in validation.DTYPES:
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None; got {dtype}")
+    moved = logits.movedim(dim, -1) if logits.dim() else logits
+    validation.logits("logits", moved)
+    name = resolve(backend, logits.device)
+    out = ops.log_softmax(rows(moved), dtype or logits.dtype, backend=name)
+    return out.reshape(moved.shape).movedim(-1, dim)

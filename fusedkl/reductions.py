@@ -1,0 +1,87 @@
+"""Masks, weights and reductions of per-token numbers: their only home.
+
+    none       w D, one per token          sum        sum(w D)
+    mean       sum(w D) / sum(w)           batchmean  sum(w D) / size(0)
+
+over counted tokens, w = 1 without a weight. A token that is not counted, or has weight 0, contributes
+exactly 0 to value and gradient whatever its row holds. "mean" of nothing is 0 with a connected graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, validation
+
+
+def counted_tokens(
+    policy: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int
+) -> Tensor | None:
+    """bool [N], True = counted, from mask and labels together; None if all are."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    counted = None
+    if mask is not None:
+        mask = validation.per_row("mask", mask, policy)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, True = counted; got {mask.dtype}")
+        counted = mask
+    if labels is not None:
+        labels = validation.per_row("labels", labels, policy)
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be an integer tensor; got {labels.dtype}")
+        labelled = labels != ignore_index
+        counted = labelled if counted is None else counted & labelled
+    elif ignore_index != -100:
+        raise ValueError(f"ignore_index={ignore_index} has no effect without labels")
+    return None if counted is None else counted.reshape(-1).contiguous()
+
+
+def token_weights(policy: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The weight as [N] of the results' dtype."""
+    if weight is None:
+        return None
+    weight = validation.per_row("weight", weight, policy)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor; got {weight.dtype}")
+    return weight.reshape(-1).to(dtype)
+
+
+def rows_to_read(counted: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """The mask for the kernels: rows of weight 0 count for nothing, unless weight wants a gradient."""
+    if weight is None or weight.requires_grad:
+        return counted
+    weighty = weight != 0
+    return weighty if counted is None else counted & weighty
+
+
+def reduce(
+    values: Tensor,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    shape: torch.Size,
+    *,
+    backend: str,
+) -> Tensor:
+    """Per-token values [N], exactly 0 where not counted, to `shape` or to a scalar."""
+    if weight is not None:
+        if counted is not None:
+            weight = torch.where(counted, weight, 0)
+        # Keeps the gradient to a weight of 0, and keeps 0 * inf out of the result.
+        values = torch.where((weight != 0) | values.isfinite(), values, 0)
+    if reduction == "none":
+        return (values if weight is None else values * weight).reshape(shape)
+    total = ops.ordered_sum(values, weight, backend=backend)
+    if reduction == "sum":
+        return total
+    if reduction == "batchmean":
+        return total / max(shape[0], 1)
+    if weight is not None:
+        something = (weight != 0).any()
+        norm = ops.ordered_sum(weight, None, backend=backend)
+        return total / torch.where(something, norm, 1)
+    if counted is not None:
+        return total / counted.sum().clamp(min=1)
+    return total / max(values.shape[0], 1)

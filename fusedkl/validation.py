@@ -1,0 +1,223 @@
+"""Argument checks: every message names the argument, what came, and what is accepted.
+
+Metadata and Python numbers are checked where the call is made; the contents of CPU tensors inside the
+operator, which torch.compile does not trace into. Contents of device tensors are not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from . import divergences
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """`value`, or a TypeError if it is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def logits(name: str, value: object) -> None:
+    """A dense floating-point tensor [..., V] with V >= 1."""
+    t = tensor(name, value)
+    if t.dtype not in DTYPES:
+        accepted = ", ".join(_said(d) for d in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {accepted}; got {_said(t.dtype)}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}")
+    if t.dim() < 1:
+        raise ValueError(f"{name} must have shape [..., V]; got a 0-d tensor")
+    if t.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least 1; got {list(t.shape)}")
+
+
+def pair(policy: object, reference: object) -> None:
+    """Two logits of one shape on one device; their dtypes may differ."""
+    logits("policy_logits", policy)
+    logits("reference_logits", reference)
+    assert isinstance(policy, Tensor) and isinstance(reference, Tensor)
+    if policy.shape != reference.shape:
+        raise ValueError(
+            "reference_logits must have the shape of policy_logits (nothing is broadcast; expand() "
+            f"costs nothing), which is {list(policy.shape)}; got {list(reference.shape)}"
+        )
+    on_device("reference_logits", reference, policy)
+
+
+def on_device(name: str, value: Tensor, policy: Tensor) -> None:
+    """One device for all tensors."""
+    if value.device != policy.device:
+        raise ValueError(f"{name} must be on {policy.device} as the logits; got {value.device}")
+
+
+def per_row(name: str, value: object, policy: Tensor) -> Tensor:
+    """A tensor of shape logits.shape[:-1] on the logits' device."""
+    t = tensor(name, value)
+    if t.shape != policy.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape logits.shape[:-1] = {list(policy.shape[:-1])}; "
+            f"got {list(t.shape)}"
+        )
+    on_device(name, t, policy)
+    return t
+
+
+def flag(name: str, value: object) -> None:
+    """True or False, nothing that only looks like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
+
+
+def reduction(value: object) -> None:
+    """One of the reductions."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {value!r}")
+
+
+def number_temperature(value: object) -> None:
+    """A finite number > 0."""
+    if isinstance(value, bool) or not isinstance(
+        value, (numbers.Real, torch.SymFloat, torch.SymInt)
+    ):
+        raise TypeError(
+            "temperature must be a number, or a float tensor with one per row; "
+            f"got {type(value).__name__}"
+        )
+    if not (value > 0 and value < math.inf):
+        raise ValueError(f"temperature must be positive and finite; got {value}")
+
+
+def tensor_temperature(value: Tensor, policy: Tensor) -> None:
+    """A floating-point tensor, 0-d or one per row, that asks for no gradient."""
+    if value.requires_grad:
+        raise TypeError("temperature requires grad, but no gradient to it exists; detach() it")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"temperature must be a floating-point tensor; got {_said(value.dtype)}")
+    if value.dim() != 0:
+        per_row("temperature", value, policy)
+    on_device("temperature", value, policy)
+
+
+def token_index(value: object, policy: Tensor) -> None:
+    """An int64 tensor of shape logits.shape[:-1], or that and one dim more."""
+    t = tensor("index", value)
+    if t.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor; got {_said(t.dtype)}")
+    leading = policy.shape[:-1]
+    if t.shape != leading and (t.dim() != len(leading) + 1 or t.shape[:-1] != leading):
+        raise ValueError(
+            f"index must have shape logits.shape[:-1] = {list(leading)}, or that with one more "
+            f"dim at the end; got {list(t.shape)}"
+        )
+    on_device("index", t, policy)
+
+
+def _may_overlap(t: Tensor) -> bool:
+    # Walking the dims from the smallest stride, each must step over all that the smaller ones span.
+    span = 0
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1
+    ):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    extent = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
+
+
+def inplace_grad(policy: Tensor, reference: Tensor) -> None:
+    """A policy whose memory may be overwritten by its gradient."""
+    if policy.stride(-1) != 1 and policy.shape[-1] > 1:
+        raise ValueError(
+            "inplace_grad=True needs policy_logits whose last dim has stride 1; "
+            f"got stride {policy.stride(-1)}"
+        )
+    if _may_overlap(policy):
+        raise ValueError(
+            "inplace_grad=True needs policy_logits whose elements do not share memory (not an "
+            f"expanded tensor); got shape {list(policy.shape)} with strides {list(policy.stride())}"
+        )
+    if torch.compiler.is_compiling() or policy.numel() == 0 or policy.device.type == "meta":
+        return
+    (begin, end), (other_begin, other_end) = _memory(policy), _memory(reference)
+    if begin < other_end and other_begin < end:
+        raise ValueError(
+            "inplace_grad=True needs reference_logits outside the memory of policy_logits, which "
+            "the gradient overwrites; got two views of the same memory"
+        )
+
+
+def row_stats_contents(
+    policy: Tensor,
+    reference: Tensor | None,
+    token_ids: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """What kernels rely on, for any caller of the operator; then the contents of CPU tensors."""
+    shape, n = policy.shape, math.prod(policy.shape[:-1])
+    if len(shape) < 2 or shape[-1] == 0:
+        raise ValueError(f"policy must have shape [..., V] with V >= 1; got {list(shape)}")
+    for name, logits_ in (("policy", policy), ("reference", reference)):
+        if logits_ is None:
+            continue
+        if logits_.shape != shape or logits_.device != policy.device:
+            raise ValueError(f"{name} must have policy's shape and device; got {logits_.shape}")
+        if logits_.dtype not in DTYPES:
+            raise TypeError(f"{name} must be floating-point; got {_said(logits_.dtype)}")
+        if logits_.stride(-1) != 1 and shape[-1] > 1:
+            raise ValueError(f"{name} must have last stride 1; got strides {logits_.stride()}")
+    for name, extra, dtype, shapes in (
+        ("token_ids", token_ids, torch.int64, ((n, -1),)),
+        ("inv_temperature", inv_temperature, torch.float64, ((n,), (1,))),
+        ("mask", mask, torch.bool, ((n,),)),
+    ):
+        if extra is None:
+            continue
+        found = (extra.shape[0], -1) if extra.dim() == 2 else tuple(extra.shape)
+        if found not in shapes or extra.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {_said(dtype)} of shape {' or '.join(map(str, shapes))}; "
+                f"got {_said(extra.dtype)} of shape {list(extra.shape)}"
+            )
+    for name in fields:
+        if name not in divergences.FIELDS:
+            raise ValueError(f"fields must be of {', '.join(divergences.FIELDS)}; got {name!r}")
+        field = divergences.FIELDS[name]
+        if field.needs_reference and reference is None:
+            raise ValueError(f"field {name} needs a reference")
+        if field.needs_token_ids and token_ids is None:
+            raise ValueError(f"field {name} needs token_ids")
+    if policy.device.type != "cpu":
+        return
+    if inv_temperature is not None:
+        counted = inv_temperature
+        if mask is not None and counted.shape == mask.shape:
+            counted = counted[mask]
+        valid = (counted > 0) & (counted < math.inf)
+        if not bool(valid.all()):
+            wrong = 1 / counted[~valid][0].item() if counted[~valid][0] != 0 else math.inf
+            raise ValueError(f"temperature must be positive and finite; got {wrong}")
+    if token_ids is not None and token_ids.numel() > 0:
+        low, high = (int(v) for v in token_ids.aminmax())
+        if low < 0 or high >= shape[-1]:
+            raise ValueError(
+                f"index must hold token ids from 0 to {shape[-1] - 1}; got {low} to {high}"
+            )

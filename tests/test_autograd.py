@@ -1,0 +1,361 @@
+"""Second derivatives, in-place gradients, and the rest of what a citizen of autograd owes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fusedkl
+
+ALL = ["forward_kl", "reverse_kl", "jeffreys"]
+F64 = torch.float64
+
+
+def composed(policy: Tensor, reference: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
+    """The two-line composition in double."""
+    log_p = (policy.double() / temperature).log_softmax(-1)
+    log_q = (reference.double() / temperature).log_softmax(-1)
+    forward = (log_q.exp() * (log_q - log_p)).sum(-1)
+    reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return {"forward_kl": forward, "reverse_kl": reverse, "jeffreys": forward + reverse}[kind]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ALL)
+def test_gradcheck_and_gradgradcheck(backend: str, kind: str, reduction: str) -> None:
+    policy = torch.randn(2, 3, 7, dtype=F64, requires_grad=True)
+    reference = torch.randn(2, 3, 7, dtype=F64, requires_grad=True)
+    weight = torch.rand(2, 3, dtype=F64, requires_grad=True)
+    temperature = torch.rand(2, 3, dtype=F64) + 0.5
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+
+    def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        return fusedkl.divergence(
+            x,
+            y,
+            kind,
+            weight=w,
+            mask=mask,
+            temperature=temperature,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    assert gradcheck(function, (policy, reference, weight))
+    assert gradgradcheck(function, (policy, reference, weight))
+
+
+@pytest.mark.parametrize("name", ["entropy", "logsumexp", "selective", "log_softmax"])
+def test_gradcheck_of_one_distribution(backend: str, name: str) -> None:
+    logits = torch.randn(3, 6, dtype=F64, requires_grad=True)
+    ids = torch.tensor([[0, 5], [2, 2], [1, 0]])
+    function: Callable[[Tensor], Tensor] = {
+        "entropy": lambda z: fusedkl.entropy(z, temperature=0.7, backend=backend),
+        "logsumexp": lambda z: fusedkl.logsumexp(z, temperature=0.7, backend=backend),
+        "selective": lambda z: fusedkl.selective_log_softmax(
+            z, ids, temperature=0.7, backend=backend
+        ),
+        "log_softmax": lambda z: fusedkl.log_softmax(z, 0, backend=backend),
+    }[name]
+    assert gradcheck(function, (logits,))
+    assert gradgradcheck(function, (logits,))
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hessian_vector_products(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """In training dtypes, all four blocks of the Hessian, against the composition in double."""
+    policy, reference = (t.to(dtype) for t in torch.randn(2, 3, 50))
+    u, v = torch.randn(2, 3, 50).to(dtype)
+
+    def products(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+        gx, gy = torch.autograd.grad(function(x, y).sum(), (x, y), create_graph=True)
+        return torch.autograd.grad((gx * u).sum() + (gy * v).sum(), (x, y))
+
+    found = products(lambda x, y: fusedkl.divergence(x, y, kind, backend=backend))
+    expected = products(lambda x, y: composed(x, y, kind))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < tolerance
+
+
+def test_fisher_vector_product_of_equal_rows(backend: str) -> None:
+    """At p = q the Hessian of either KL is diag(p) - p p^T: what trust-region methods multiply by."""
+    logits = torch.randn(1, 9, dtype=F64, requires_grad=True)
+    p = logits.detach().softmax(-1)[0]
+    fisher = torch.diag(p) - torch.outer(p, p)
+    for kind in ("forward_kl", "reverse_kl"):
+        value = fusedkl.divergence(logits, logits.detach(), kind, reduction="sum", backend=backend)
+        (g,) = torch.autograd.grad(value, logits, create_graph=True)
+        rows = [torch.autograd.grad(g[0, i], logits, retain_graph=True)[0][0] for i in range(9)]
+        torch.testing.assert_close(torch.stack(rows), fisher, rtol=1e-9, atol=1e-12)
+
+
+def test_a_reference_that_depends_on_the_policy(backend: str) -> None:
+    """First and second derivative when both arguments come from one leaf."""
+    leaf = torch.randn(2, 8, dtype=F64, requires_grad=True)
+    weights = torch.randn(2, 8, dtype=F64)
+
+    def derivatives(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        value = function(leaf * 2, leaf.sin())
+        (g,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        (h,) = torch.autograd.grad((g * weights).sum(), leaf)
+        return g.detach(), h
+
+    found = derivatives(lambda x, y: fusedkl.jeffreys(x, y, backend=backend))
+    expected = derivatives(lambda x, y: composed(x, y, "jeffreys"))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_upstream_gradient_is_differentiable_at_zero(backend: str) -> None:
+    """Forward-mode by two reverse modes differentiates at an upstream gradient of 0."""
+    policy = torch.randn(3, 8, dtype=F64, requires_grad=True)
+    reference = torch.randn(3, 8, dtype=F64)
+    upstream = torch.zeros(3, dtype=F64, requires_grad=True)
+    tangent = torch.randn(3, 8, dtype=F64)
+    value = fusedkl.forward_kl(policy, reference, backend=backend)
+    (g,) = torch.autograd.grad(value, policy, upstream, create_graph=True)
+    (jvp,) = torch.autograd.grad(g, upstream, tangent)
+    expected = ((policy.softmax(-1) - reference.softmax(-1)) * tangent).sum(-1)
+    torch.testing.assert_close(jvp, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_double_backward_at_the_edges(backend: str) -> None:
+    policy, reference = torch.randn(2, 4, 9, dtype=F64)
+    policy[0, 3] = reference[0, 3] = -torch.inf
+    policy[1, 3] = -torch.inf  # an infinite row: its policy gradient p - q is differentiable too
+    policy[2, 3] = torch.nan  # masked
+    policy[3, 3] = torch.nan  # silenced by a zero upstream gradient
+    policy.requires_grad_()
+    mask = torch.tensor([True, True, False, True])
+    value = fusedkl.forward_kl(policy, reference, mask=mask, backend=backend)
+    upstream = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=F64)
+    (g,) = torch.autograd.grad(value, policy, upstream, create_graph=True)
+    v = torch.randn(4, 9, dtype=F64)
+    (h,) = torch.autograd.grad((g * v).sum(), policy)
+    p = policy.detach().softmax(-1)
+    expected = p * (v - (p * v).sum(-1, keepdim=True))
+    torch.testing.assert_close(h[:2], expected[:2], rtol=1e-9, atol=1e-12)
+    assert torch.equal(h[2:], torch.zeros(2, 9, dtype=F64)) and h[0, 3] == 0
+
+
+# --- in-place gradients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ALL)
+def test_inplace_gradient_is_the_gradient(backend: str, kind: str, dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 4, 101).to(dtype)
+    reference = torch.randn(3, 4, 101).to(dtype).requires_grad_()
+    mask = torch.rand(3, 4) < 0.7
+    found = []
+    for inplace in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        reference.grad = None
+        logits = leaf * 2
+        memory = logits.data_ptr()
+        seen: list[Tensor] = []
+        logits.register_hook(seen.append)
+        value = fusedkl.divergence(
+            logits,
+            reference,
+            kind,
+            mask=mask,
+            reduction="mean",
+            inplace_grad=inplace,
+            backend=backend,
+        )
+        assert torch.equal(logits, leaf * 2)  # forward leaves it alone
+        value.backward()
+        assert (seen[0].data_ptr() == memory) is inplace
+        assert torch.equal(logits.detach(), seen[0]) is inplace
+        found.append((value.detach(), leaf.grad, reference.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inplace_gradient_of_a_strided_policy(backend: str) -> None:
+    logits, reference = torch.randn(3, 6, 40), torch.randn(3, 5, 40)
+    expected = logits[:, :-1].clone().requires_grad_()
+    fusedkl.forward_kl(expected, reference, backend=backend).sum().backward()
+    base = logits.clone()
+    view = base[:, :-1].requires_grad_()
+    fusedkl.forward_kl(view, reference, inplace_grad=True, backend=backend).sum().backward()
+    assert torch.equal(base[:, :-1], expected.grad) and torch.equal(view.grad, expected.grad)
+    assert torch.equal(base[:, -1], logits[:, -1])
+
+
+def test_inplace_gradient_allows_one_backward(backend: str) -> None:
+    policy, reference = torch.randn(2, 4, 30)
+    leaf = policy.clone().requires_grad_()
+    loss = fusedkl.forward_kl(
+        leaf * 1, reference, reduction="sum", inplace_grad=True, backend=backend
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_grad=True allows one backward"):
+        loss.backward()
+    logits = policy.clone().requires_grad_() * 1
+    loss = fusedkl.forward_kl(
+        logits, reference, reduction="sum", inplace_grad=True, backend=backend
+    )
+    with pytest.raises(RuntimeError, match="inplace_grad=True has no double backward"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    assert torch.equal(logits, policy)  # refused before anything was overwritten
+
+
+def test_inplace_gradient_is_seen_by_others_who_saved_the_logits(backend: str) -> None:
+    """The version counter moves: autograd refuses stale logits instead of using the gradient."""
+    policy, reference = torch.randn(2, 4, 30)
+    logits = policy.clone().requires_grad_() * 1
+    other = logits.exp().sum() + (logits**2).sum()
+    loss = fusedkl.forward_kl(
+        logits, reference, reduction="sum", inplace_grad=True, backend=backend
+    )
+    before = logits._version
+    torch.autograd.grad(loss, logits)
+    assert logits._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_inplace_gradient_of_logits_changed_meanwhile(backend: str) -> None:
+    for inplace in (False, True):
+        logits = torch.randn(4, 30).requires_grad_() * 1
+        loss = fusedkl.forward_kl(
+            logits, torch.randn(4, 30), reduction="sum", inplace_grad=inplace, backend=backend
+        )
+        with torch.no_grad():
+            logits.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_inplace_gradient_without_a_gradient(backend: str) -> None:
+    """No effect under no_grad, for detached logits, or when only the reference is trained."""
+    policy, reference = torch.randn(2, 4, 30)
+    before = policy.clone()
+    trained = policy.clone().requires_grad_()
+    with torch.no_grad():
+        fusedkl.forward_kl(trained, reference, inplace_grad=True, backend=backend)
+    assert torch.equal(trained, before)
+    fusedkl.forward_kl(policy, reference, inplace_grad=True, backend=backend)
+    leaf = reference.clone().requires_grad_()
+    fusedkl.forward_kl(policy, leaf, inplace_grad=True, backend=backend).sum().backward()
+    assert torch.equal(policy, before) and policy._version == 0
+    plain = reference.clone().requires_grad_()
+    fusedkl.forward_kl(policy, plain, backend=backend).sum().backward()
+    assert torch.equal(leaf.grad, plain.grad)
+
+
+def test_policy_and_reference_may_share_a_storage_but_not_memory(backend: str) -> None:
+    both = torch.randn(8, 30)
+    expected = both[:4].clone().requires_grad_()
+    fusedkl.forward_kl(expected, both[4:].clone(), backend=backend).sum().backward()
+    kept = both[4:].clone()
+    policy = both[:4].detach().requires_grad_()
+    fusedkl.forward_kl(
+        policy, both[4:], inplace_grad=True, backend=backend
+    ).sum().backward()
+    assert torch.equal(both[:4], expected.grad) and torch.equal(both[4:], kept)
+
+
+# --- the rest ---------------------------------------------------------------------------------------
+
+
+def test_retained_graphs_and_accumulation(backend: str) -> None:
+    policy = torch.randn(3, 20, requires_grad=True)
+    loss = fusedkl.reverse_kl(policy, torch.randn(3, 20), reduction="sum", backend=backend)
+    loss.backward(retain_graph=True)
+    once = policy.grad.clone()
+    loss.backward()
+    assert torch.equal(policy.grad, 2 * once)
+
+
+def test_checkpointing_changes_nothing(backend: str) -> None:
+    hidden, weight = torch.randn(4, 5), torch.randn(5, 30)
+    reference = torch.randn(4, 30)
+
+    def loss(h: Tensor) -> Tensor:
+        return fusedkl.forward_kl(h @ weight, reference, reduction="mean", backend=backend)
+
+    found = []
+    for run in (loss, lambda h: checkpoint(loss, h, use_reentrant=False)):
+        leaf = hidden.clone().requires_grad_()
+        value = run(leaf)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    policy, reference = (t.to(dtype) for t in torch.randn(2, 4, 60))
+    ids = torch.randint(0, 60, (4, 2))
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda z: fusedkl.jeffreys(z, reference, reduction="mean", backend=backend),
+        lambda z: fusedkl.forward_kl(
+            z, reference, weight=torch.rand(4, generator=torch.Generator().manual_seed(1)),
+            temperature=0.5, reduction="mean", backend=backend,
+        ),
+        lambda z: fusedkl.entropy(z, backend=backend),
+        lambda z: fusedkl.selective_log_softmax(z, ids, backend=backend),
+        lambda z: fusedkl.log_softmax(z, backend=backend),
+    ]  # fmt: skip
+    for function in functions:
+        plain, cast = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+        expected = function(plain)
+        expected.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = function(cast)
+            found.sum().backward()
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert torch.equal(cast.grad, plain.grad)
+
+
+def test_inference_mode(backend: str) -> None:
+    policy, reference = torch.randn(2, 4, 60)
+    expected = fusedkl.jeffreys(policy, reference, reduction="mean", backend=backend)
+    with torch.inference_mode():
+        found = fusedkl.jeffreys(
+            policy.clone(), reference, reduction="mean", inplace_grad=True, backend=backend
+        )
+    assert torch.equal(found, expected)
+
+
+def test_graph_holds_the_logits_and_nothing_of_their_size(backend: str) -> None:
+    policy = torch.randn(16, 999, requires_grad=True)
+    reference = torch.randn(16, 999)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = fusedkl.forward_kl(
+            policy, reference, mask=torch.rand(16) < 0.5, reduction="mean", backend=backend
+        )
+    large = [t for t in saved if t.numel() >= policy.numel()]
+    assert {t.data_ptr() for t in large} == {policy.data_ptr(), reference.data_ptr()}
+    assert sum(t.numel() for t in saved if t.numel() < policy.numel()) <= 32 * 16
+    del saved, large, loss
+    gc.collect()
+
+
+# The first use of a dual tensor makes torch load its own scripted decompositions.
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_forward_mode_is_refused_not_wrong(backend: str) -> None:
+    policy, reference = torch.randn(2, 3, 10)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(policy, torch.ones_like(policy))
+        with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+            fusedkl.forward_kl(dual, reference, backend=backend)

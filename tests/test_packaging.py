@@ -1,0 +1,192 @@
+"""What leaves this folder (sdist, wheel) holds what it must, and runs where it lands."""
+
+import ast
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fusedkl
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_FOLDERS = ("fusedkl", "kernels", "csrc", "tests", "bench", "demo")
+SOURCE_SUFFIXES = {".py", ".typed", ".cpp", ".h", ".cu", ".cuh"}
+
+pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
+
+
+def sources(root: Path, folders: tuple[str, ...] = SOURCE_FOLDERS) -> set[str]:
+    return {
+        file.relative_to(root).as_posix()
+        for folder in folders
+        for file in (root / folder).rglob("*")
+        if file.suffix in SOURCE_SUFFIXES
+    }
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Output of a command that must succeed, in an environment without the build's switches."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDKL_")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def build(kind: str, tree: Path, into: Path, **environment: str) -> Path:
+    """The one artefact that the build backend makes of `tree`."""
+    script = f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})"
+    run(sys.executable, "-c", script, cwd=tree, **environment)
+    (artefact,) = into.iterdir()
+    return artefact
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a clone has it: building must not write into the checkout under test."""
+    copy = tmp_path_factory.mktemp("checkout") / "fusedkl"
+    left_out = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "out", "*.egg-info", "*.so", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution."""
+    archive = build("sdist", tree, tmp_path_factory.mktemp("sdist"))
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(archive) as tar:
+        tar.extractall(unpacked, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (folder,) = unpacked.iterdir()
+    return folder
+
+
+def test_pure_wheel_maps_the_packages(tree: Path, tmp_path: Path) -> None:
+    wheel = build("wheel", tree, tmp_path, FUSEDKL_NO_EXT="1")
+    assert wheel.name == f"fusedkl-{fusedkl.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = f"fusedkl-{fusedkl.__version__}.dist-info"
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        top_level = archive.read(f"{info}/top_level.txt").split()
+
+    mapped = {
+        re.sub(r"^kernels/", "fusedkl/kernels/", s) for s in sources(ROOT, SOURCE_FOLDERS[:2])
+    }
+    assert {name for name in names if not name.startswith(info)} == mapped
+    assert "fusedkl/kernels/__init__.py" in names and "fusedkl/py.typed" in names
+    # A top-level `kernels` would take the place of somebody else's package of that name.
+    assert top_level == [b"fusedkl"]
+    assert f"{info}/licenses/LICENSE" in names
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert [r for r in metadata.get_all("Requires-Dist") if "extra" not in r] == ["torch>=2.11"]
+
+
+def test_kernels_are_not_a_folder_of_the_package() -> None:
+    assert not (ROOT / "fusedkl" / "kernels").exists()
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                named = [node.module or ""]
+            wrong = [n for n in named if n.split(".")[0] in ("kernels", "fusedkl")]
+            assert not wrong, f"{file.name}:{node.lineno} must import {wrong} relatively"
+
+
+def test_sources_are_listed_once_and_exist() -> None:
+    """A new .cpp that nobody lists would compile nowhere and be missed by no one."""
+    listed = re.findall(r'"(csrc/cpu/\w+\.cpp)"', (ROOT / "setup.py").read_text())
+    assert sorted(listed) == sorted(s for s in sources(ROOT, ("csrc",)) if s.endswith(".cpp"))
+
+
+def test_without_the_compiled_library(tmp_path: Path) -> None:
+    """The Python files alone import, say what is missing, and compute."""
+    for name in sources(ROOT, ("fusedkl", "kernels")):
+        target = tmp_path / re.sub(r"^kernels/", "fusedkl/kernels/", name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    # First on the path, and before the hook of an editable install.
+    here = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+
+    info = run(sys.executable, "-m", "fusedkl", "info", cwd=tmp_path, **here)
+    assert "reference" in info
+    assert re.search(r"_C\S* .*(not|missing|absent)", info) or "not built" in info, info
+
+    script = """
+import math, torch, fusedkl, fusedkl.kernels, fusedkl._library
+x = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
+y = torch.tensor([[0.0, 0.0]])
+kl = fusedkl.forward_kl(x, y)
+kl.sum().backward()
+print(fusedkl.__file__, fusedkl._library.why_not(), sep="|")
+assert abs(kl.item() - math.log(2 / 3**0.5)) < 1e-6, kl
+assert torch.allclose(x.grad, torch.tensor([[-0.25, 0.25]])), x.grad
+try:
+    fusedkl.forward_kl(x, y, backend="cpu")
+except (ValueError, RuntimeError) as error:
+    assert "cpu" in str(error), error
+else:
+    raise AssertionError("an explicit backend fell back silently")
+"""
+    where, why = run(sys.executable, "-c", script, cwd=tmp_path, **here).splitlines()[-1].split("|")
+    assert Path(where).is_relative_to(tmp_path)
+    assert why not in ("", "None")
+
+
+@pytest.mark.slow
+def test_sdist_is_complete(tree: Path, sdist: Path) -> None:
+    assert sources(sdist) == sources(tree)
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run"):
+        assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_wheel_of_the_sdist_runs(sdist: Path, tmp_path: Path) -> None:
+    """Compiled from the sdist alone, installed by unpacking, and used without a checkout near."""
+    # Unoptimised compiles several times faster, and what is tested here is what is packed.
+    switches = {"FUSEDKL_DEBUG": "1"}
+    wheel = build("wheel", sdist, tmp_path / "wheel", **switches)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (library,) = (site / "fusedkl").glob("_C.*")
+    code = library.read_bytes()
+    # One binary for every Python and for torch without CUDA: neither may be linked to.
+    for foreign in (b"libpython", b"libtorch_python", b"libtorch_cuda", b"libcudart"):
+        assert foreign not in code, f"{library.name} needs {foreign.decode()}"
+    if sys.platform == "linux":
+        assert "-cp310-abi3-linux_" in wheel.name
+        assert library.name == "_C.abi3.so"
+
+    script = """
+import torch, fusedkl, fusedkl.kernels
+x, y = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).unbind()
+ours = fusedkl.forward_kl(x, y, backend="cpu")
+torch.testing.assert_close(ours, fusedkl.forward_kl(x, y, backend="reference"))
+print(fusedkl.__file__, fusedkl.kernels.__file__, torch.ops.fusedkl._cpu_isa(), sep="|")
+"""
+    output = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(site))
+    *files, isa = output.splitlines()[-1].split("|")
+    assert all(Path(file).is_relative_to(site) for file in files)
+    assert isa in ("portable", "avx2", "avx512")
+
+    # A second build compiles what changed, and headers count.
+    rebuild = (sys.executable, "setup.py", "build_ext")
+    assert "no work to do" in run(*rebuild, cwd=sdist, **switches)
+    (sdist / "csrc/cpu/ops.cpp").touch()
+    assert "[1/1]" in run(*rebuild, cwd=sdist, **switches)
