@@ -40,17 +40,24 @@ class Problem:
         return self.policy.numel()
 
     @property
+    def vocabulary(self) -> int:
+        return self.policy.shape[1]
+
+    @property
     def rows(self) -> int:
         return self.policy.shape[0]
 
+    def truths(self) -> list[oracle_f64.Row]:
+        """The float64 truth of each distinct row."""
+        return [oracle_f64.row(self.policy[i], self.reference[i]) for i in range(self.distinct)]
+
     def expected_rows(self) -> Tensor:
         """KL(reference || policy) of the distinct rows, float64."""
-        return torch.stack(
-            [
-                oracle_f64.row(self.policy[i], self.reference[i]).forward_kl
-                for i in range(self.distinct)
-            ]
-        )
+        return torch.stack([truth.forward_kl for truth in self.truths()])
+
+    def expected_both(self) -> Tensor:
+        """The sum of both directions of the distinct rows, float64."""
+        return torch.stack([truth.forward_kl + truth.reverse_kl for truth in self.truths()])
 
     def expected_mean(self, rows: Tensor) -> float:
         """Mean over all rows, given the distinct ones."""

@@ -81,8 +81,8 @@ def ours_inplace(dtype: str) -> Contender:
     return _tight("fusedkl inplace_grad", _ours_inplace, dtype, inplace=True)
 
 
-# Its value is the sum of two directions, so it is checked by the accuracy job, not by check().
-BOTH = Contender("fusedkl jeffreys", _ours_both)
+# Its value is the sum of two directions: to be checked against Problem.expected_both().
+BOTH = Contender("fusedkl jeffreys", _ours_both, 1e-5)
 EAGER = Contender("eager, upcast", two_lines)
 ROW_LOOP = Contender("row loop", row_loop)
 
@@ -134,15 +134,16 @@ def check(contender: Contender, problem: Problem, expected: Tensor, backward: bo
     `expected` is problem.expected_rows(). The gradient is compared on the first and the last of the
     distinct rows and on the very last row: the whole tensor would take longer than the timing.
     """
-    value = float(forward(contender, problem))
-    want = problem.expected_mean(expected)
+    with torch.set_grad_enabled(backward):
+        policy = problem.policy.clone().requires_grad_() if backward else problem.policy
+        loss = contender.loss(policy, problem.reference)
+    value, want = float(loss.detach()), problem.expected_mean(expected)
     # The mean of `rows` fp32 numbers may itself be off by a rounding.
     if not abs(value - want) <= (contender.value_tolerance + 1e-6) * want:
         return f"{contender.name}: value {value:.9g}, expected {want:.9g}"
     if not backward:
         return ""
-    policy = problem.policy.clone().requires_grad_()
-    grad = gradient(contender, policy, problem.reference)
+    (grad,) = torch.autograd.grad(loss, policy)
     for index in {0, problem.distinct - 1, problem.rows - 1}:
         truth = oracle_f64.row(problem.policy[index], problem.reference[index]).forward_gradient
         error = oracle_f64.relative_l2(grad[index], truth / problem.rows)

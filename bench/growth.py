@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import cases
+import contenders
 import speed
 import timing
 import torch
@@ -65,6 +66,9 @@ def run(reporter: Reporter, settings: speed.Settings) -> None:
         width = 1 << 17
         rows = 16 if settings.quick else max(512, cases.rows_for(width, torch_dtype, False))
         problem = cases.make(NARROW, width, rows, dtype)
+        ours = contenders.ours(dtype)
+        if not speed.Measurement(problem, settings, reporter).right("flatness", False, ours):
+            continue
         shapes = cells(problem.policy.view(-1), problem.reference.view(-1), vocabularies)
         samples: dict[str, list[float]] = {cell.name: [] for cell in shapes}
         with torch.no_grad():

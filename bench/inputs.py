@@ -8,13 +8,13 @@ import timing
 from cases import DTYPES, NARROW, Problem
 from goals import Result
 from jobs_io import Reporter
-from speed import Measurement, Settings, per_pair, short
+from speed import Measurement, Settings, first, per_pair, short
 from timing import Comparison
 
 
 def run_inputs(reporter: Reporter, settings: Settings) -> None:
     """What difficult inputs and a second direction cost, against one direction on easy ones."""
-    vocabulary = next(iter(cases.vocabularies(settings.quick).values()))
+    vocabulary = first(settings)
     for dtype, torch_dtype in DTYPES.items():
         rows = cases.rows_for(vocabulary, torch_dtype, settings.quick)
         ours = contenders.ours(dtype)
@@ -22,7 +22,12 @@ def run_inputs(reporter: Reporter, settings: Settings) -> None:
         base = contenders.steps(ours, easy.problem, backward=False)
         both = contenders.steps(contenders.BOTH, easy.problem, backward=False)
         reporter.step(f"{short(easy.problem)}: both directions")
-        _emit_cost(reporter, "both_directions", easy.problem, timing.compare(base, both), "")
+        right = easy.right("both_directions", False, ours)
+        wrong = contenders.check(contenders.BOTH, easy.problem, easy.problem.expected_both(), False)
+        if wrong:
+            reporter.emit(Result("both_directions", short(easy.problem), wrong=wrong))
+        elif right:
+            _emit_cost(reporter, "both_directions", easy.problem, timing.compare(base, both), "")
         for goal, kind in (
             ("wide_1", "noise 1"),
             ("wide_4", "noise 4"),

@@ -17,21 +17,22 @@ def run(reporter: Reporter, settings: Settings) -> None:
     """Two threads on the wall clock; reported, because neighbours decide the outcome."""
     torch.set_num_threads(2)
     _long_row(reporter, settings)
-    for problem in problems(settings, reporter):
+    for problem in problems(settings, reporter, only_first=True):
         here, ours = Measurement(problem, settings, reporter), contenders.ours(problem.dtype)
         for goal, backward in (("threads_forward", False), ("threads_backward", True)):
             reporter.step(f"{short(problem)}: compiling the peer for two threads")
             peer = contenders.compiled(problem, backward, timing.WALL)
             here.versus(goal, ours, peer, backward, clock=timing.WALL)
-        if problem.dtype == "fp32":
-            return
 
 
 def _long_row(reporter: Reporter, settings: Settings) -> None:
     for dtype in DTYPES:
         reporter.step(f"{dtype}: one row of 1M, one and two threads")
         problem = cases.make(NARROW, 1 << (12 if settings.quick else 20), 1, dtype)
-        step = contenders.steps(contenders.ours(dtype), problem, backward=False)
+        ours = contenders.ours(dtype)
+        if not Measurement(problem, settings, reporter).right("threads_row", False, ours):
+            continue
+        step = contenders.steps(ours, problem, backward=False)
         result = timing.compare(
             Step(step.run, before=lambda: torch.set_num_threads(2)),
             Step(step.run, before=lambda: torch.set_num_threads(1)),

@@ -34,10 +34,10 @@ namespace fusedkl {
 struct RowState {
   double policy_max, policy_log_sum;        // logsumexp(x/T) = max + log_sum, max = (largest sampled x)/T
   double reference_max, reference_log_sum;  // logsumexp(y/T)
-  double log_ratio;                         // D = lse(x/T) - lse(y/T), to its own accuracy
+  double centre, residual;                  // D = lse(x/T) - lse(y/T) = centre/T + residual: l = ((x - y) - centre)/T - residual
   double forward_kl, reverse_kl, entropy, reference_entropy;
 };
-constexpr int kStateColumns = 9;
+constexpr int kStateColumns = 10;
 static_assert(sizeof(RowState) == kStateColumns * sizeof(double));
 
 constexpr double kLog2e = 1.4426950408889634074;
@@ -50,8 +50,8 @@ constexpr float kPoly6[] = {0.5f, 0.16666695f, 0.041666515f, 0.00833093f, 0.0013
 constexpr float kPoly8[] = {0.49999997f,   0.16666646f,   0.041666847f,  0.008334049f, 0.0013886975f,         // |u| <= 2  [1.2e-7]
                             0.00019774109f, 2.4847946e-05f, 2.9843188e-06f, 2.8162347e-07f};
 constexpr float kPolySplit[] = {0.5f, 0.16666573f, 0.04166686f, 0.008363733f, 0.0013901531f};                 // |u| <= ln2/2  [1.4e-7]
-// 2^r on [0, 1), relative error 7.5e-8
-constexpr float kExp2[] = {0.9999999251f, 0.6931530732f, 0.2401536171f, 0.0558263180f, 0.0089893401f, 0.0018775767f};
+// 2^r on [0, 1), relative error 1.2e-7, exactly 1 at 0: the largest weight of a row is 1 and no log-probability exceeds 0
+constexpr float kExp2[] = {1.f, 0.693151057f, 0.240165934f, 0.0557979867f, 0.00901629869f, 0.00186858221f};
 
 FUSEDKL_HD static inline bool is_finite(double v) { return v - v == 0; }
 
@@ -107,8 +107,9 @@ struct CentredSums {
     A -= t * S;
   }
 
-  // Rounding of B is amplified when the centre is far from the mean; true when by more than about 2.
-  FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > B * S; }
+  // The centre is too far from the mean: about it, rounding would be amplified in B, and A would know the log-ratio of the bulk
+  // of the row no better than the spread of a few outliers.
+  FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > 0.04 * B * S; }
 
   FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p((A + B) / S); }
 
@@ -132,7 +133,7 @@ FUSEDKL_HD static inline double entropy_of(double ties, double rest, double gap)
 
 FUSEDKL_HD static inline RowState nan_state() {
   const double v = NAN;
-  return {v, v, v, v, v, v, v, v, v};
+  return {v, v, v, v, v, v, v, v, v, v};
 }
 
 // log of the total of parts whose logs are max + log_sum, about the heaviest part; index of that part in `heaviest`
@@ -150,9 +151,9 @@ FUSEDKL_HD static inline double merged_log_sum(const RowState* parts, int count,
 }
 
 // Chain rule over segments: KL = sum_i Q_i KL_i + KL over the masses (Q_i, P_i), entropy likewise. Segments count as tokens
-// whose log-ratio is their D. A segment without mass on one side has log_sum = -inf there (support is decided by that, never
+// whose difference of logits is their D. A segment without mass on one side has log_sum = -inf there (support is decided by that, never
 // by an exponential that may underflow).
-FUSEDKL_HD static inline RowState merge(const RowState* parts, int count) {
+FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double inv_t) {
   if (count == 1) return parts[0];
   for (int i = 0; i < count; i++)
     if (parts[i].policy_log_sum != parts[i].policy_log_sum || parts[i].reference_log_sum != parts[i].reference_log_sum) return nan_state();
@@ -169,21 +170,25 @@ FUSEDKL_HD static inline RowState merge(const RowState* parts, int count) {
   auto log_q = [&](int i) {
     return ((parts[i].reference_max - parts[top_q].reference_max) + (parts[i].reference_log_sum - parts[top_q].reference_log_sum)) - more_q;
   };
-  const double origin = parts[top_q].log_ratio;
+  // about the heaviest segment, D keeps the digits that a difference of two logsumexps of size 1e4 would lose
+  const RowState& origin = parts[top_q];
+  auto log_ratio_from = [&](int i, const RowState& from) {
+    return (parts[i].centre - from.centre) * inv_t + (parts[i].residual - from.residual);
+  };
   double spread = 0;
   bool one_sided = false;
   for (int i = 0; i < count; i++) {
     const bool has_p = parts[i].policy_log_sum > -INFINITY, has_q = parts[i].reference_log_sum > -INFINITY;
     one_sided |= has_p && !has_q;
-    if (has_q) spread += exp(log_q(i)) * expm1(parts[i].log_ratio - origin);
+    if (has_q) spread += exp(log_q(i)) * expm1(log_ratio_from(i, origin));
   }
-  // about the heaviest segment, D keeps the digits that a difference of two logsumexps of size 1e4 would lose
-  row.log_ratio = !one_sided && spread > -0.5 && spread < 1e6
-                      ? origin + log1p(spread)
-                      : (row.policy_max - row.reference_max) + (row.policy_log_sum - row.reference_log_sum);
+  row.centre = origin.centre;
+  row.residual = !one_sided && spread > -0.5 && spread < 1e6
+                     ? origin.residual + log1p(spread)
+                     : ((row.policy_max - row.reference_max) - origin.centre * inv_t) + (row.policy_log_sum - row.reference_log_sum);
   for (int i = 0; i < count; i++) {
     const bool has_p = parts[i].policy_log_sum > -INFINITY, has_q = parts[i].reference_log_sum > -INFINITY;
-    const double p = has_p ? exp(log_p(i)) : 0, q = has_q ? exp(log_q(i)) : 0, l = parts[i].log_ratio - row.log_ratio;
+    const double p = has_p ? exp(log_p(i)) : 0, q = has_q ? exp(log_q(i)) : 0, l = log_ratio_from(i, row);
     if (has_q && (!has_p || parts[i].forward_kl == INFINITY)) row.forward_kl = INFINITY;
     else if (has_q) row.forward_kl += q * parts[i].forward_kl + (l > 1 ? (p - q) - q * l : q * g_of(l));
     if (has_p && (!has_q || parts[i].reverse_kl == INFINITY)) row.reverse_kl = INFINITY;
@@ -223,11 +228,11 @@ FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_
 // The same gradient for one token, in double: the tokens whose log-probability was asked for are stored once, from here.
 FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t, bool with_reference) {
   const double log_p = (x * inv_t - s.policy_max) - s.policy_log_sum, p = exp(log_p);
-  double v = p > 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0;
+  double v = p != 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0;
   if (with_reference && (r.forward != 0 || r.reverse != 0)) {
-    const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = (x - y) * inv_t - s.log_ratio;
+    const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * inv_t - s.residual;
     v += r.forward * (q > 0 && l < 1 ? q * expm1(l) : p - q);
-    if (r.reverse != 0 && p > 0) v += p * r.reverse * (l - s.reverse_kl);
+    if (r.reverse != 0 && p != 0) v += p * r.reverse * (l - s.reverse_kl);
   }
   return v;
 }

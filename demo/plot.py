@@ -12,13 +12,13 @@ import matplotlib
 matplotlib.use("Agg")  # draws to a file; no display is needed
 
 import matplotlib.pyplot as plt
-from report import LIMIT, TITLES, Gap, Result, mebibytes, milliseconds, times_less
+from report import TITLES, Gap, Result, footnote, mebibytes, milliseconds, times_less
 
 # Told apart in greyscale and by the colour-blind; the widest is drawn first, so that curves that
 # coincide still show all three.
 COLOURS = {"eager": "#a8b0b8", "compile": "#e69f00", "fusedkl": "#0050a0"}
 WIDTHS = {"eager": 9.0, "compile": 4.5, "fusedkl": 1.5}
-_INK, _FAINT = "#20262c", "#6b747d"
+_INK, _FAINT, _ALARM = "#20262c", "#6b747d", "#b00020"
 
 _STYLE = {
     "font.size": 10,
@@ -44,7 +44,7 @@ def draw(settings: dict[str, Any], results: Sequence[Result], gap: Gap, path: Pa
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(12.5, 8.2), dpi=150)
         grid = figure.add_gridspec(
-            2, 6, height_ratios=(1.25, 1), left=0.065, right=0.98, top=0.83, bottom=0.15,
+            2, 6, height_ratios=(1.25, 1), left=0.065, right=0.98, top=0.83, bottom=0.165,
             hspace=0.5, wspace=1.1,
         )  # fmt: skip
         _headline(figure, settings, results, gap)
@@ -86,7 +86,7 @@ def _headline(figure: Any, settings: dict[str, Any], results: Sequence[Result], 
         0.065, 0.905,
         f"{TITLES[last.contender]}'s KL loss takes {gains} than {TITLES[first.contender]}'s.  "
         f"Largest gap between any two curves: {gap.nats:.0e} nats.",
-        fontsize=11, color=_INK if gap.agrees else "#b00020",
+        fontsize=11, color=_INK if gap.agrees else _ALARM,
     )  # fmt: skip
 
 
@@ -144,15 +144,9 @@ def _bars(
 
 def _caption(figure: Any, settings: dict[str, Any], results: Sequence[Result]) -> None:
     warm_up = ", ".join(f"{TITLES[r.contender]} {milliseconds(r.warm_up_seconds)}" for r in results)
-    lines = (
-        f"{settings['steps']} steps of {settings['tokens']} tokens over {settings['batches']} "
-        f"batches in turn, vocabulary {results[0].vocabulary}, float32, beta {settings['beta']:g}, "
-        f"the top {settings['trained_layers']} layers trained; one process per contender.",
-        f"Times are medians over the steps, memory is the largest ({results[0].memory_method}); "
-        f"bars start at 0. Warm-up, in no step: {warm_up}.",
-        f"{settings['processor']}, {settings['threads']} threads, torch {settings['torch']}. "
-        f"fusedkl: {results[-1].runs_on}. Curves may differ by {LIMIT:g} nats.",
-    )
-    figure.text(
-        0.065, 0.025, "\n".join(lines), fontsize=8.5, color=_FAINT, linespacing=1.5
-    )  # fmt: skip
+    lines = footnote(settings, results)
+    lines.insert(3, f"Warm-up, in no step: {warm_up}.")
+    for left, part in ((0.065, lines[:3]), (0.53, lines[3:])):
+        figure.text(
+            left, 0.098, "\n".join(part), fontsize=7.5, color=_FAINT, linespacing=1.6, va="top"
+        )  # fmt: skip

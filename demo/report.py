@@ -18,6 +18,8 @@ TITLES = {
 }
 LIMIT = 1e-4  # nats per token between any two curves at any step
 
+BUSY = 0.15  # of the time, from which on waiting for a core is said
+
 
 @dataclass
 class Result:
@@ -31,6 +33,7 @@ class Result:
     step_seconds: float = math.nan  # model, losses, gradients, optimizer
     peak_bytes: int | None = None  # that the KL loss and its gradient need beside both logits
     memory_method: str = "not measured"
+    waiting: float | None = None  # seconds per second that threads waited for a core, all steps
     loss: list[float] = field(default_factory=list)  # nats per token, one entry per step
     kl: list[float] = field(default_factory=list)
 
@@ -123,15 +126,28 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
-def footnote(settings: dict[str, Any], results: Sequence[Result]) -> str:
-    """What the table was measured on."""
-    return "\n".join(
-        (
-            f"Seconds are medians over {settings['steps']} steps of {settings['tokens']} tokens x "
-            f"{results[0].vocabulary} logits in float32; bytes are the largest of all steps "
-            f"({results[0].memory_method}).",
-            "The reference's logits are computed before the steps. Loss and KL in nats per token.",
-            f"{settings['processor']}, {settings['threads']} threads, torch {settings['torch']}; "
-            f"fusedkl: {results[-1].runs_on}.",
-        )
+def busy(results: Sequence[Result]) -> str:
+    """A warning, if others kept the contenders from their cores; else empty."""
+    waiting = max((result.waiting or 0.0 for result in results), default=0.0)
+    if waiting < BUSY:
+        return ""
+    return (
+        f"Others used the machine (threads waited {waiting:.0%} of the time): times are unreliable."
     )
+
+
+def footnote(settings: dict[str, Any], results: Sequence[Result]) -> list[str]:
+    """What the table was measured on, in lines."""
+    tokens, vocabulary = settings["tokens"], results[0].vocabulary
+    lines = [
+        f"Times: median of {settings['steps']} steps of {tokens} tokens, vocabulary {vocabulary}, "
+        f"float32, the top {settings['trained_layers']} layers trained.",
+        f"Memory: largest of all steps ({results[0].memory_method}), with the gradient, "
+        f"which alone is {mebibytes(4 * tokens * vocabulary)}.",
+        f"Loss: cross-entropy + {settings['beta']:g} KL(reference || policy), nats per token, "
+        f"over {settings['batches']} batches in turn, one process each.",
+        f"{settings['processor']}, {settings['threads']} threads, torch {settings['torch']}.",
+        f"fusedkl: {results[-1].runs_on}.",
+    ]
+    warning = busy(results)
+    return [*lines, warning] if warning else lines

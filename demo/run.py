@@ -22,11 +22,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+# PYTHONSAFEPATH keeps a script's own folder, where its neighbours are, off the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import model as models
 import report
 import train
 from report import CONTENDERS, TITLES, Result
-from tqdm import tqdm
 
 _HERE = Path(__file__).resolve().parent
 _OUT = _HERE.parent / "out"
@@ -169,7 +173,7 @@ def conclude(settings: dict[str, Any], results: list[Result], figure: Path) -> i
     """Print the table, draw the figure, and return the exit status: do the curves agree?"""
     print()
     print(report.table(results))
-    print(report.footnote(settings, results))
+    print(*report.footnote(settings, results), sep="\n")
     gap = report.widest_gap(results)
     if importlib.util.find_spec("matplotlib") is None:
         print("No figure: matplotlib is not installed.")
@@ -182,6 +186,7 @@ def conclude(settings: dict[str, Any], results: list[Result], figure: Path) -> i
     if not gap.agrees:
         print(f"FAILED: the curves differ by {gap}; {report.LIMIT:g} are allowed.", file=sys.stderr)
         return 1
+    print(f"Training took {settings['seconds']} s in all.")
     print(f"The curves agree: the largest difference is {gap}; {report.LIMIT:g} are allowed.")
     return 0
 
@@ -199,7 +204,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Result]]:
     )
     start = time.perf_counter()
     results = [compete(contender, arguments, weights) for contender in CONTENDERS]
-    settings["seconds"] = round(time.perf_counter() - start, 1)
+    settings["seconds"] = round(time.perf_counter() - start)
     return settings, results
 
 

@@ -19,13 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import model as models
-import text
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+# PYTHONSAFEPATH keeps a script's own folder, where its neighbours are, off the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import model as models
+import text
 from memory import PeakMemory
 from report import CONTENDERS, Result
-from torch import Tensor
 
 Penalty = Callable[[Tensor, Tensor], Tensor]  # policy and reference [tokens, V] -> nats per token
 
@@ -76,6 +80,15 @@ def warm_up(kl: Penalty, logits: Tensor) -> float:
     return time.perf_counter() - start
 
 
+def seconds_waited() -> float | None:
+    """Seconds that this process's threads were ready to run and had no core, where Linux says."""
+    try:
+        tasks = [task.read_text().split() for task in Path("/proc/self/task").glob("*/schedstat")]
+        return sum(int(waited) for _, waited, _ in tasks) / 1e9
+    except (OSError, ValueError):
+        return None
+
+
 def train(arguments: argparse.Namespace) -> Result:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
@@ -107,6 +120,7 @@ def train(arguments: argparse.Namespace) -> Result:
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate(arguments))
     loss_seconds, step_seconds, peaks = [], [], []
+    start, waited = time.perf_counter(), seconds_waited()
     for step in range(arguments.steps):
         batch, reference = data[step % len(data)], references[step % len(data)]
         step_start = time.perf_counter()
@@ -131,6 +145,8 @@ def train(arguments: argparse.Namespace) -> Result:
         result.loss.append(cross_entropy.item() + arguments.beta * result.kl[-1])
         say("step", step=step, loss=result.loss[-1], kl=result.kl[-1])
 
+    if waited is not None:
+        result.waiting = ((seconds_waited() or 0) - waited) / (time.perf_counter() - start)
     result.loss_seconds = statistics.median(loss_seconds)
     result.step_seconds = statistics.median(step_seconds)
     measured = [peak for peak in peaks if peak is not None]

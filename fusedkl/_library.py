@@ -1,7 +1,7 @@
 """The operator namespace and the compiled library behind it.
 
-Schemas live in Python (`LIB`), kernels in `fusedkl/_C.abi3.so`, so that the package imports, and its
-operators exist, on a machine that could not build or load the library.
+Schemas live in Python (`LIB`), kernels in `fusedkl/_C.abi3.so`, so that the package imports, and
+its operators exist, on a machine that could not build or load the library.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ OPERATORS: dict[str, tuple[str, str]] = {
     "ordered_sum": ("Tensor values, Tensor? weight", "Tensor"),
 }
 
-# needs_exact_strides: torch.compile hands over the strides the caller had (a copy of a slice of logits
-# would be the largest tensor of the step).
+# needs_exact_strides: torch.compile hands over the strides the caller had (a copy of a slice of
+# logits would be the largest tensor of the step).
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 for _name, (_arguments, _results) in OPERATORS.items():
@@ -92,7 +92,5 @@ def why_not() -> str | None:
 
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """Whether operator `fusedkl::name` has a kernel for this dispatch key."""
-    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"{NAMESPACE}::{name}", dispatch_key
-    )
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
     return has

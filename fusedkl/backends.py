@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, reference
+from . import _library, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -49,16 +49,14 @@ def _reference_why_not(device: torch.device | None) -> str | None:
 
 
 # The library's operators, fusedkl::_row_stats and so on, behind torch's own dispatcher.
-_COMPILED = SimpleNamespace(
-    **{name: getattr(torch.ops.fusedkl, f"_{name}") for name in OPERATORS}
-)
+_COMPILED = SimpleNamespace(**{name: getattr(torch.ops.fusedkl, f"_{name}") for name in OPERATORS})
 
 # Best first; the first usable one is taken.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
-        Backend("reference", "plain torch in float64", _reference_why_not, reference),
+        Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
 }
 
@@ -71,8 +69,8 @@ def kernels(name: str) -> Any:
 def resolve(backend: str | None, device: torch.device) -> str:
     """The name of the backend to run: the one asked for, or the first usable one.
 
-    An explicit name, by argument or by FUSEDKL_BACKEND, never falls back: if it cannot be used, that
-    is a ValueError with the reason.
+    An explicit name, by argument or by FUSEDKL_BACKEND, never falls back: if it cannot be used,
+    that is a ValueError with the reason.
     """
     source = "backend"
     if backend is None:
@@ -151,7 +149,7 @@ def explain(
     *,
     backend: str | None = None,
 ) -> Explanation:
-    """Tell which backend runs for these tensors (CPU tensors, if none are given), and why not another.
+    """Tell which backend runs for these tensors (CPU tensors, if none are given), and why.
 
     Returns an `Explanation` with `chosen`, `why` and one `BackendStatus` per backend; print it.
     Never raises for a backend that cannot be used: the reason is in `why`.

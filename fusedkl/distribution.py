@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops, validation
+from . import autograd, validation
 from .backends import resolve
 from .layout import inverse_temperature, rows
 
@@ -21,7 +21,7 @@ def _one_field(
 ) -> Tensor:
     inverse = inverse_temperature(temperature, logits)
     name = resolve(backend, logits.device)
-    return ops.row_stats(rows(logits), None, token_ids, (field,), inverse, backend=name)
+    return autograd.row_stats(rows(logits), None, token_ids, (field,), inverse, backend=name)
 
 
 def logsumexp(
@@ -29,7 +29,7 @@ def logsumexp(
 ) -> Tensor:
     """log sum exp(logits / T) over the last dim of [..., V].
 
-    Equivalent to ``torch.logsumexp(logits.float() / temperature, -1)``, without a [..., V] temporary.
+    Equivalent to ``torch.logsumexp(logits.float() / temperature, -1)``, with no [..., V] temporary.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
@@ -37,8 +37,8 @@ def logsumexp(
         backend: None, or a name from `backends()`.
 
     Returns:
-        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing but
-        -inf in a row makes it NaN.
+        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing
+        but -inf in a row makes it NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -61,8 +61,8 @@ def entropy(
         backend: None, or a name from `backends()`.
 
     Returns:
-        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing but
-        -inf in a row makes it NaN.
+        shape logits.shape[:-1], float32 (float64 for float64 logits), nats. NaN, +inf or nothing
+        but -inf in a row makes it NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -128,8 +128,8 @@ def log_softmax(
         backend: None, or a name from `backends()`.
 
     Returns:
-        the shape of logits, nats; autocast changes nothing. A row with NaN, +inf or nothing but -inf
-        is NaN.
+        the shape of logits, nats; autocast changes nothing. A row with NaN, +inf or nothing but
+        -inf is NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -143,5 +143,5 @@ def log_softmax(
     moved = logits.movedim(dim, -1) if logits.dim() else logits
     validation.logits("logits", moved)
     name = resolve(backend, logits.device)
-    out = ops.log_softmax(rows(moved), dtype or logits.dtype, backend=name)
+    out = autograd.log_softmax(rows(moved), dtype or logits.dtype, backend=name)
     return out.reshape(moved.shape).movedim(-1, dim)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import divergences, ops, reductions, reference, validation
+from . import autograd, divergences, reductions, reference, validation
 from .backends import resolve
 from .layout import inverse_temperature, rows
+
 
 def divergence(
     policy_logits: Tensor,
@@ -64,9 +65,9 @@ def divergence(
     Returns:
         float32, or float64 if either input is; autocast changes nothing. Gradients come in each
         input's dtype. Values are never negative, exactly 0 for rows that differ by an exactly
-        representable constant, +inf where the supports (logits other than -inf) say so; such a row's
-        gradient is p - q to the policy and 0 to the reference. -inf in both rows is skipped. NaN,
-        +inf, or nothing but -inf makes that row NaN, and no other.
+        representable constant, +inf where the supports (logits other than -inf) say so; such a
+        row's gradient is (p - q) / T to the policy and 0 to the reference. -inf in both rows is
+        skipped. NaN, +inf, or nothing but -inf makes that row NaN, and no other.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -85,7 +86,7 @@ def divergence(
     dtype = reference.result_dtype(policy_logits, reference_logits)
     weights = reductions.token_weights(policy_logits, weight, dtype)
     name = resolve(backend, policy_logits.device)
-    values = ops.row_stats(
+    values = autograd.row_stats(
         rows(policy_logits),
         rows(reference_logits),
         None,

@@ -51,7 +51,6 @@ def _fusable(input: Tensor, target: Tensor) -> bool:
         and input.layout == torch.strided
         and target.layout == torch.strided
         and input.shape == target.shape
-        and input.numel() > 0
         and not (torch.is_grad_enabled() and (input.is_inference() or target.is_inference()))
         and input.is_contiguous()  # the layout of torch's gradients to others is no simple rule
         and target.is_contiguous()

@@ -65,8 +65,8 @@ class _DivergenceLoss(nn.Module):
 class ForwardKLLoss(_DivergenceLoss):
     """`fusedkl.forward_kl` as a module: KL(q || p) of every row of logits, with its defaults.
 
-    ``ForwardKLLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits, mask=mask)``.
-    Options of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
+    ``ForwardKLLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits)``. Options
+    of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
     """
 
     kind = "forward_kl"
@@ -75,8 +75,8 @@ class ForwardKLLoss(_DivergenceLoss):
 class ReverseKLLoss(_DivergenceLoss):
     """`fusedkl.reverse_kl` as a module: KL(p || q) of every row of logits, with its defaults.
 
-    ``ReverseKLLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits, mask=mask)``.
-    Options of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
+    ``ReverseKLLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits)``. Options
+    of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
     """
 
     kind = "reverse_kl"
@@ -85,8 +85,8 @@ class ReverseKLLoss(_DivergenceLoss):
 class JeffreysLoss(_DivergenceLoss):
     """`fusedkl.jeffreys` as a module: KL(q || p) + KL(p || q) of every row, with its defaults.
 
-    ``JeffreysLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits, mask=mask)``.
-    Options of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
+    ``JeffreysLoss(temperature=2.0, reduction="mean")(policy_logits, reference_logits)``. Options
+    of the call: mask, weight, labels. See `fusedkl.divergence` for shapes, dtypes and errors.
     """
 
     kind = "jeffreys"

@@ -3,8 +3,9 @@
     none       w D, one per token          sum        sum(w D)
     mean       sum(w D) / sum(w)           batchmean  sum(w D) / size(0)
 
-over counted tokens, w = 1 without a weight. A token that is not counted, or has weight 0, contributes
-exactly 0 to value and gradient whatever its row holds. "mean" of nothing is 0 with a connected graph.
+over counted tokens, w = 1 without a weight. A token that is not counted, or has weight 0,
+contributes exactly 0 to value and gradient whatever its row holds. "mean" of nothing is 0 with a
+connected graph.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, validation
+from . import autograd, validation
 
 
 def counted_tokens(
@@ -49,7 +50,7 @@ def token_weights(policy: Tensor, weight: Tensor | None, dtype: torch.dtype) -> 
 
 
 def rows_to_read(counted: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    """The mask for the kernels: rows of weight 0 count for nothing, unless weight wants a gradient."""
+    """The mask for kernels: rows of weight 0 need not be read, unless weight wants a gradient."""
     if weight is None or weight.requires_grad:
         return counted
     weighty = weight != 0
@@ -73,14 +74,14 @@ def reduce(
         values = torch.where((weight != 0) | values.isfinite(), values, 0)
     if reduction == "none":
         return (values if weight is None else values * weight).reshape(shape)
-    total = ops.ordered_sum(values, weight, backend=backend)
+    total = autograd.ordered_sum(values, weight, backend=backend)
     if reduction == "sum":
         return total
     if reduction == "batchmean":
         return total / max(shape[0], 1)
     if weight is not None:
         something = (weight != 0).any()
-        norm = ops.ordered_sum(weight, None, backend=backend)
+        norm = autograd.ordered_sum(weight, None, backend=backend)
         return total / torch.where(something, norm, 1)
     if counted is not None:
         return total / counted.sum().clamp(min=1)

@@ -1,18 +1,20 @@
 """Argument checks: every message names the argument, what came, and what is accepted.
 
-Metadata and Python numbers are checked where the call is made; the contents of CPU tensors inside the
-operator, which torch.compile does not trace into. Contents of device tensors are not looked at.
+Metadata and Python numbers are checked where the call is made; the contents of CPU tensors inside
+the operator, which torch.compile does not trace into. Contents of device tensors are not looked at.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import divergences
+from . import reference as reference_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -88,15 +90,15 @@ def reduction(value: object) -> None:
 
 def number_temperature(value: object) -> None:
     """A finite number > 0."""
-    if isinstance(value, bool) or not isinstance(
-        value, (numbers.Real, torch.SymFloat, torch.SymInt)
-    ):
+    number = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
+    if isinstance(value, bool) or not number:
         raise TypeError(
             "temperature must be a number, or a float tensor with one per row; "
             f"got {type(value).__name__}"
         )
-    if not (value > 0 and value < math.inf):
-        raise ValueError(f"temperature must be positive and finite; got {value}")
+    given: Any = value
+    if not (given > 0 and given < math.inf):
+        raise ValueError(f"temperature must be positive and finite; got {given}")
 
 
 def tensor_temperature(value: Tensor, policy: Tensor) -> None:
@@ -125,14 +127,13 @@ def token_index(value: object, policy: Tensor) -> None:
 
 
 def _may_overlap(t: Tensor) -> bool:
-    # Walking the dims from the smallest stride, each must step over all that the smaller ones span.
-    span = 0
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1
-    ):
-        if stride <= span:
+    # Each dim must step over all that the dims of smaller strides span. No sort: torch.compile
+    # cannot sort symbolic strides.
+    dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):
+        below = [s * (n - 1) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(below):
             return True
-        span += stride * (size - 1)
     return False
 
 
@@ -186,7 +187,7 @@ def row_stats_contents(
             raise ValueError(f"{name} must have last stride 1; got strides {logits_.stride()}")
     for name, extra, dtype, shapes in (
         ("token_ids", token_ids, torch.int64, ((n, -1),)),
-        ("inv_temperature", inv_temperature, torch.float64, ((n,), (1,))),
+        ("inv_temperature", inv_temperature, reference_.inside(policy.device), ((n,), (1,))),
         ("mask", mask, torch.bool, ((n,),)),
     ):
         if extra is None:

@@ -1,4 +1,4 @@
-"""Fixtures of every test: the backends, fixed seeds, one thread, and memory that shows when unwritten."""
+"""Fixtures of every test: backends, seeds, one thread, and memory that shows when unwritten."""
 
 from __future__ import annotations
 

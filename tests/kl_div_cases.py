@@ -94,6 +94,18 @@ def compare(*args: Any, gradients: bool = True, **kwargs: Any) -> Outcome:
     return ours
 
 
+def close_or_no_worse(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """torch's default tolerances; in half precision as near to float64 as torch is."""
+    if ours.dtype not in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        return
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    info = torch.finfo(ours.dtype)
+    rounding = 0.51 * (info.eps * exact.abs() + info.smallest_normal * info.eps) + 1e-6
+    error, their_error = ((v.double() - exact).abs() for v in (ours, theirs))
+    assert ((error <= their_error + rounding) | ours.isnan()).all()
+
+
 @dataclass
 class Kernels:
     forward: int = 0

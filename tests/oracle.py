@@ -1,7 +1,7 @@
 """The truth, in 60 digits, for one small row at a time; and the tolerances of the promises.
 
-It evaluates the definitions as they stand (log-probabilities, then sums), shares no formula with the
-package, and states the conventions at the edges in its own words.
+It evaluates the definitions as they stand (log-probabilities, then sums), shares no formula with
+the package, and states the conventions at the edges in its own words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRADIENT_TOLERANCE = {
     torch.bfloat16: 4e-3,
     torch.float16: 1e-3,
 }
-# Relative error of a value, by the dtype of the result. Never the input's: inputs are taken as exact.
+# Relative error of a value, by the dtype of the result, never of the inputs: they are exact.
 # float64: a difference of two logits of 1e4 is itself rounded by 1e-12.
 VALUE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 

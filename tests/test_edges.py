@@ -131,7 +131,11 @@ def test_masked_rows_are_exactly_zero_whatever_they_hold(
     before = run(policy, reference, kind, backend, mask=mask)
     policy[1, 3], reference[3] = NAN, -INF
     policy[4, 5], reference[4, 6] = INF, NAN
-    for options in ({"mask": mask}, {"labels": torch.where(mask, 7, -100)}, {"weight": mask.float()}):
+    for options in (
+        {"mask": mask},
+        {"labels": torch.where(mask, 7, -100)},
+        {"weight": mask.float()},
+    ):
         found = run(policy, reference, kind, backend, **options)
         for dirty, clean in zip(found, before, strict=True):
             assert torch.equal(dirty[~mask], torch.zeros_like(dirty[~mask]))
@@ -189,7 +193,9 @@ def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
 
 def test_no_token_ids(backend: str) -> None:
     leaf = torch.randn(3, 8, requires_grad=True)
-    found = fusedkl.selective_log_softmax(leaf, torch.zeros((3, 0), dtype=torch.long), backend=backend)
+    found = fusedkl.selective_log_softmax(
+        leaf, torch.zeros((3, 0), dtype=torch.long), backend=backend
+    )
     assert found.shape == (3, 0)
     found.sum().backward()
     assert torch.equal(leaf.grad, torch.zeros(3, 8))
@@ -208,7 +214,7 @@ def test_one_row_without_a_batch(backend: str) -> None:
 
 
 def test_extreme_logits(backend: str) -> None:
-    """Beyond what float32 can subtract or exponentiate; supports come from logits, never from exp."""
+    """Beyond what float32 can subtract; supports come from the logits, never from exp."""
     biggest = torch.finfo(torch.float32).max
     policy = torch.tensor([[biggest, 0.0, -biggest], [1e38, -1e38, 3.0], [200.0, 0.0, -200.0]])
     reference = torch.tensor([[biggest, 1.0, -biggest], [1e38, 1e38, 3.0], [200.0, 0.0, 0.0]])

@@ -24,19 +24,29 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "policy is no tensor": (lambda: call([1.0]), TypeError, r"policy_logits .* got list"),
     "reference is no tensor": (lambda: call(y=None), TypeError, r"reference_logits .* NoneType"),
     "integer policy": (
-        lambda: call(X.long()), TypeError, r"policy_logits .* float32, bfloat16.* got int64"
+        lambda: call(X.long()),
+        TypeError,
+        r"policy_logits .* float32, bfloat16.* got int64",
     ),
     "integer reference": (lambda: call(y=Y.int()), TypeError, r"reference_logits .* got int32"),
     "complex policy": (lambda: call(X + 0j), TypeError, r"policy_logits .* got complex64"),
-    "sparse policy": (lambda: call(X.to_sparse()), TypeError, r"policy_logits .* dense .*sparse_coo"),
+    "sparse policy": (
+        lambda: call(X.to_sparse()),
+        TypeError,
+        r"policy_logits .* dense .*sparse_coo",
+    ),
     "0-d policy": (lambda: call(X[0, 0]), ValueError, r"policy_logits .*\[\.\.\., V\].* 0-d"),
     "empty vocabulary": (lambda: call(X[:, :0], Y[:, :0]), ValueError, r"vocabulary .* \[3, 0\]"),
     "shapes differ": (
-        lambda: call(y=Y[:2]), ValueError, r"reference_logits .* \[3, 8\]; got \[2, 8\]"
+        lambda: call(y=Y[:2]),
+        ValueError,
+        r"reference_logits .* \[3, 8\]; got \[2, 8\]",
     ),
     "no broadcasting": (lambda: call(y=Y[:1]), ValueError, r"nothing is broadcast"),
     "devices differ": (
-        lambda: call(y=Y.to("meta")), ValueError, r"reference_logits must be on cpu .* got meta"
+        lambda: call(y=Y.to("meta")),
+        ValueError,
+        r"reference_logits must be on cpu .* got meta",
     ),
     "unknown kind": (
         lambda: call(kind="backward_kl"),
@@ -45,24 +55,28 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "kind of a wrong type": (lambda: call(kind=1), TypeError, r"kind must be a string, got int"),
     "unknown option": (lambda: call(beta=0.5), TypeError, r"beta"),
-    "positional option": (
-        lambda: fusedkl.forward_kl(X, Y, 2.0), TypeError, r"positional argument"
-    ),
+    "positional option": (lambda: fusedkl.forward_kl(X, Y, 2.0), TypeError, r"positional argument"),
     "unknown reduction": (
         lambda: call(reduction="avg"),
         ValueError,
         r"reduction must be one of none, sum, mean, batchmean; got 'avg'",
     ),
     "batchmean of one row": (
-        lambda: call(X[0], Y[0], reduction="batchmean"), ValueError, r"batchmean.* batch dim"
+        lambda: call(X[0], Y[0], reduction="batchmean"),
+        ValueError,
+        r"batchmean.* batch dim",
     ),
     "temperature 0": (lambda: call(temperature=0), ValueError, r"temperature .* positive .* got 0"),
     "temperature < 0": (lambda: call(temperature=-1.0), ValueError, r"temperature .* got -1\.0"),
     "temperature nan": (
-        lambda: call(temperature=float("nan")), ValueError, r"temperature .* got nan"
+        lambda: call(temperature=float("nan")),
+        ValueError,
+        r"temperature .* got nan",
     ),
     "temperature inf": (
-        lambda: call(temperature=float("inf")), ValueError, r"temperature .* got inf"
+        lambda: call(temperature=float("inf")),
+        ValueError,
+        r"temperature .* got inf",
     ),
     "temperature string": (lambda: call(temperature="1"), TypeError, r"temperature .* got str"),
     "temperature bool": (lambda: call(temperature=True), TypeError, r"temperature .* got bool"),
@@ -77,7 +91,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"temperature .* floating-point .* got int64",
     ),
     "temperature of a wrong shape": (
-        lambda: call(temperature=torch.ones(4)), ValueError, r"temperature .* \[3\]; got \[4\]"
+        lambda: call(temperature=torch.ones(4)),
+        ValueError,
+        r"temperature .* \[3\]; got \[4\]",
     ),
     "temperature holds 0": (
         lambda: call(temperature=torch.tensor([1.0, 0.0, 1.0])),
@@ -90,10 +106,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"temperature must be positive and finite; got -2\.0",
     ),
     "temperature holds nan": (
-        lambda: call(temperature=ROWS * float("nan")), ValueError, r"temperature .* got nan"
+        lambda: call(temperature=ROWS * float("nan")),
+        ValueError,
+        r"temperature .* got nan",
     ),
     "temperature holds inf": (
-        lambda: call(temperature=ROWS * float("inf")), ValueError, r"temperature .* got inf"
+        lambda: call(temperature=ROWS * float("inf")),
+        ValueError,
+        r"temperature .* got inf",
     ),
     "mask is no tensor": (lambda: call(mask=[True]), TypeError, r"mask .* got list"),
     "float mask": (lambda: call(mask=ROWS), TypeError, r"mask .* bool .* got torch.float32"),
@@ -109,21 +129,31 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "integer weight": (lambda: call(weight=ROWS.long()), TypeError, r"weight .* got torch.int64"),
     "weight of a wrong shape": (
-        lambda: call(weight=torch.ones(1)), ValueError, r"weight .* \[3\]; got \[1\]"
+        lambda: call(weight=torch.ones(1)),
+        ValueError,
+        r"weight .* \[3\]; got \[1\]",
     ),
     "float labels": (lambda: call(labels=ROWS), TypeError, r"labels .* integer .*float32"),
     "labels of a wrong shape": (
-        lambda: call(labels=torch.zeros(2, dtype=torch.long)), ValueError, r"labels .* got \[2\]"
+        lambda: call(labels=torch.zeros(2, dtype=torch.long)),
+        ValueError,
+        r"labels .* got \[2\]",
     ),
     "ignore_index alone": (lambda: call(ignore_index=0), ValueError, r"ignore_index=0 .* labels"),
     "ignore_index of a wrong type": (
-        lambda: call(labels=ROWS.long(), ignore_index=0.5), TypeError, r"ignore_index .* got float"
+        lambda: call(labels=ROWS.long(), ignore_index=0.5),
+        TypeError,
+        r"ignore_index .* got float",
     ),
     "inplace_grad of a wrong type": (
-        lambda: call(inplace_grad=1), TypeError, r"inplace_grad must be True or False; got int"
+        lambda: call(inplace_grad=1),
+        TypeError,
+        r"inplace_grad must be True or False; got int",
     ),
     "inplace_grad, expanded policy": (
-        lambda: call(X[0].expand(3, 8), inplace_grad=True), ValueError, r"inplace_grad.*expanded"
+        lambda: call(X[0].expand(3, 8), inplace_grad=True),
+        ValueError,
+        r"inplace_grad.*expanded",
     ),
     "inplace_grad, overlapping rows": (
         lambda: call(torch.randn(99).as_strided((3, 8), (5, 1)), inplace_grad=True),
@@ -136,7 +166,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"inplace_grad.*last dim has stride 1; got stride 3",
     ),
     "inplace_grad, reference in the policy's memory": (
-        lambda: call(X, X, inplace_grad=True), ValueError, r"inplace_grad.*reference_logits outside"
+        lambda: call(X, X, inplace_grad=True),
+        ValueError,
+        r"inplace_grad.*reference_logits outside",
     ),
     "unknown backend": (
         lambda: call(backend="magma"),
@@ -146,17 +178,25 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend of a wrong type": (lambda: call(backend=1), TypeError, r"backend .* got int"),
     "entropy of no tensor": (lambda: fusedkl.entropy(3), TypeError, r"logits .* got int"),
     "logsumexp of integers": (
-        lambda: fusedkl.logsumexp(X.long()), TypeError, r"logits .* got int64"
+        lambda: fusedkl.logsumexp(X.long()),
+        TypeError,
+        r"logits .* got int64",
     ),
     "log_softmax of 0-d": (lambda: fusedkl.log_softmax(X[0, 0]), ValueError, r"logits .* 0-d"),
     "log_softmax over a dim that is not there": (
-        lambda: fusedkl.log_softmax(X, 2), IndexError, r"[Dd]imension out of range"
+        lambda: fusedkl.log_softmax(X, 2),
+        IndexError,
+        r"[Dd]imension out of range",
     ),
     "log_softmax over no dim": (
-        lambda: fusedkl.log_softmax(X, None), TypeError, r"dim must be an int; got NoneType"
+        lambda: fusedkl.log_softmax(X, None),
+        TypeError,
+        r"dim must be an int; got NoneType",
     ),
     "log_softmax to integers": (
-        lambda: fusedkl.log_softmax(X, dtype=torch.long), TypeError, r"dtype .* got torch.int64"
+        lambda: fusedkl.log_softmax(X, dtype=torch.long),
+        TypeError,
+        r"dtype .* got torch.int64",
     ),
     "int32 index": (
         lambda: fusedkl.selective_log_softmax(X, torch.zeros(3, dtype=torch.int)),
@@ -179,10 +219,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"index .* got -100 to 1",
     ),
     "module temperature": (
-        lambda: fusedkl.ForwardKLLoss(temperature=0.0), ValueError, r"temperature .* got 0\.0"
+        lambda: fusedkl.ForwardKLLoss(temperature=0.0),
+        ValueError,
+        r"temperature .* got 0\.0",
     ),
     "module reduction": (
-        lambda: fusedkl.JeffreysLoss(reduction="avg"), ValueError, r"reduction .* got 'avg'"
+        lambda: fusedkl.JeffreysLoss(reduction="avg"),
+        ValueError,
+        r"reduction .* got 'avg'",
     ),
     "explain no tensor": (lambda: fusedkl.explain(3), TypeError, r"policy_logits .* got int"),
 }
@@ -228,7 +272,7 @@ def test_a_backend_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert fusedkl.explain(X, Y).chosen == "reference"
     assert "FUSEDKL_BACKEND" in fusedkl.explain(X, Y).why
     monkeypatch.setenv("FUSEDKL_BACKEND", "magma")
-    with pytest.raises(ValueError, match="FUSEDKL_BACKEND must be one of .* got 'magma'"):
+    with pytest.raises(ValueError, match=r"FUSEDKL_BACKEND must be one of .* got 'magma'"):
         call()
     # An argument is the more explicit of the two.
     assert torch.equal(call(backend="reference"), call(backend="reference"))

@@ -185,8 +185,6 @@ def test_long_rows_agree_with_the_reference_backend(
         reference = (policy.double() + 0.3 * torch.randn(2, width)).to(dtype)
         scale = 2.0**10
         found = gradients(policy, reference, scale, kind=kind, backend=backend)
-        true = gradients(
-            policy.double(), reference.double(), scale, kind=kind, backend="reference"
-        )
+        true = gradients(policy.double(), reference.double(), scale, kind=kind, backend="reference")
         for a, b in zip(found, true, strict=True):
             assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype]

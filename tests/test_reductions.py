@@ -35,9 +35,7 @@ def defined(tokens: Tensor, counted: Tensor, weight: Tensor, reduction: str) -> 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("masked", ["no", "mask", "labels", "mask and labels"])
 @pytest.mark.parametrize("kind", ["forward_kl", "jeffreys"])
-def test_definition(
-    backend: str, kind: str, masked: str, weighted: bool, reduction: str
-) -> None:
+def test_definition(backend: str, kind: str, masked: str, weighted: bool, reduction: str) -> None:
     policy, reference = inputs()
     mask = torch.rand(SHAPE[:2]) < 0.6
     labels = torch.where(torch.rand(SHAPE[:2]) < 0.6, 3, 0)
@@ -164,9 +162,7 @@ def test_temperature_of_a_masked_row_is_not_looked_at(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_are_the_same_bits_for_any_number_of_threads(
-    backend: str, dtype: torch.dtype
-) -> None:
+def test_sums_are_the_same_bits_for_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
     values = torch.randn(300_001, dtype=dtype) * torch.logspace(-8, 8, 300_001, dtype=dtype)
     weight = torch.rand(300_001, dtype=dtype)
     found = set()

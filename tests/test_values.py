@@ -212,6 +212,23 @@ def test_a_row_does_not_depend_on_its_batch(backend: str) -> None:
         assert torch.equal(whole, torch.stack(alone))
 
 
+@pytest.mark.parametrize("scenario", ["flat 1e-3", "flat 1", "peaked 2", "masked 2"])
+def test_reference_backend_where_there_is_no_float64(
+    monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    """Metal has none: the same formulas in float32, on the CPU here."""
+    for module in (fusedkl.reference, fusedkl.reference_backend):
+        monkeypatch.setattr(module, "inside", lambda device: torch.float32)
+    policy, reference = cases.make(scenario, torch.float32)
+    leaf = policy.clone().requires_grad_()
+    for kind in cases.KINDS:
+        value = fusedkl.divergence(leaf, reference, kind, temperature=0.7, backend="reference")
+        close(value, cases.truth(scenario, torch.float32, "T=0.7")[kind], floor=1e-9)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        expected = cases.truth(scenario, torch.float32, "T=0.7")[f"d_{kind}"]
+        assert oracle.relative_l2(gradient, expected) < 1e-4
+
+
 def test_modules_are_the_functions(backend: str) -> None:
     policy, reference = torch.randn(2, 4, 6, 11)
     mask = torch.rand(4, 6) < 0.5

@@ -259,36 +259,41 @@ static CarefulSums careful_block(const void* x, const void* y, int64_t n, const 
 
 // ---- one row alone
 
+// Sums about the largest logit so far; `max` tells where a block has a larger one and must be done again.
+struct WeightSum {
+  double sum;
+  float max;
+};
+
 template <DType D>
-static double weight_block(const void* x, int64_t n, float log2e_t, float shift) {
-  const vf log2e = set1(log2e_t), minus_shift = set1(-shift);
-  vf s[2] = {set1(0.f), set1(0.f)};
+static WeightSum weight_block(const void* x, int64_t n, float log2e_t, float about) {
+  const vf log2e = set1(log2e_t), m = set1(about);
+  vf s[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
   sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool tail) STEP_INLINE {
-    vf w = exp2_lanes(fma_exact(xv, log2e, minus_shift));
+    vf w = exp2_lanes((xv - m) * log2e);  // exactly 1 at the maximum
     if (tail) w = w * keep;
     s[group] = s[group] + w;
+    top[group] = max2(xv, top[group]);
   });
-  return sum_lanes(s[0] + s[1]);
+  return {sum_lanes(s[0] + s[1]), max_lanes(max2(top[0], top[1]))};
 }
 
 struct EntropySums {
-  double ties = 0, rest = 0, gap = 0;  // about the largest logit so far; see entropy_of
-  float max = 0;                       // of this block
+  double ties = 0, rest = 0, gap = 0;  // see entropy_of
+  float max = 0;
 };
 
 template <DType D>
 static EntropySums entropy_block(const void* x, int64_t n, float log2e_t, float inv_t, float about) {
-  const vf log2e = set1(log2e_t), minus_shift = set1(-about * log2e_t), m = set1(about), large = set1(0x1p100f);
-  // the shift is rounded, so a weight is off by a factor common to all; the ties are exactly 1 and must not differ from it
-  const vf unit = set1(static_cast<float>(exp2(static_cast<double>(about * log2e_t) - static_cast<double>(about) * log2e_t)));
+  const vf log2e = set1(log2e_t), m = set1(about), large = set1(0x1p100f);
   vf rest[2] = {set1(0.f), set1(0.f)}, gap[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
   vf ties[2] = {set1(0.f), set1(0.f)};
   sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool) STEP_INLINE {
     const vm tie = equal(xv, m);
-    const vf w = exp2_lanes(fma_exact(xv, log2e, minus_shift)) * unit * keep;
+    const vf down = xv - m, w = exp2_lanes(down * log2e) * keep;
     ties[group] = ties[group] + zero_unless(tie, keep);
     rest[group] = rest[group] + zero_unless(mask_not(tie), w);
-    gap[group] = fma(w, min2(large, m - xv), gap[group]);  // -inf: 0 * 2^100
+    gap[group] = fma(w, min2(large, set1(0.f) - down), gap[group]);  // -inf: 0 * 2^100
     top[group] = max2(xv, top[group]);
   });
   EntropySums out;

@@ -25,7 +25,8 @@ struct Fields {
   }
 
   bool divergence() const { return forward_kl >= 0 || reverse_kl >= 0; }
-  bool single() const { return entropy >= 0 || !divergence(); }
+  // the policy alone: its own maximum, which a divergence does not look for
+  bool single() const { return entropy >= 0 || logsumexp >= 0 || logprob >= 0 || !divergence(); }
 };
 
 }  // namespace fusedkl

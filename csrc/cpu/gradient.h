@@ -21,14 +21,19 @@ struct GradientFrame {
     const float slope = static_cast<float>(kLog2e * job.inv_t);
     log2e = set1(slope);
     inv_t = set1(static_cast<float>(job.inv_t));
-    const float hi = static_cast<float>(s.log_ratio * t);
-    ratio_hi = set1(hi);
-    ratio_lo = set1(is_finite(s.log_ratio) ? static_cast<float>(s.log_ratio * t - hi) : 0.f);
+    splat_centre(s.centre + s.residual * t, ratio_hi, ratio_lo);
     splat_weight(s.reference_max, s.reference_log_sum, t, slope, shift_y, weight_y);
     splat_weight(s.policy_max, s.policy_log_sum, t, slope, shift_x, weight_x);
     const float mx = static_cast<float>(s.policy_max * t);
     max_x = set1(mx);
     log_sum_x = set1(static_cast<float>(s.policy_log_sum + (s.policy_max - mx * job.inv_t)));
+  }
+
+  __attribute__((always_inline)) static inline void splat_centre(double centre, vf& hi, vf& lo) {
+    Frame f;
+    f.set_centre(centre);
+    hi = set1(f.centre_hi);
+    lo = set1(is_finite(centre) ? f.centre_lo : 0.f);
   }
 
   // 2^(v slope - shift) with a rounded shift; what the rounding took is in the weight, computed in double
@@ -127,21 +132,20 @@ static void forward_gradient(const GradientJob& job) {
   });
 }
 
-// Means of the scaled difference d/T under each distribution: l - R = d/T - policy_mean, l + F = d/T - reference_mean.
+// Means of x - y under each distribution: T (l - R) = (x - y) - policy, T (l + F) = (x - y) - reference.
 struct Means {
   double policy, reference;
 };
 
-// Where the KLs are large and a row is peaked, l - R is a tiny rest of large numbers: the means have to be right to the spread
-// of the differences under p (or q), not to their size. One more sweep measures what is missing.
+// One more sweep measures what the means lack.
 template <DType D>
-static void refine_means(const GradientJob& job, const GradientFrame& f, Means& m) {
+static void refine_means(const GradientJob& job, Means& m) {
+  const GradientFrame f(job);
   constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
-  const double t = 1 / job.inv_t;
-  Frame p{}, q{};
-  p.set_centre(m.policy * t);
-  q.set_centre(m.reference * t);
-  const vf p_hi = set1(p.centre_hi), p_lo = set1(p.centre_lo), q_hi = set1(q.centre_hi), q_lo = set1(q.centre_lo), absent = set1(-INFINITY);
+  const vf absent = set1(-INFINITY);
+  vf p_hi, p_lo, q_hi, q_lo;
+  GradientFrame::splat_centre(m.policy, p_hi, p_lo);
+  GradientFrame::splat_centre(m.reference, q_hi, q_lo);
   double sums[4] = {0, 0, 0, 0};
   for (int64_t i = 0; i < job.n; i += kBlock) {
     vf acc[2][4];
@@ -159,13 +163,13 @@ static void refine_means(const GradientJob& job, const GradientFrame& f, Means& 
              });
     for (int k = 0; k < 4; k++) sums[k] += sum_lanes(acc[0][k] + acc[1][k]);
   }
-  if (sums[0] > 0) m.policy += sums[1] / sums[0] * job.inv_t;
-  if (sums[2] > 0) m.reference += sums[3] / sums[2] * job.inv_t;
+  if (sums[0] > 0) m.policy += sums[1] / sums[0];
+  if (sums[2] > 0) m.reference += sums[3] / sums[2];
 }
 
 // Everything of RowGradient at once, for the policy, the reference or both.
 template <DType D>
-static void general_gradient(const GradientJob& job) {
+static void general_gradient(const GradientJob& job, const Means& m) {
   const GradientFrame f(job);
   const RowGradient& g = job.gradient;
   const vf forward = set1(static_cast<float>(g.forward)), reverse = set1(static_cast<float>(g.reverse)), mass = set1(static_cast<float>(g.mass));
@@ -173,15 +177,9 @@ static void general_gradient(const GradientJob& job) {
   const vf ref_reverse = set1(static_cast<float>(g.ref_reverse)), absent = set1(-INFINITY), zero = set1(0.f);
   const vf H = set1(static_cast<float>(job.state.entropy));
   const bool alone = g.mass != 0 || g.information != 0;
-  // an infinite value has its coefficient at 0 already; here it must only not make 0 * inf
-  const double F = job.state.forward_kl == INFINITY ? 0 : job.state.forward_kl, R = job.state.reverse_kl == INFINITY ? 0 : job.state.reverse_kl;
-  Means m{job.state.log_ratio + R, job.state.log_ratio - F};
-  if (F + R > 0.02 && (g.reverse != 0 || g.ref_forward != 0)) refine_means<D>(job, f, m);
-  const double t = 1 / job.inv_t;
-  Frame about_p{}, about_q{};
-  about_p.set_centre(m.policy * t);
-  about_q.set_centre(m.reference * t);
-  const vf p_hi = set1(about_p.centre_hi), p_lo = set1(about_p.centre_lo), q_hi = set1(about_q.centre_hi), q_lo = set1(about_q.centre_lo);
+  vf p_hi, p_lo, q_hi, q_lo;
+  GradientFrame::splat_centre(m.policy, p_hi, p_lo);
+  GradientFrame::splat_centre(m.reference, q_hi, q_lo);
   auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
     const vm has_x = mask_not(equal(x, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
     const vf l = zero_unless(both, centred_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
@@ -230,11 +228,26 @@ static void single_gradient(const GradientJob& job) {
 }
 
 template <DType D>
-static void gradient_row(const GradientJob& job) {
+static void gradient_row(GradientJob job) {
   const RowGradient& g = job.gradient;
-  if (!job.y) single_gradient<D>(job);
-  else if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0) forward_gradient<D>(job);
-  else general_gradient<D>(job);
+  if (!job.y) return single_gradient<D>(job);
+  const double t = 1 / job.inv_t;
+  RowState& s = job.state;
+  // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
+  const double F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
+  Means m{s.centre + (s.residual + R) * t, s.centre + (s.residual - F) * t};
+  // In a peaked row l of the top token is a tiny rest of larger numbers. Where the KLs are large, l - R and l + F must be right
+  // to the spread of the differences under p and q; where they are tiny, l itself must, and the forward sweep's centre was off.
+  const bool peaked = D == DType::f32 && (s.reference_log_sum < 0.7 || s.policy_log_sum < 0.7);  // 16-bit results round more
+  const bool spread = (F + R > 0.02 || peaked) && (g.reverse != 0 || g.ref_forward != 0);
+  const bool off = peaked && F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F;
+  if (spread || off) refine_means<D>(job, m);
+  if (off) {
+    s.centre = m.reference;
+    s.residual = F;
+  }
+  if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0) forward_gradient<D>(job);
+  else general_gradient<D>(job, m);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ struct KernelTable {
   const char* isa;
   RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse);
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
-  void (*gradient[3])(const GradientJob&);
+  void (*gradient[3])(GradientJob);
   void (*widen[3])(const void* from, float* to, int64_t n);
   void (*narrow[3])(const float* from, void* to, int64_t n);
   void (*log_softmax)(float* logits, int64_t n, const RowState& state);                             // in place

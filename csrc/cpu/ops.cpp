@@ -42,7 +42,7 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
         const int64_t from = i * seg.size;
         parts[static_cast<size_t>(i)] = k.single[static_cast<int>(in.dtype)](in.row(r, from), in.length - from < seg.size ? in.length - from : seg.size, 1, false);
       }
-      const RowState s = merge(parts.data(), static_cast<int>(seg.count));
+      const RowState s = merge(parts.data(), static_cast<int>(seg.count), 1);
       for (int64_t i = 0; i < in.length; i += kChunk) {
         const int64_t n = in.length - i < kChunk ? in.length - i : kChunk;
         float* const target = out_type == DType::f32 ? static_cast<float*>(out.row(r, i)) : room.get();

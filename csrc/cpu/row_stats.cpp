@@ -57,8 +57,8 @@ RowState segment_state(const Call& c, int64_t r, int64_t begin, int64_t n, Widen
   return s;
 }
 
-RowState finish_row(const Call& c, const RowState* parts, int64_t count) {
-  RowState s = merge(parts, static_cast<int>(count));
+RowState finish_row(const Call& c, int64_t r, const RowState* parts, int64_t count) {
+  RowState s = merge(parts, static_cast<int>(count), c.inv_t(r));
   // a row without any mass is no distribution
   if (s.policy_log_sum == -INFINITY || (c.fields.divergence() && s.reference_log_sum == -INFINITY)) return nan_state();
   return s;
@@ -109,14 +109,14 @@ std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<T
     for (int64_t i = 0; i < rows * per_row; i++)
       STD_TORCH_CHECK(!c.counted(i / per_row) || (ids[i] >= 0 && ids[i] < length), "token id ", ids[i], " is outside of the vocabulary of ", length);
   }
-  STD_TORCH_CHECK(c.fields.logprob < 0 || ids || rows == 0, "logprob needs token_ids");
+  STD_TORCH_CHECK(c.fields.logprob < 0 || token_ids, "logprob needs token_ids");
 
   const Tensor values = torch::stable::new_empty(policy, {c.fields.rows, rows}, c.f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor state = torch::stable::new_empty(policy, {rows, kStateColumns}, ScalarType::Double);
   RowState* const states = static_cast<RowState*>(state.mutable_data_ptr());
   void* const out = values.mutable_data_ptr();
   auto finish = [&](int64_t r, const RowState* parts, int64_t count) {
-    states[r] = c.counted(r) ? finish_row(c, parts, count) : RowState{};
+    states[r] = c.counted(r) ? finish_row(c, r, parts, count) : RowState{};
     if (!c.counted(r)) {
       for (int64_t f = 0; f < c.fields.rows; f++) {
         if (c.f64) static_cast<double*>(out)[f * rows + r] = 0;

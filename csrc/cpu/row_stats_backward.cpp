@@ -82,6 +82,14 @@ void gradient_of_row(const Call& c, int64_t r, Chunk& room) {
   }
   if (!job.gx && !job.gy) return;
 
+  if (s.policy_log_sum != s.policy_log_sum) {  // no distribution: no token of it may look like one that was merely masked
+    for (int64_t i = 0; i < job.n; i++) {
+      if (job.gx) store_double(job.gx, dx, i, NAN);
+      if (job.gy) store_double(job.gy, dy, i, NAN);
+    }
+    return;
+  }
+
   // tokens whose log-probability was asked for: their values now, because the sweep may overwrite the logits
   std::vector<std::pair<int64_t, double>> tokens;
   if (any_token && job.gx) {
@@ -94,7 +102,8 @@ void gradient_of_row(const Call& c, int64_t r, Chunk& room) {
       tokens.emplace_back(id, policy_gradient_at(s, job.gradient, x, y, job.inv_t, job.y != nullptr) + direct * job.inv_t);
     }
   }
-  if (dx == DType::f64 || dy == DType::f64) gradient_f64(job, dx, dy);
+  const double largest = fmax(fabs(s.policy_max), fabs(s.reference_max)) * kLog2e;
+  if (dx == DType::f64 || dy == DType::f64 || largest > 1e38) gradient_f64(job, dx, dy);
   else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
   else mixed_gradient(job, dx, dy, room);
   for (const auto& [id, value] : tokens) store_double(job.gx, dx, id, value);

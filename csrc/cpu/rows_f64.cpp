@@ -54,7 +54,7 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
   s.policy_log_sum = has_x ? log_mass(1, mx.rest) : -INFINITY;
   s.reference_log_sum = has_y ? log_mass(1, my.rest) : -INFINITY;
   if (!has_x || !has_y) {
-    s.log_ratio = has_x ? INFINITY : has_y ? -INFINITY : 0;
+    s.residual = has_x ? INFINITY : has_y ? -INFINITY : 0;
     return s;
   }
   // centre: the reference-weighted mean of the difference about its first value, exact where the difference is constant
@@ -68,7 +68,7 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
   }
   double centre = origin + mean;
   if (!(fabs(centre * inv_t - direct) < 0.5)) centre = direct / inv_t;
-  const double kappa = exp(direct - centre * inv_t - s.policy_log_sum) ;
+  const double kappa = exp(direct - centre * inv_t - s.policy_log_sum);
   CentredSums sums;
   bool policy_lacks = false, reference_lacks = false;
   for (int64_t i = 0; i < n; i++) {
@@ -88,7 +88,8 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
     sums.B += fabs(u) < 30 ? q * g_of(u) : e - q - q * u;
     sums.C += fabs(u) < 30 ? q * k_of(u) : q + e * (u - 1);
   }
-  s.log_ratio = centre * inv_t + sums.log_ratio_about_centre();
+  s.centre = centre;
+  s.residual = sums.log_ratio_about_centre();
   s.forward_kl = policy_lacks ? INFINITY : sums.forward_kl();
   s.reverse_kl = reference_lacks ? INFINITY : sums.reverse_kl();
   return s;
@@ -101,9 +102,9 @@ void gradient_f64(const GradientJob& job, DType dx, DType dy) {
     const double x = load_double(job.x, dx, i), y = job.y ? load_double(job.y, dy, i) : 0;
     const bool absent = x == -INFINITY && (!job.y || y == -INFINITY);
     if (job.gy) {
-      const double q = exp((y * job.inv_t - s.reference_max) - s.reference_log_sum), l = (x - y) * job.inv_t - s.log_ratio;
+      const double q = exp((y * job.inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * job.inv_t - s.residual;
       double v = 0;
-      if (!absent && g.ref_forward != 0 && q > 0) v += g.ref_forward * q * (l + s.forward_kl);
+      if (!absent && g.ref_forward != 0 && q != 0) v += g.ref_forward * q * (l + s.forward_kl);
       if (!absent && g.ref_reverse != 0)
         v += g.ref_reverse * (q > 0 && l < 1 ? q * expm1(l) : exp((x * job.inv_t - s.policy_max) - s.policy_log_sum) - q);
       store_double(job.gy, dy, i, v);

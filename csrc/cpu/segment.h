@@ -37,7 +37,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   const int64_t sample = n < 1024 ? (n < 64 ? n : 64) : n < 8192 ? n / 16 : 512;
   float max = max_block<D>(y, sample);
   if (!(max > -INFINITY)) max = max_block<D>(y, n);
-  if (!(fabsf(max) <= FLT_MAX)) return false;
+  if (!(fabsf(max) * t.log2e_t <= 1e38f)) return false;
   Frame f{};
   f.log2e_t = t.log2e_t;
   f.inv_t = t.inv_t_f;
@@ -128,6 +128,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   }
 
   const double policy = row.S + row.A + row.B, forward = row.forward_kl();
+  if (!(row.S > 0)) return false;
   const bool equal_rows = row.A == 0 && row.B == 0;  // every difference is the centre, exactly
   if (!equal_rows) {
     if (!(noise <= 8 * policy * forward)) return false;
@@ -140,7 +141,8 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   out = RowState{};
   out.reference_max = max * t.inv_t;
   out.reference_log_sum = log_sum(row.S, f.shift, max, t);
-  out.log_ratio = f.centre() * t.inv_t + row.log_ratio_about_centre();
+  out.centre = f.centre();
+  out.residual = row.log_ratio_about_centre();
   out.policy_max = out.reference_max + f.centre() * t.inv_t;
   out.policy_log_sum = out.reference_log_sum + row.log_ratio_about_centre();
   out.forward_kl = forward;
@@ -169,6 +171,8 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   auto part = [](const void* base, int64_t i) { return static_cast<const char*>(base) + i * kSize; };
   const float max_x = max_block<D>(x, n), max_y = max_block<D>(y, n);
   if (max_x == INFINITY || max_y == INFINITY) return nan_state();
+  // x log2(e)/T would leave the range of float: nobody's logits, but a value all the same
+  if (max_x * t.log2e_t > 1e38f || max_y * t.log2e_t > 1e38f) return divergence_f64(x, D, y, D, n, t.inv_t);
   const bool has_x = max_x > -INFINITY, has_y = max_y > -INFINITY;
   Frame f{};
   f.log2e_t = t.log2e_t;
@@ -194,7 +198,7 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   out.policy_log_sum = has_x ? log_sum(mass.policy, f.policy_shift, max_x, t) : -INFINITY;
   out.reference_log_sum = has_y ? log_sum(mass.reference, f.shift, max_y, t) : -INFINITY;
   if (!has_x || !has_y) {
-    out.log_ratio = has_x ? INFINITY : has_y ? -INFINITY : 0;
+    out.residual = has_x ? INFINITY : has_y ? -INFINITY : 0;
     return out;
   }
   const double direct = (out.policy_max - out.reference_max) + (out.policy_log_sum - out.reference_log_sum);
@@ -214,13 +218,14 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
     sums.A = all.A + all.far_reference_u;
     sums.B = all.B + ((kappa * all.far_policy - all.far_reference) - all.far_reference_u);
     sums.C = all.C + all.far_reference + kappa * (all.far_policy_u - all.far_policy);
-    out.log_ratio = f.centre() * t.inv_t + sums.log_ratio_about_centre();
-    if (!is_finite(out.log_ratio)) out.log_ratio = direct;
+    out.centre = f.centre();
+    out.residual = sums.log_ratio_about_centre();
+    if (!is_finite(out.residual)) out.residual = direct - out.centre * t.inv_t;
     const double policy = sums.S + sums.A + sums.B;
     const bool forward_holds = all.policy_lacks || fabs(sums.B) <= 4 * sums.S * sums.forward_kl();
     const bool reverse_holds = all.reference_lacks || fabs(sums.C) <= 4 * policy * sums.reverse_kl();
     if (forward_holds && reverse_holds) break;
-    f.set_centre(out.log_ratio / t.inv_t);
+    f.set_centre(out.centre + out.residual / t.inv_t);
   }
   out.forward_kl = all.policy_lacks ? INFINITY : sums.forward_kl();
   out.reverse_kl = all.reference_lacks ? INFINITY : sums.reverse_kl();
@@ -235,67 +240,52 @@ static RowState divergence_segment(const void* x, const void* y, int64_t n, doub
   return careful_segment<D>(x, y, n, t);
 }
 
-// logsumexp of one row, and its entropy where asked
+// logsumexp of one row, and its entropy where asked. The sums are about the largest logit seen; a block with a larger one is
+// done again (about log(blocks) of them), which is cheaper than a pass for the maximum.
 template <DType D>
 static RowState single_segment(const void* x, int64_t n, double inv_t, bool entropy) {
   constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
   const Scale t(inv_t);
   RowState out{};
-  const int64_t sample = n < 8192 ? (n + 15) / 16 : 512;
-  float max = max_block<D>(x, sample);
+  float max = max_block<D>(x, n < 8192 ? (n + 15) / 16 : 512);
   if (!(max > -INFINITY)) max = max_block<D>(x, n);
-  if (max == -INFINITY) {
-    // all -inf, or NaN among them: the sum of one weight block tells which
+  if (max == -INFINITY) {  // no mass; NaNs are not in a maximum
     out.policy_log_sum = -INFINITY;
     for (int64_t i = 0; i < n; i++)
       if (load_float<D>(x, i) != load_float<D>(x, i)) return nan_state();
     return out;
   }
-  if (max == INFINITY) return nan_state();
-  double ties = 0, rest = 0, gap = 0, weights = 0;
-  float shift = max * t.log2e_t;
+  EntropySums row;
+  double weights = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    const void* block = static_cast<const char*>(x) + begin * kSize;
-    if (!entropy) {
-      double s = weight_block<D>(block, size, t.log2e_t, shift);
-      if (!(s <= 0x1p60)) {
-        const float higher = max_block<D>(block, size);
-        if (!(higher <= FLT_MAX)) return nan_state();
-        if (higher > max) {
-          const float old = shift;
-          max = higher;
-          shift = max * t.log2e_t;
-          weights *= exp2(static_cast<double>(old) - static_cast<double>(shift));
-        }
-        s = weight_block<D>(block, size, t.log2e_t, shift);
-        if (s != s) return nan_state();
+    const void* const block = static_cast<const char*>(x) + begin * kSize;
+    for (;;) {
+      EntropySums e;
+      WeightSum w{0, 0};
+      if (entropy) e = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
+      else w = weight_block<D>(block, size, t.log2e_t, max);
+      const float top = entropy ? e.max : w.max;
+      if (!(top > max)) {
+        weights += w.sum;
+        row.ties += e.ties;
+        row.rest += e.rest;
+        row.gap += e.gap;
+        break;
       }
-      weights += s;
-      continue;
+      if (top == INFINITY) return nan_state();
+      const double step = (static_cast<double>(top) - max) * t.inv_t, factor = exp(-step), mass = row.ties + row.rest;
+      weights *= factor;
+      row.gap = factor * (row.gap + mass * step);
+      row.rest = factor * mass;
+      row.ties = 0;
+      max = top;
     }
-    EntropySums b = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
-    if (b.max > max) {  // the sums are about the true maximum: move what there is, and do the block again
-      if (b.max == INFINITY) return nan_state();
-      const double step = (static_cast<double>(b.max) - max) * t.inv_t, factor = exp(-step), mass = ties + rest;
-      gap = factor * (gap + mass * step);
-      rest = factor * mass;
-      ties = 0;
-      max = b.max;
-      b = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
-    }
-    ties += b.ties;
-    rest += b.rest;
-    gap += b.gap;
-    if (rest != rest || gap != gap) return nan_state();
   }
+  if (max == INFINITY || weights != weights || row.rest != row.rest || row.gap != row.gap) return nan_state();
   out.policy_max = max * t.inv_t;
-  if (entropy) {
-    out.policy_log_sum = log_mass(ties, rest);
-    out.entropy = entropy_of(ties, rest, gap);
-  } else {
-    out.policy_log_sum = log_sum(weights, shift, max, t);
-  }
+  out.policy_log_sum = entropy ? log_mass(row.ties, row.rest) : log(weights);
+  out.entropy = entropy ? entropy_of(row.ties, row.rest, row.gap) : 0;
   return out;
 }
 

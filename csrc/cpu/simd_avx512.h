@@ -35,7 +35,6 @@ SIMD_INLINE vm mask_and(vm a, vm b) { return a & b; }
 SIMD_INLINE vm mask_or(vm a, vm b) { return a | b; }
 SIMD_INLINE vm mask_not(vm a) { return ~a; }
 SIMD_INLINE bool any(vm a) { return a != 0; }
-SIMD_INLINE int count(vm a) { return __builtin_popcount(a); }
 SIMD_INLINE vf select(vm m, vf yes, vf no) { return _mm512_mask_mov_ps(no, m, yes); }
 SIMD_INLINE vf zero_unless(vm m, vf a) { return _mm512_maskz_mov_ps(m, a); }
 

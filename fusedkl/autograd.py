@@ -1,0 +1,288 @@
+"""The operators' derivatives: autograd.Functions around them, and double backward by composition.
+
+Functions, not register_autograd, whose operators functorch refuses and forward mode gets silently
+wrong. Forward mode raises here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+# The namespace of the operators that ops.py has defined.
+_OPS = getattr(torch.ops, ops.NAMESPACE)
+
+
+def _recorded(*inputs: Tensor | None) -> bool:
+    """Whether a backward now running is itself differentiated by these inputs.
+
+    torch.compile traces backward with gradients enabled and refuses double backward by itself.
+    After torch.func.vjp, backward runs with gradients enabled, on what is left of its inputs: they
+    say that they require a gradient, and no view of them does.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(t.view_as(t).requires_grad for t in inputs if t is not None)
+
+
+class _RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        policy: Tensor,
+        reference_: Tensor | None,
+        token_ids: Tensor | None,
+        fields: tuple[str, ...],
+        inv_temperature: Tensor | None,
+        mask: Tensor | None,
+        inplace_grad: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        values, state = _OPS.row_stats(
+            policy, reference_, token_ids, fields, inv_temperature, mask, backend
+        )
+        return values, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        policy, reference_, token_ids, fields, inv_temperature, mask, inplace, backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(policy, reference_, token_ids, inv_temperature, mask, output[1])
+        ctx.fields = fields
+        ctx.inplace = inplace
+        ctx.backend = backend
+        ctx.consumed = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.inplace and ctx.needs_input_grad[0]:
+            _refuse_reuse(ctx)
+        policy, reference_, token_ids, inv_temperature, mask, state = ctx.saved_tensors
+        policy_grad, reference_grad = ctx.needs_input_grad[:2]
+        grad = grads[0].contiguous() if mask is None else torch.where(mask, grads[0], 0)
+        fields = list(ctx.fields)
+        gx: Tensor | None = None
+        gy: Tensor | None = None
+        if _recorded(policy, reference_, grad):
+            gx, gy = _composed_gradients(
+                grad, policy, reference_, token_ids, fields, inv_temperature, mask, ctx
+            )
+        elif ctx.inplace and policy_grad:
+            gy = _OPS.row_stats_backward_(
+                grad,
+                policy,
+                reference_,
+                token_ids,
+                state,
+                fields,
+                inv_temperature,
+                reference_grad,
+                ctx.backend,
+            )
+            gx = policy.detach()
+        else:
+            gx, gy = _OPS.row_stats_backward(
+                grad,
+                policy,
+                reference_,
+                token_ids,
+                state,
+                fields,
+                inv_temperature,
+                policy_grad,
+                reference_grad,
+                ctx.backend,
+            )
+        gx = gx if policy_grad else None
+        gy = gy if reference_grad else None
+        return gx, gy, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # A batch of rows is only more rows.
+        if args[6] and in_dims[0] is None:
+            raise RuntimeError("inplace_grad=True: torch.vmap would write one policy many times")
+        size = info.batch_size
+        rows = args[0].numel() // args[0].shape[-1] // (1 if in_dims[0] is None else size)
+
+        def flat(t: Tensor | None, dim: int | None, *shape: int) -> Tensor | None:
+            if t is None:
+                return None
+            batched = _front(t.expand(rows) if t.shape == (1,) else t, dim, size)
+            return batched.reshape(size * rows, *shape).contiguous()
+
+        policy, reference_, ids, fields, inverse, mask, *rest = args
+        values, state = _RowStats.apply(
+            _front(policy, in_dims[0], size),
+            None if reference_ is None else _front(reference_, in_dims[1], size),
+            None if ids is None else flat(ids, in_dims[2], ids.shape[-1]),
+            fields,
+            flat(inverse, in_dims[4]),
+            flat(mask, in_dims[5]),
+            *rest,
+        )
+        out = values.view(values.shape[0], size, rows), state.view(size, rows, state.shape[-1])
+        return out, (1, 0)
+
+
+def _refuse_reuse(ctx: Any) -> None:
+    if torch.compiler.is_compiling():  # functionalised there: the graph sees no mutation
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_grad=True has no double backward (create_graph=True): the gradient replaces "
+            "the logits that the second derivative would need. Use inplace_grad=False."
+        )
+    if ctx.consumed:
+        raise RuntimeError(
+            "inplace_grad=True allows one backward: the first one replaced policy_logits by their "
+            "gradient. Use inplace_grad=False with retain_graph=True."
+        )
+    ctx.consumed = True
+
+
+def _composed_gradients(
+    grad: Tensor,
+    policy: Tensor,
+    reference_: Tensor | None,
+    token_ids: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    ctx: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as a differentiable composition, for double backward."""
+    # Fresh views: a reference computed from the policy must not lead this gradient back to it.
+    x = policy.view_as(policy)
+    y = None if reference_ is None else reference_.view_as(reference_)
+    width = policy.shape[-1]
+    values, _ = reference.rows(
+        x.reshape(-1, width),
+        None if y is None else y.reshape(-1, width),
+        token_ids,
+        fields,
+        inv_temperature,
+        mask,
+    )
+    wanted = [
+        t
+        for t, needed in zip((x, y), ctx.needs_input_grad[:2], strict=True)
+        if needed and t is not None
+    ]
+    if not all(t.requires_grad for t in wanted):
+        raise RuntimeError("fusedkl: the result of torch.func.vjp is not differentiable; nest vjp")
+    found = torch.autograd.grad(values, wanted, grad.to(values.dtype), create_graph=True)
+    # A zero upstream gradient silences a row without a number, but stays differentiable elsewhere.
+    silent = (~torch.isfinite(values.detach()) & (grad == 0)).any(0) & (grad == 0).all(0)
+    silent = silent.view(*policy.shape[:-1], 1)
+    kept = iter([torch.where(silent, 0, g) for g in found])
+    gx = next(kept) if ctx.needs_input_grad[0] else None
+    gy = next(kept) if ctx.needs_input_grad[1] else None
+    return gx, gy
+
+
+def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """The batch dim of torch.vmap first, expanded where this argument has none; last stride 1."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(logits: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        out: Tensor = _OPS.log_softmax(logits, dtype, backend)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.dtype = inputs[0].dtype
+        ctx.backend = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (output,) = ctx.saved_tensors
+        grad = grads[0]
+        if _recorded(output, grad):
+            inner = torch.promote_types(torch.promote_types(grad.dtype, ctx.dtype), torch.float32)
+            g, z = grad.to(inner), output.to(inner)
+            return (g - z.exp() * g.sum(-1, keepdim=True)).to(ctx.dtype), None, None
+        if grad.stride(-1) != 1:
+            grad = grad.contiguous()
+        out: Tensor = _OPS.log_softmax_backward(grad, output, ctx.dtype, ctx.backend)
+        return out, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], logits: Tensor, dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor, int]:
+        out: Tensor = _LogSoftmax.apply(_front(logits, in_dims[0], info.batch_size), dtype, backend)
+        return out, 0
+
+
+class _OrderedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, weight: Tensor | None, backend: str) -> Tensor:
+        # Weight 0 means not counted: it must also silence a value that is inf or NaN.
+        counted = values if weight is None else torch.where(weight != 0, values, 0)
+        out: Tensor = _OPS.ordered_sum(counted, weight, backend)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, weight = ctx.saved_tensors
+        grad = grads[0].expand(values.shape)
+        if weight is None:
+            return grad, None, None
+        to_weight = grad * values if ctx.needs_input_grad[1] else None
+        return grad * weight, to_weight, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], values: Tensor, weight: Tensor | None, backend: str
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        weights = None if weight is None else _front(weight, in_dims[1], size)
+        sums = [
+            _OrderedSum.apply(row, None if weights is None else weights[i], backend)
+            for i, row in enumerate(_front(values, in_dims[0], size))
+        ]
+        return torch.stack(sums), 0
+
+
+def row_stats(
+    policy: Tensor,
+    reference_: Tensor | None,
+    token_ids: Tensor | None,
+    fields: tuple[str, ...],
+    inv_temperature: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    inplace_grad: bool = False,
+    backend: str,
+) -> Tensor:
+    """Values [R, N] of operator row_stats, differentiable in policy and reference_."""
+    values, _ = _RowStats.apply(
+        policy, reference_, token_ids, fields, inv_temperature, mask, inplace_grad, backend
+    )
+    out: Tensor = values
+    return out
+
+
+def log_softmax(logits: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
+    """Operator log_softmax over the last dim, differentiable."""
+    out: Tensor = _LogSoftmax.apply(logits, dtype, backend)
+    return out
+
+
+def ordered_sum(values: Tensor, weight: Tensor | None, *, backend: str) -> Tensor:
+    """sum(values * weight) of 1-D tensors of one dtype in a fixed order, differentiable in both."""
+    out: Tensor = _OrderedSum.apply(values, weight, backend)
+    return out

@@ -1,0 +1,151 @@
+"""The reference backend: the operators on fusedkl/reference.py, over blocks of rows.
+
+The portable fallback, exempt from the promise of one pass; deterministic for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
+
+# Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
+_BLOCK = 2**21
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also inside an operator that a TorchDispatchMode runs below autograd."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _blocks(rows_: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // width)
+    for at in range(0, max(rows_, 1), step):  # one empty block where there are no rows
+        yield slice(at, min(at + step, rows_))
+
+
+def _part(t: Tensor | None, part: slice) -> Tensor | None:
+    return t if t is None or t.shape[0] == 1 else t[part]
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.detach().reshape(-1, t.shape[-1])
+
+
+def row_stats(
+    policy: Tensor,
+    reference: Tensor | None,
+    token_ids: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Operator `row_stats` (fusedkl/ops.py)."""
+    x, y = _flat(policy), None if reference is None else _flat(reference)
+    values = []
+    state = x.new_zeros((x.shape[0], len(STATE)), dtype=inside(x.device))
+    with torch.no_grad():
+        for part in _blocks(*x.shape):
+            ids, inv, counted = (_part(t, part) for t in (token_ids, inv_temperature, mask))
+            block, columns = rows(
+                x[part], None if y is None else y[part], ids, fields, inv, counted
+            )
+            values.append(block)
+            for name, column in columns.items():
+                kept = column if counted is None else torch.where(counted[:, None], column, 0)
+                state[part, STATE.index(name)] = kept.squeeze(-1)
+        dtype = result_dtype(policy, reference)
+        return torch.cat(values, -1).to(dtype).contiguous(), state
+
+
+def row_stats_backward(
+    grad: Tensor,
+    policy: Tensor,
+    reference: Tensor | None,
+    token_ids: Tensor | None,
+    state: Tensor,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    policy_grad: bool,
+    reference_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Operator `row_stats_backward` (fusedkl/ops.py): autograd through `rows`."""
+    x, y = _flat(policy), None if reference is None else _flat(reference)
+    outputs = [
+        policy.new_empty(policy.shape if policy_grad else (0,)),
+        (policy if reference is None else reference).new_empty(
+            policy.shape if reference_grad else (0,)
+        ),
+    ]
+    asked = [policy_grad, reference_grad and y is not None]
+    flat = [out.view(x.shape) for out, ask in zip(outputs, asked, strict=True) if ask]
+    for part in _blocks(*x.shape) if flat else ():
+        upstream = grad[:, part]
+        with _recording():
+            leaves = [t[part].detach() for t in (x, y) if t is not None]
+            wanted = [t.requires_grad_() for t, ask in zip(leaves, asked, strict=False) if ask]
+            ids, inverse = _part(token_ids, part), _part(inv_temperature, part)
+            block_y = leaves[1] if y is not None else None
+            values, _ = rows(leaves[0], block_y, ids, fields, inverse, None)
+            found = torch.autograd.grad(values, wanted, upstream.to(values.dtype))
+        live = (upstream != 0).any(0)[:, None]  # 0 times the NaN of a bad row would be NaN
+        for out, gradient in zip(flat, found, strict=True):
+            out[part] = torch.where(live, gradient, 0)
+    return outputs[0], outputs[1]
+
+
+def row_stats_backward_(
+    grad: Tensor,
+    policy: Tensor,
+    reference: Tensor | None,
+    token_ids: Tensor | None,
+    state: Tensor,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    reference_grad: bool,
+) -> Tensor:
+    """Operator `row_stats_backward_` (fusedkl/ops.py): computed beside, then copied."""
+    policy_out, reference_out = row_stats_backward(
+        grad, policy, reference, token_ids, state, fields, inv_temperature, True, reference_grad
+    )
+    policy.copy_(policy_out)
+    return reference_out
+
+
+def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Operator `log_softmax` (fusedkl/ops.py)."""
+    x = _flat(logits)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for part in _blocks(*x.shape):
+        block = x[part].to(inside(x.device))
+        p = softmax(block, block.new_ones(1, 1))
+        out[part] = torch.where(p.bad, torch.nan, (block - p.top) - p.log_mass)
+    return out.view(logits.shape)
+
+
+def log_softmax_backward(grad: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Operator `log_softmax_backward` (fusedkl/ops.py): grad - exp(output) sum(grad)."""
+    g, z = _flat(grad), _flat(output)
+    out = torch.empty(z.shape, dtype=dtype, device=z.device)
+    for part in _blocks(*z.shape):
+        upstream = g[part].to(inside(z.device))
+        out[part] = upstream - torch.exp(z[part].to(upstream.dtype)) * row_sum(upstream)
+    return out.view(output.shape)
+
+
+def ordered_sum(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Operator `ordered_sum` (fusedkl/ops.py)."""
+    terms = values.to(inside(values.device))
+    if weight is not None:
+        terms = terms * weight.to(terms.dtype)
+    return row_sum(terms).squeeze(-1).to(values.dtype)

@@ -1,0 +1,297 @@
+"""patch() and unpatch(): what is replaced, for how long, and what is put back."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kl_div_cases import outcome, pair, quiet
+from torch.nn.functional import kl_div as bound_earlier
+
+import fusedkl
+
+ORIGINAL: Any = F.kl_div
+OURS: Any = fusedkl.kl_div
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    assert F.kl_div is ORIGINAL
+    yield
+    leaked = F.kl_div is not ORIGINAL
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while fusedkl.unpatch():
+            leaked = True
+    F.kl_div = ORIGINAL
+    assert not leaked
+
+
+def test_context_manager() -> None:
+    with fusedkl.patch() as handle:
+        assert F.kl_div is torch.nn.functional.kl_div is OURS
+        assert handle.active
+    assert F.kl_div is ORIGINAL
+    assert not handle.active
+    with pytest.raises(ZeroDivisionError), fusedkl.patch():
+        raise ZeroDivisionError
+    assert F.kl_div is ORIGINAL
+
+
+def test_calls() -> None:
+    handle = fusedkl.patch()
+    assert F.kl_div is OURS and handle.active
+    assert fusedkl.unpatch() is True
+    assert F.kl_div is ORIGINAL and not handle.active
+    assert fusedkl.unpatch() is False
+    assert F.kl_div is ORIGINAL
+
+
+def test_repr_lists_what_is_replaced() -> None:
+    handle = fusedkl.patch()
+    assert repr(handle) == (
+        "<fusedkl.patch: torch.nn.functional.kl_div = fusedkl.kl_div "
+        "(was torch.nn.functional.kl_div)>"
+    )
+    fusedkl.unpatch()
+    assert repr(handle) == "<fusedkl.patch: not active, nothing replaced>"
+
+
+def test_nothing_but_the_attribute_changes() -> None:
+    before = dict(vars(torch.nn.functional))
+    names = {n: dict(vars(m)) for n, m in (("torch", torch), ("nn", torch.nn))}
+    with fusedkl.patch():
+        now = dict(vars(torch.nn.functional))
+        assert [k for k in now if now[k] is not before.get(k)] == ["kl_div"]
+        assert names["nn"] == vars(torch.nn) and names["torch"] == vars(torch)
+    assert dict(vars(torch.nn.functional)) == before
+
+
+def test_numbers_through_the_patch() -> None:
+    """F.kl_div, nn.KLDivLoss and a name bound earlier: the same values and warnings."""
+    x, t = pair((4, 50), torch.float32, False)
+    module = torch.nn.KLDivLoss(reduction="batchmean")
+    plain = [ORIGINAL(x, t, reduction=r) for r in ("none", "sum", "batchmean")] + [module(x, t)]
+    with fusedkl.patch():
+        for r, wanted in zip(("none", "sum", "batchmean"), plain, strict=False):
+            torch.testing.assert_close(F.kl_div(x, t, reduction=r), wanted)
+            torch.testing.assert_close(bound_earlier(x, t, reduction=r), wanted)
+        value = module(x, t)
+        torch.testing.assert_close(value, plain[3])
+        assert torch.equal(value, OURS(x, t, reduction="batchmean"))
+        torch.testing.assert_close(
+            torch.autograd.grad(value, (x, t)), torch.autograd.grad(plain[3], (x, t))
+        )
+        with pytest.warns(UserWarning, match="'mean' divides") as caught:
+            F.kl_div(x, t)
+        assert [w.filename for w in caught] == [__file__]
+        patched = outcome(torch.nn.KLDivLoss(), x, t)
+    unpatched = outcome(torch.nn.KLDivLoss(), x, t)
+    assert patched.warned == unpatched.warned and patched.where == unpatched.where
+
+
+def test_unusual_inputs_do_not_recurse() -> None:
+    x, t = pair((4, 5), torch.float32, False)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    with fusedkl.patch():
+        for a, b in (
+            (x, t.double()),
+            (x, t[:1]),
+            (x.as_subclass(Tagged), t),
+            (x[:, ::2], t[:, ::2]),
+        ):
+            for kwargs in ({"reduction": "none"}, {"reduction": "sum"}, {"reduce": False}):
+                torch.testing.assert_close(
+                    quiet(F.kl_div, a, b, **kwargs), quiet(ORIGINAL, a, b, **kwargs)
+                )
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            F.kl_div(x, t, reduction="avg")
+
+
+def test_nesting() -> None:
+    with fusedkl.patch() as outer:
+        with fusedkl.patch() as inner:
+            assert outer.active and inner.active and outer is not inner
+        assert F.kl_div is OURS and outer.active
+        fusedkl.patch()
+        fusedkl.unpatch()
+        assert F.kl_div is OURS
+    assert F.kl_div is ORIGINAL
+
+
+def test_one_handle_entered_again() -> None:
+    handle = fusedkl.patch()
+    with handle:
+        with handle:
+            assert F.kl_div is OURS
+        assert F.kl_div is OURS and handle.active
+    assert F.kl_div is ORIGINAL and not handle.active
+    with handle:
+        assert F.kl_div is OURS
+    assert F.kl_div is ORIGINAL
+
+
+def test_unpatch_inside_with() -> None:
+    with fusedkl.patch():
+        assert fusedkl.unpatch()
+        assert F.kl_div is ORIGINAL
+    assert F.kl_div is ORIGINAL
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_any_order_of_ends(order: tuple[int, ...]) -> None:
+    handles = [fusedkl.patch() for _ in range(3)]
+    for ended, index in enumerate(order):
+        assert F.kl_div is OURS
+        handles[index].__exit__(None, None, None)
+        assert not handles[index].active
+        handles[index].__exit__(None, None, None)  # twice is once
+        assert sum(h.active for h in handles) == 2 - ended
+    assert F.kl_div is ORIGINAL
+
+
+def somebody_elses(*args: Any, **kwargs: Any) -> str:
+    return "foreign"
+
+
+foreign: Any = somebody_elses
+
+
+def test_what_was_there_comes_back() -> None:
+    F.kl_div = foreign
+    try:
+        with fusedkl.patch() as handle:
+            assert F.kl_div is OURS
+            assert "somebody_elses)>" in repr(handle)
+        assert F.kl_div is foreign
+    finally:
+        F.kl_div = ORIGINAL
+
+
+def test_a_later_replacement_is_left_alone() -> None:
+    handle = fusedkl.patch()
+    F.kl_div = foreign
+    with pytest.warns(
+        RuntimeWarning, match=r"was replaced by .*somebody_elses .*left as it is"
+    ) as caught:
+        fusedkl.unpatch()
+    assert caught[0].filename == __file__
+    assert F.kl_div is foreign and not handle.active
+    F.kl_div = ORIGINAL
+
+
+def test_a_replacement_in_between_comes_back() -> None:
+    outer = fusedkl.patch()
+    F.kl_div = foreign
+    with fusedkl.patch():
+        assert F.kl_div is OURS
+        outer.__exit__(None, None, None)  # out of order: what `outer` found is no longer due
+        assert F.kl_div is OURS
+    assert F.kl_div is foreign
+    F.kl_div = ORIGINAL
+
+
+def test_threads() -> None:
+    """Overlapping patches of many threads: in force while any is active, undone after the last."""
+    start, wrong = threading.Barrier(8), []
+
+    def work() -> None:
+        start.wait()
+        for _ in range(300):
+            with fusedkl.patch():
+                if F.kl_div is not OURS:
+                    wrong.append("inside")
+                handle = fusedkl.patch()
+            if not handle.active:
+                wrong.append("ended by another")
+            handle.__exit__(None, None, None)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    assert F.kl_div is ORIGINAL
+
+
+def test_other_threads_see_it() -> None:
+    seen: list[Any] = []
+    with fusedkl.patch():
+        thread = threading.Thread(target=lambda: seen.append(F.kl_div))
+        thread.start()
+        thread.join()
+    assert seen == [OURS]
+
+
+IMPORT = """
+import torch.nn.functional as F
+before = dict(vars(F))
+import fusedkl, fusedkl.patch, fusedkl.kl_div
+assert dict(vars(F)) == before
+"""
+
+
+def test_import_patches_nothing() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)
+
+
+def test_compiled_code_follows() -> None:
+    """Dynamo's guards notice both changes; the numbers stay."""
+    torch._dynamo.reset()
+    x, t = pair((3, 5), torch.float32, False)
+    compiled = torch.compile(
+        lambda a, b: F.kl_div(a, b, reduction="mean"), fullgraph=True, backend="aot_eager"
+    )
+    wanted = quiet(ORIGINAL, x, t)
+    torch.testing.assert_close(quiet(compiled, x, t), wanted)
+    with fusedkl.patch():
+        torch.testing.assert_close(quiet(compiled, x, t), wanted)
+    torch.testing.assert_close(quiet(compiled, x, t), wanted)
+    torch._dynamo.reset()
+
+
+FIRST_COMPILED_WHILE_PATCHED = """
+import warnings
+import torch, fusedkl
+import torch.nn.functional as F
+warnings.simplefilter("ignore")
+x, t = torch.rand(3, 5).log(), torch.rand(3, 5)
+def mean():
+    torch._dynamo.reset()
+    return torch.compile(
+        lambda a, b: F.kl_div(a, b, reduction="mean"), fullgraph=True, backend="aot_eager"
+    )(x, t)
+with fusedkl.patch():
+    patched = mean()
+torch.testing.assert_close(mean(), patched)
+torch.testing.assert_close(F.kl_div(x, t), patched)
+"""
+
+
+@pytest.mark.slow
+def test_dynamo_first_used_while_patched() -> None:
+    """Dynamo then makes its table of torch's functions with ours in it; unpatch mends that."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_COMPILED_WHILE_PATCHED],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
