@@ -82,28 +82,32 @@ FUSEDKL_HD static inline double h_of(double z) {
   return sum * z * z;
 }
 
-// The four sums about one centre. All members carry the same unknown common factor.
+// The sums about one centre. All members carry the same unknown common factor.
 struct CentredSums {
   double S = 0, A = 0, B = 0, C = 0;
+  double M = 0;  // sum w expm1(u) = A + B, apart because A and B may be so large that their sum has no digits left
 
   FUSEDKL_MEMBER void scale(double factor) {
     S *= factor;
     A *= factor;
     B *= factor;
     C *= factor;
+    M *= factor;
   }
+
+  FUSEDKL_MEMBER double policy_mass() const { return S + M; }
 
   // u -> u - t. For |t| > 1/2 the policy's mass is rebuilt from its own sum: B + expm1(-t) B would lose e^-t of its digits.
   FUSEDKL_MEMBER void recentre(double t) {
-    const double e = exp(-t), policy = S + A + B, kept = A + B + C;
+    const double e = exp(-t), em = expm1(-t), policy = policy_mass(), kept = M + C;
     if (fabs(t) > 0.5) {
       C = S + e * (kept - (1 + t) * policy);
       B = e * policy - (S + (A - t * S));
     } else {
-      const double em = expm1(-t);
       C += em * kept + e * g_of(t) * policy;
-      B += em * (A + B) + g_of(-t) * S;
+      B += em * M + g_of(-t) * S;
     }
+    M += em * policy;
     A -= t * S;
   }
 
@@ -111,17 +115,17 @@ struct CentredSums {
   // of the row no better than the spread of a few outliers.
   FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > 0.04 * B * S; }
 
-  FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p((A + B) / S); }
+  FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p(M / S); }
 
   FUSEDKL_MEMBER double forward_kl() const {
-    const double z = (A + B) / S, direct = log1p(z) - A / S;
+    const double z = M / S, direct = log1p(z) - A / S;
     const double kl = fabs(z) > 0.5 || direct > 0.5 ? direct : B / S - h_of(z);
     return kl < 0 ? 0 : kl;
   }
 
   FUSEDKL_MEMBER double reverse_kl() const {
-    const double policy = S + A + B, z = (A + B) / S, direct = (A + B + C) / policy - log1p(z);
-    const double kl = fabs(z) > 0.5 || direct > 0.5 ? direct : C / policy - h_of(-(A + B) / policy);
+    const double policy = policy_mass(), z = M / S, direct = (M + C) / policy - log1p(z);
+    const double kl = fabs(z) > 0.5 || direct > 0.5 ? direct : C / policy - h_of(-M / policy);
     return kl < 0 ? 0 : kl;
   }
 };

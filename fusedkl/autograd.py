@@ -175,8 +175,8 @@ def _composed_gradients(
     if not all(t.requires_grad for t in wanted):
         raise RuntimeError("fusedkl: the result of torch.func.vjp is not differentiable; nest vjp")
     found = torch.autograd.grad(values, wanted, grad.to(values.dtype), create_graph=True)
-    # A zero upstream gradient silences a row without a number, but stays differentiable elsewhere.
-    silent = (~torch.isfinite(values.detach()) & (grad == 0)).any(0) & (grad == 0).all(0)
+    # A zero upstream gradient silences a NaN row, and stays differentiable everywhere else.
+    silent = values.detach().isnan().any(0) & (grad == 0).all(0)
     silent = silent.view(*policy.shape[:-1], 1)
     kept = iter([torch.where(silent, 0, g) for g in found])
     gx = next(kept) if ctx.needs_input_grad[0] else None

@@ -100,12 +100,13 @@ def test_fisher_vector_product_of_equal_rows(backend: str) -> None:
 
 
 def test_a_reference_that_depends_on_the_policy(backend: str) -> None:
-    """First and second derivative when both arguments come from one leaf."""
+    """Each argument's derivative is its own: none may come through the other."""
     leaf = torch.randn(2, 8, dtype=F64, requires_grad=True)
     weights = torch.randn(2, 8, dtype=F64)
 
     def derivatives(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        value = function(leaf * 2, leaf.sin())
+        policy = leaf * 2
+        value = function(policy, policy.sin())
         (g,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
         (h,) = torch.autograd.grad((g * weights).sum(), leaf)
         return g.detach(), h

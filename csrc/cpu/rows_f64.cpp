@@ -80,6 +80,7 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
     if (x_i == -INFINITY || y_i == -INFINITY) {
       (x_i == -INFINITY ? policy_lacks : reference_lacks) = true;
       sums.B += e - q;
+      sums.M += e - q;
       sums.C += q;
       continue;
     }
@@ -87,6 +88,7 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
     sums.A += q * u;
     sums.B += fabs(u) < 30 ? q * g_of(u) : e - q - q * u;
     sums.C += fabs(u) < 30 ? q * k_of(u) : q + e * (u - 1);
+    sums.M += fabs(u) < 30 ? q * expm1(u) : e - q;
   }
   s.centre = centre;
   s.residual = sums.log_ratio_about_centre();

@@ -99,6 +99,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       sum.A = row.A + b.sums.A;
       sum.B = row.B + b.sums.B;
       sum.C = row.C + b.sums.C;
+      sum.M = sum.A + sum.B;
       if (recentred < 4 && sum.S > 0 && sum.off_centre()) {
         const double before = f.centre(), mean = sum.A / sum.S;
         f.set_centre(before + mean / t.inv_t);
@@ -127,14 +128,14 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     noise += fabs(b.sums.B);
   }
 
-  const double policy = row.S + row.A + row.B, forward = row.forward_kl();
+  const double policy = row.policy_mass(), forward = row.forward_kl();
   if (!(row.S > 0)) return false;
   const bool equal_rows = row.A == 0 && row.B == 0;  // every difference is the centre, exactly
   if (!equal_rows) {
     if (!(noise <= 8 * policy * forward)) return false;
     if (D != DType::f32 && difference_too_coarse(0.33 * f.centre() * t.inv_t, forward)) return false;
     if constexpr (REVERSE) {
-      const double reverse = row.reverse_kl(), kept = fabs(row.A + row.B) > 0.5 * row.S ? fabs(row.A + row.B + row.C) : 0;
+      const double reverse = row.reverse_kl(), kept = fabs(row.M) > 0.5 * row.S ? fabs(row.M + row.C) : 0;
       if (!((fabs(row.C) > kept ? fabs(row.C) : kept) <= 10 * reverse * policy)) return false;
     }
   }
@@ -218,12 +219,12 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
     sums.A = all.A + all.far_reference_u;
     sums.B = all.B + ((kappa * all.far_policy - all.far_reference) - all.far_reference_u);
     sums.C = all.C + all.far_reference + kappa * (all.far_policy_u - all.far_policy);
+    sums.M = (all.A + all.B) + (kappa * all.far_policy - all.far_reference);
     out.centre = f.centre();
     out.residual = sums.log_ratio_about_centre();
     if (!is_finite(out.residual)) out.residual = direct - out.centre * t.inv_t;
-    const double policy = sums.S + sums.A + sums.B;
     const bool forward_holds = all.policy_lacks || fabs(sums.B) <= 4 * sums.S * sums.forward_kl();
-    const bool reverse_holds = all.reference_lacks || fabs(sums.C) <= 4 * policy * sums.reverse_kl();
+    const bool reverse_holds = all.reference_lacks || fabs(sums.C) <= 4 * sums.policy_mass() * sums.reverse_kl();
     if (forward_holds && reverse_holds) break;
     f.set_centre(out.centre + out.residual / t.inv_t);
   }
