@@ -26,7 +26,7 @@ class Settings:
     quick: bool
     rounds: int = 7
     seconds: float = 4.0
-    slow_rounds: int = 4
+    slow_rounds: int = 3
 
 
 def problems(settings: Settings, reporter: Reporter, only_first: bool = False) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to a file; no display is needed
 
 import matplotlib.pyplot as plt
-from report import TITLES, Gap, Result, footnote, mebibytes, milliseconds, times_less
+from report import TITLES, Gap, Result, busy, footnote, mebibytes, milliseconds, times_less
 
 # Told apart in greyscale and by the colour-blind; the widest is drawn first, so that curves that
 # coincide still show all three.
@@ -44,7 +44,7 @@ def draw(settings: dict[str, Any], results: Sequence[Result], gap: Gap, path: Pa
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(12.5, 8.2), dpi=150)
         grid = figure.add_gridspec(
-            2, 6, height_ratios=(1.25, 1), left=0.065, right=0.98, top=0.83, bottom=0.165,
+            2, 6, height_ratios=(1.25, 1), left=0.065, right=0.98, top=0.815, bottom=0.165,
             hspace=0.5, wspace=1.1,
         )  # fmt: skip
         _headline(figure, settings, results, gap)
@@ -88,6 +88,7 @@ def _headline(figure: Any, settings: dict[str, Any], results: Sequence[Result], 
         f"Largest gap between any two curves: {gap.nats:.0e} nats.",
         fontsize=11, color=_INK if gap.agrees else _ALARM,
     )  # fmt: skip
+    figure.text(0.065, 0.877, busy(results), fontsize=9.5, color=_ALARM)
 
 
 def _curves(axes: Any, results: Sequence[Result], name: str, title: str) -> None:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Columns of the state tensor, in the order of RowState in csrc/row_math.h.
+# Columns of the state tensor, in the order of RowState in csrc/row_math.h. A release that changes
+# their number renames the operators: compile caches on disk know an operator by its name only.
 STATE = (
     "policy_max",
     "policy_log_sum",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
-from fusedkl import ops
+from fusedkl.autograd import ordered_sum
 
 SHAPE = (3, 5, 21)
 
@@ -169,8 +169,8 @@ def test_sums_are_the_same_bits_for_any_number_of_threads(backend: str, dtype: t
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         for _ in range(2):
-            total = ops.ordered_sum(values, weight, backend=backend)
-            plain = ops.ordered_sum(values, None, backend=backend)
+            total = ordered_sum(values, weight, backend=backend)
+            plain = ordered_sum(values, None, backend=backend)
             found.add((total.item(), plain.item()))
     assert len(found) == 1
     exact = math.fsum((values.double() * weight.double()).tolist())
@@ -181,5 +181,5 @@ def test_sums_are_the_same_bits_for_any_number_of_threads(backend: str, dtype: t
 def test_sum_of_a_strided_view(backend: str) -> None:
     values = torch.randn(40, dtype=torch.float64)[::3]
     weight = torch.rand(1, dtype=torch.float64).expand(14)
-    found = ops.ordered_sum(values, weight, backend=backend)
+    found = ordered_sum(values, weight, backend=backend)
     torch.testing.assert_close(found, (values * weight).sum())

@@ -30,6 +30,10 @@ struct Frame {
     centre_hi = static_cast<float>(c);
     centre_lo = static_cast<float>(c - centre_hi);
   }
+  void set_coarse_centre(double c) {
+    centre_hi = static_cast<float>(c);
+    centre_lo = 0;
+  }
 };
 
 struct BlockSums {
@@ -54,14 +58,29 @@ SIMD_INLINE vf exp2_coarse(vf t) {
   return scale_floor(p, t);
 }
 
-// (x - y) - centre. In fp32 the rounding error of x - y is recovered (TwoDiff): with an offset of 1e4 it would drown small KLs.
-// Differences of 16-bit logits are exact unless their exponents are 16 apart; a certificate catches rows where that matters.
+// (x - y) - centre with the rounding error of x - y recovered (TwoDiff): with an offset of 1e4 it would drown small KLs.
+SIMD_INLINE vf exact_difference(vf x, vf y, vf hi, vf lo) {
+  const vf s = x - y, back = s - x, error = (x - (s - back)) - (y + back);
+  return ((s - hi) + error) - lo;
+}
+
+// The one-sweep form. Differences of 16-bit logits are exact unless their exponents are 16 apart, so their centre is one float
+// and nothing is recovered; a certificate sends rows where that matters to the careful sweeps.
 template <DType D>
 SIMD_INLINE vf centred_difference(vf x, vf y, vf hi, vf lo) {
-  const vf s = x - y;
-  if constexpr (D != DType::f32) return (s - hi) - lo;
-  const vf back = s - x, error = (x - (s - back)) - (y + back);
-  return ((s - hi) + error) - lo;
+  if constexpr (D == DType::f32) return exact_difference(x, y, hi, lo);
+  return (x - y) - hi;
+}
+
+// Long rows come from memory, and their arithmetic leaves the hardware's own prefetcher little room: ask for the lines
+// kPrefetchBytes ahead. Past the end of a row that is at worst the next row's line.
+constexpr int64_t kPrefetchBytes = 2048;
+
+template <DType D>
+SIMD_INLINE void prefetch_step(const void* base, int64_t i) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  const char* const line = static_cast<const char*>(base) + i * kSize + kPrefetchBytes;
+  for (int64_t b = 0; b < kStep * kSize; b += 64) __builtin_prefetch(line + b);
 }
 
 // Runs step(lane_group, x, y, keep) over the block; `keep` is 1 for real tokens. The tail is padded with copies of its first
@@ -72,6 +91,8 @@ SIMD_INLINE void sweep(const void* x, const void* y, int64_t n, Step step) {
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     vf x0, x1, y0, y1;
+    prefetch_step<D>(x, i);
+    prefetch_step<D>(y, i);
     load2<D>(x, i, x0, x1);
     load2<D>(y, i, y0, y1);
     step(0, x0, y0, one, false);
@@ -214,7 +235,7 @@ static MassSums mass_block(const void* x, const void* y, int64_t n, const Frame&
     const vm one_sided = mask_or(equal(xv, absent), equal(yv, absent));
     sx[group] = sx[group] + wx;
     sy[group] = sy[group] + wy;
-    sd[group] = fma(wy, zero_unless(mask_not(one_sided), centred_difference<D>(xv, yv, hi, lo)), sd[group]);
+    sd[group] = fma(wy, zero_unless(mask_not(one_sided), exact_difference(xv, yv, hi, lo)), sd[group]);
   });
   return {sum_lanes(sx[0] + sx[1]), sum_lanes(sy[0] + sy[1]), sum_lanes(sd[0] + sd[1])};
 }
@@ -240,7 +261,7 @@ static CarefulSums careful_block(const void* x, const void* y, int64_t n, const 
     policy_lacks |= any(mask_and(no_x, mask_not(no_y)));
     reference_lacks |= any(mask_and(no_y, mask_not(no_x)));
     // a span beyond fp32's range saturates instead of becoming 0 * inf
-    const vf u = max2(set1(-FLT_MAX), min2(set1(FLT_MAX), zero_unless(both, centred_difference<D>(xv, yv, hi, lo) * inv_t)));
+    const vf u = max2(set1(-FLT_MAX), min2(set1(FLT_MAX), zero_unless(both, exact_difference(xv, yv, hi, lo) * inv_t)));
     const vm near = mask_and(both, not_above(abs1(u), set1(kNear)));
     const vf un = zero_unless(near, u), uf = zero_unless(mask_not(near), u);
     const Split e = split_exponential(un);

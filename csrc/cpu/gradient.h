@@ -46,6 +46,12 @@ struct GradientFrame {
 };
 
 template <DType D>
+SIMD_INLINE vf gradient_difference(vf x, vf y, vf hi, vf lo) {
+  if constexpr (D == DType::f32) return exact_difference(x, y, hi, lo);
+  return ((x - y) - hi) - lo;
+}
+
+template <DType D>
 SIMD_INLINE vf exp2_for_store(vf t) {
   if constexpr (D == DType::f32) return exp2_lanes(t);
   return exp2_coarse(t);
@@ -114,8 +120,8 @@ static void forward_gradient(const GradientJob& job) {
   const vf scale = set1(static_cast<float>(job.gradient.forward)), one = set1(1.f), near = set1(kNear);
   const vf weight = f.weight_y * scale;
   map_row<D>(job.x, job.y, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
-    const vf l0 = centred_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo) * f.inv_t;
-    const vf l1 = centred_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo) * f.inv_t;
+    const vf l0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo) * f.inv_t;
+    const vf l1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo) * f.inv_t;
     const vf q0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)) * weight;
     const vf q1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y)) * weight;
     const vf m0 = abs1(l0), m1 = abs1(l1);
@@ -157,9 +163,9 @@ static void refine_means(const GradientJob& job, Means& m) {
                const vf wx = zero_unless(both, exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * keep);
                const vf wy = zero_unless(both, exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * keep);
                a[0] = a[0] + wx;
-               a[1] = fma(wx, zero_unless(both, centred_difference<D>(x, y, p_hi, p_lo)), a[1]);
+               a[1] = fma(wx, zero_unless(both, gradient_difference<D>(x, y, p_hi, p_lo)), a[1]);
                a[2] = a[2] + wy;
-               a[3] = fma(wy, zero_unless(both, centred_difference<D>(x, y, q_hi, q_lo)), a[3]);
+               a[3] = fma(wy, zero_unless(both, gradient_difference<D>(x, y, q_hi, q_lo)), a[3]);
              });
     for (int k = 0; k < 4; k++) sums[k] += sum_lanes(acc[0][k] + acc[1][k]);
   }
@@ -182,7 +188,7 @@ static void general_gradient(const GradientJob& job, const Means& m) {
   GradientFrame::splat_centre(m.reference, q_hi, q_lo);
   auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
     const vm has_x = mask_not(equal(x, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
-    const vf l = zero_unless(both, centred_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
+    const vf l = zero_unless(both, gradient_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
     const vm near = mask_and(both, not_above(abs1(l), set1(kNear)));
     const vf q = exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
     const Split e = split_exponential(zero_unless(near, l));
@@ -192,8 +198,8 @@ static void general_gradient(const GradientJob& job, const Means& m) {
       p = select(near, p, own);
       moved = select(near, moved, own - q);
     }
-    const vf above_p = zero_unless(both, centred_difference<D>(x, y, p_hi, p_lo) * f.inv_t);  // l - R
-    const vf above_q = zero_unless(both, centred_difference<D>(x, y, q_hi, q_lo) * f.inv_t);  // l + F
+    const vf above_p = zero_unless(both, gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t);  // l - R
+    const vf above_q = zero_unless(both, gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t);  // l + F
     gx = fma(forward, moved, p * (reverse * above_p));
     if (alone) {
       const vf log_p = (x - f.max_x) * f.inv_t - f.log_sum_x;

@@ -43,16 +43,18 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   f.inv_t = t.inv_t_f;
   f.shift = max * t.log2e_t;
 
+  auto set_centre = [&](double c) { D == DType::f32 ? f.set_centre(c) : f.set_coarse_centre(c); };
+
   // the first difference as origin makes a constant difference exactly 0; the sample's mean makes it a centre
   int64_t first = 0;
   while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
   if (first == n) return false;
-  f.set_centre(difference_at<D>(x, y, first));
+  set_centre(difference_at<D>(x, y, first));
   BlockSums probe = kTier[kLast](x, y, sample, f);
   if (probe.reach <= kNear && probe.sums.S > 0) {
     const double mean = probe.sums.A / probe.sums.S;
     if (mean != 0) {
-      f.set_centre(f.centre() + mean / t.inv_t);
+      set_centre(f.centre() + mean / t.inv_t);
       probe = kTier[kLast](x, y, sample, f);
     }
   }
@@ -102,7 +104,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       sum.M = sum.A + sum.B;
       if (recentred < 4 && sum.S > 0 && sum.off_centre()) {
         const double before = f.centre(), mean = sum.A / sum.S;
-        f.set_centre(before + mean / t.inv_t);
+        set_centre(before + mean / t.inv_t);
         const double moved = (f.centre() - before) * t.inv_t;
         if (moved != 0 && fabs(moved) < 80) {
           row.recentre(moved);
@@ -111,7 +113,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
           now = wanted;
           continue;
         }
-        f.set_centre(before);
+        set_centre(before);
       }
       break;
     }
