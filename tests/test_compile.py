@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -25,7 +27,10 @@ def poisoned_memory() -> None:
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     # The caches on disk know an operator by its name, not by what its fake says today.
-    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
     torch.compiler.reset()
 

@@ -88,6 +88,20 @@ def test_logarithm_and_exponential(dtype: torch.dtype) -> None:
             _close(-BACKWARD(one, None, t[None], True, 1.0, True, False)[0], t, "exp")
 
 
+def test_approximations_have_no_bias() -> None:
+    """Where a reduced argument is largest, an approximation's own error shows in the mean."""
+    one, eps = torch.ones(()), torch.finfo(torch.float32).eps
+    for low, high in ((0.7072, 0.75), (1.33, 1.4142)):
+        t = torch.linspace(low, high, 200_000)
+        found = BACKWARD(one, torch.zeros_like(t), t, False, 1.0, False, True)[1]  # log t + 1
+        wanted = t.double().log() + 1
+        assert (found - wanted).mean().abs() < 0.05 * eps
+    for low, high in ((-0.346, -0.3), (0.3, 0.346)):
+        t = torch.linspace(low, high, 200_000)
+        found = -BACKWARD(one, None, t, True, 1.0, True, False)[0]
+        assert (found - t.double().exp()).mean().abs() < 0.05 * eps
+
+
 def _close(found: Tensor, argument: Tensor, what: str) -> None:
     a = mpmath.mpf(float(argument))
     with mpmath.workdps(60):
@@ -114,6 +128,17 @@ def test_long_sum(dtype: torch.dtype, log_target: bool) -> None:
         exact = terms.view(-1, 128).sum(1).sort().values.sum()
     ours = (SUM(x, t, log_target, 1.0).double() - exact).abs() / exact
     assert ours <= 0.6 * torch.finfo(dtype).eps * (1 if dtype == torch.float32 else 8)
+
+
+def test_equal_terms_do_not_drift() -> None:
+    """float32 lanes are emptied into float64 before rounding errors of one sign add up."""
+    n = 1 << 20
+    for term in (0.1, 1 / 3, 0.7):
+        x = torch.full((n,), -term)
+        total = SUM(x, torch.ones(n), False, 1.0).double()
+        assert abs(total / (n * -x[0].double()) - 1) < 3e-7
+        total = SUM(x, torch.zeros(n), True, 1.0).double()
+        assert abs(total / (n * -x[0].double()) - 1) < 3e-7
 
 
 @both_targets

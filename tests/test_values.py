@@ -229,6 +229,22 @@ def test_reference_backend_where_there_is_no_float64(
         assert oracle.relative_l2(gradient, expected) < 1e-4
 
 
+def test_the_same_bits_for_any_number_of_threads(backend: str) -> None:
+    """Few long rows (threads share a row) and many short ones; values and gradients."""
+    for shape in ((1, 300_001), (3, 70_001), (64, 1001)):
+        policy, reference = torch.randn(2, *shape)
+        found = []
+        for threads in (1, 2, 4, 1):
+            torch.set_num_threads(threads)
+            leaf = policy.clone().requires_grad_()
+            values = fusedkl.jeffreys(leaf, reference, temperature=0.9, backend=backend)
+            values = torch.stack([values, fusedkl.entropy(leaf, backend=backend)])
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            found.append((values.detach(), gradient))
+        for values, gradient in found[1:]:
+            assert torch.equal(values, found[0][0]) and torch.equal(gradient, found[0][1])
+
+
 def test_modules_are_the_functions(backend: str) -> None:
     policy, reference = torch.randn(2, 4, 6, 11)
     mask = torch.rand(4, 6) < 0.5

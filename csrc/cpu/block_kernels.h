@@ -12,6 +12,18 @@
 namespace fusedkl {
 namespace {
 
+// Weights below 1e-38 count as 0 while a kernel runs: on x86 every operation on a subnormal number costs a hundred others.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+#endif
+};
+
 constexpr int kStep = 2 * kLanes;
 constexpr int64_t kBlock = 64 * kStep;
 constexpr float kNear = 40.f;  // |u| up to which e^u is formed from the reference's weight
@@ -230,8 +242,9 @@ static MassSums mass_block(const void* x, const void* y, int64_t n, const Frame&
   const vf log2e = set1(f.log2e_t), shift_x = set1(-f.policy_shift), shift_y = set1(-f.shift), absent = set1(-INFINITY);
   const vf hi = set1(f.centre_hi), lo = set1(f.centre_lo);
   vf sx[2] = {set1(0.f), set1(0.f)}, sy[2] = {set1(0.f), set1(0.f)}, sd[2] = {set1(0.f), set1(0.f)};
-  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool) STEP_INLINE {
-    const vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)) * keep, wy = exp2_lanes(fma_exact(yv, log2e, shift_y)) * keep;
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)), wy = exp2_lanes(fma_exact(yv, log2e, shift_y));
+    if (tail) wx = wx * keep, wy = wy * keep;
     const vm one_sided = mask_or(equal(xv, absent), equal(yv, absent));
     sx[group] = sx[group] + wx;
     sy[group] = sy[group] + wy;
@@ -248,34 +261,37 @@ struct CarefulSums {
   bool policy_lacks = false, reference_lacks = false;  // a token of the one that the other excludes
 };
 
+// One set of accumulators for both vectors of a step, or the registers run out; hence blocks of half the length.
+constexpr int64_t kCarefulBlock = kBlock / 2;
+
 template <DType D>
 static CarefulSums careful_block(const void* x, const void* y, int64_t n, const Frame& f) {
   const vf log2e = set1(f.log2e_t), shift_x = set1(-f.policy_shift), shift_y = set1(-f.shift), absent = set1(-INFINITY);
   const vf hi = set1(f.centre_hi), lo = set1(f.centre_lo), inv_t = set1(f.inv_t), zero = set1(0.f);
-  vf S[2] = {zero, zero}, A[2] = {zero, zero}, B[2] = {zero, zero}, C[2] = {zero, zero};
-  vf FX[2] = {zero, zero}, FY[2] = {zero, zero}, FXU[2] = {zero, zero}, FYU[2] = {zero, zero};
-  bool policy_lacks = false, reference_lacks = false;
-  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool) STEP_INLINE {
-    const vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)) * keep, wy = exp2_lanes(fma_exact(yv, log2e, shift_y)) * keep;
+  vf S = zero, A = zero, B = zero, C = zero, far_x = zero, far_y = zero, far_xu = zero, far_yu = zero;
+  vm one_sided_x = equal(zero, set1(1.f)), one_sided_y = one_sided_x;
+  sweep<D>(x, y, n, [&](int, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    vf wx = exp2_lanes(fma_exact(xv, log2e, shift_x)), wy = exp2_lanes(fma_exact(yv, log2e, shift_y));
+    if (tail) wx = wx * keep, wy = wy * keep;
     const vm no_x = equal(xv, absent), no_y = equal(yv, absent), both = mask_not(mask_or(no_x, no_y));
-    policy_lacks |= any(mask_and(no_x, mask_not(no_y)));
-    reference_lacks |= any(mask_and(no_y, mask_not(no_x)));
+    one_sided_x = mask_or(one_sided_x, mask_and(no_x, mask_not(no_y)));
+    one_sided_y = mask_or(one_sided_y, mask_and(no_y, mask_not(no_x)));
     // a span beyond fp32's range saturates instead of becoming 0 * inf
     const vf u = max2(set1(-FLT_MAX), min2(set1(FLT_MAX), zero_unless(both, exact_difference(xv, yv, hi, lo) * inv_t)));
     const vm near = mask_and(both, not_above(abs1(u), set1(kNear)));
     const vf un = zero_unless(near, u), uf = zero_unless(mask_not(near), u);
     const Split e = split_exponential(un);
-    S[group] = S[group] + wy;
-    A[group] = fma(wy, un, A[group]);
-    B[group] = fma(wy, g_lanes(e, un), B[group]);
-    C[group] = fma(wy, k_lanes(e, un), C[group]);
-    FX[group] = FX[group] + zero_unless(mask_not(near), wx);
-    FY[group] = FY[group] + zero_unless(mask_not(near), wy);
-    FXU[group] = fma(wx, uf, FXU[group]);
-    FYU[group] = fma(wy, uf, FYU[group]);
+    S = S + wy;
+    A = fma(wy, un, A);
+    B = fma(wy, g_lanes(e, un), B);
+    C = fma(wy, k_lanes(e, un), C);
+    far_x = far_x + zero_unless(mask_not(near), wx);
+    far_y = far_y + zero_unless(mask_not(near), wy);
+    far_xu = fma(wx, uf, far_xu);
+    far_yu = fma(wy, uf, far_yu);
   });
-  return {sum_lanes(S[0] + S[1]),   sum_lanes(A[0] + A[1]),   sum_lanes(B[0] + B[1]),     sum_lanes(C[0] + C[1]),     sum_lanes(FX[0] + FX[1]),
-          sum_lanes(FY[0] + FY[1]), sum_lanes(FXU[0] + FXU[1]), sum_lanes(FYU[0] + FYU[1]), policy_lacks, reference_lacks};
+  return {sum_lanes(S),     sum_lanes(A),     sum_lanes(B),      sum_lanes(C),      sum_lanes(far_x),
+          sum_lanes(far_y), sum_lanes(far_xu), sum_lanes(far_yu), any(one_sided_x), any(one_sided_y)};
 }
 
 // ---- one row alone

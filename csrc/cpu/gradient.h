@@ -235,6 +235,7 @@ static void single_gradient(const GradientJob& job) {
 
 template <DType D>
 static void gradient_row(GradientJob job) {
+  [[maybe_unused]] const FlushSubnormals scope;
   const RowGradient& g = job.gradient;
   if (!job.y) return single_gradient<D>(job);
   const double t = 1 / job.inv_t;

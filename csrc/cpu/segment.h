@@ -214,7 +214,8 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   CentredSums sums;
   for (int sweeps = 0; sweeps < 4; sweeps++) {
     all = CarefulSums{};
-    for (int64_t i = 0; i < n; i += kBlock) add_careful(all, careful_block<D>(part(x, i), part(y, i), n - i < kBlock ? n - i : kBlock, f));
+    for (int64_t i = 0; i < n; i += kCarefulBlock)
+      add_careful(all, careful_block<D>(part(x, i), part(y, i), n - i < kCarefulBlock ? n - i : kCarefulBlock, f));
     // policy weights about the centre, on the reference's scale: wx * kappa
     const double kappa = exp2(static_cast<double>(f.policy_shift) - f.shift - f.centre() * static_cast<double>(t.log2e_t));
     sums.S = all.S;
@@ -237,6 +238,7 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
 
 template <DType D>
 static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse) {
+  [[maybe_unused]] const FlushSubnormals scope;
   const Scale t(inv_t);
   RowState out;
   if (reverse ? one_sweep_segment<D, true>(x, y, n, t, out) : one_sweep_segment<D, false>(x, y, n, t, out)) return out;
@@ -248,6 +250,7 @@ static RowState divergence_segment(const void* x, const void* y, int64_t n, doub
 template <DType D>
 static RowState single_segment(const void* x, int64_t n, double inv_t, bool entropy) {
   constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  [[maybe_unused]] const FlushSubnormals scope;
   const Scale t(inv_t);
   RowState out{};
   float max = max_block<D>(x, n < 8192 ? (n + 15) / 16 : 512);

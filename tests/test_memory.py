@@ -1,0 +1,132 @@
+"""What the compiled kernels allocate: O(tokens), and the gradient that autograd asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fusedkl
+from fusedkl.backends import BACKENDS
+
+pytestmark = pytest.mark.skipif(
+    BACKENDS["cpu"].why_not(None) is not None, reason=str(BACKENDS["cpu"].why_not(None))
+)
+B, T, V = 4, 9, 20_000
+# A few numbers of eight bytes for each of the 32 tokens.
+SMALL = 16_384
+KINDS = ["forward_kl", "reverse_kl", "jeffreys"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Off here: filling memory is what torch would be seen doing."""
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes above the start that torch's CPU allocator held at once while it ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    assert run.profiler is not None
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Shifted slices, as language models make them: a gap after every sequence."""
+    policy, reference = torch.randn(B, T, V).to(dtype), torch.randn(B, T, V).to(dtype)
+    options = {
+        "mask": torch.rand(B, T - 1) < 0.5,
+        "weight": torch.rand(B, T - 1),
+        "temperature": torch.rand(B, T - 1) + 0.5,
+    }
+    return policy[:, :-1], reference[:, 1:], options
+
+
+def test_the_measure_sees_a_copy() -> None:
+    policy, _, _ = inputs(torch.float32)
+    assert peak(lambda: policy.contiguous().sum()) >= policy.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_allocates_nothing_of_the_logits_size(kind: str, dtype: torch.dtype) -> None:
+    policy, reference, options = inputs(dtype)
+
+    def run() -> Tensor:
+        return fusedkl.divergence(
+            policy, reference, kind, reduction="mean", backend="cpu", **options
+        )
+
+    assert peak(run) < SMALL
+    one = reference[0, 0].expand(policy.shape)
+    assert peak(lambda: fusedkl.divergence(policy, one, kind, backend="cpu")) < SMALL
+
+
+def test_one_distribution_allocates_nothing_of_the_logits_size() -> None:
+    policy, _, _ = inputs(torch.bfloat16)
+    index = torch.randint(0, V, (B, T - 1, 4))
+    assert peak(lambda: fusedkl.entropy(policy, backend="cpu")) < SMALL
+    assert peak(lambda: fusedkl.logsumexp(policy, temperature=2.0, backend="cpu")) < SMALL
+    assert peak(lambda: fusedkl.selective_log_softmax(policy, index, backend="cpu")) < SMALL
+    result = policy.numel() * 2
+    assert peak(lambda: fusedkl.log_softmax(policy, backend="cpu")) < result + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_allocates_the_gradients(kind: str, dtype: torch.dtype) -> None:
+    policy, reference, options = inputs(dtype)
+    policy, reference = policy.detach().requires_grad_(), reference.detach()
+    gradient = policy.numel() * policy.element_size()
+
+    def run(*leaves: Tensor) -> object:
+        loss = fusedkl.divergence(
+            policy, reference, kind, reduction="mean", backend="cpu", **options
+        )
+        return torch.autograd.grad(loss, leaves)
+
+    assert gradient <= peak(lambda: run(policy)) < gradient + SMALL
+    reference.requires_grad_()
+    assert 2 * gradient <= peak(lambda: run(policy, reference)) < 2 * gradient + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inplace_grad_allocates_nothing_of_the_logits_size(kind: str, dtype: torch.dtype) -> None:
+    policy, reference, options = inputs(dtype)
+    logits = policy.clone().requires_grad_() * 1
+
+    def run() -> object:
+        loss = fusedkl.divergence(
+            logits,
+            reference,
+            kind,
+            reduction="mean",
+            inplace_grad=True,
+            backend="cpu",
+            **options,
+        )
+        return torch.autograd.grad(loss, logits)
+
+    assert peak(run) < SMALL
+
+
+def test_a_leaf_shares_its_memory_with_its_inplace_gradient() -> None:
+    policy, reference, _ = inputs(torch.float32)
+    leaf = policy.clone().requires_grad_()
+
+    def run() -> None:
+        fusedkl.forward_kl(
+            leaf, reference, reduction="sum", inplace_grad=True, backend="cpu"
+        ).backward()
+
+    assert peak(run) < SMALL
+    assert leaf.grad is not None and leaf.grad.data_ptr() == leaf.data_ptr()
