@@ -22,6 +22,7 @@ CPU_SOURCES = [
     "csrc/cpu/isa_portable.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_avx512_bf16.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/rows_f64.cpp",
     "csrc/cpu/tensors.cpp",

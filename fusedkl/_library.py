@@ -34,6 +34,12 @@ OPERATORS: dict[str, tuple[str, str]] = {
         ),
         "Tensor",
     ),
+    "row_stats_with_gradient": (
+        "Tensor grad, Tensor policy, Tensor? reference, str[] fields, Tensor? inv_temperature, "
+        "Tensor? mask",
+        "(Tensor values, Tensor state, Tensor policy_grad)",
+    ),
+    "scale_gradient_": ("Tensor(a!) gradient, Tensor factor", "()"),
     "log_softmax": ("Tensor logits, ScalarType dtype", "Tensor"),
     "log_softmax_backward": ("Tensor grad, Tensor output, ScalarType dtype", "Tensor"),
     "ordered_sum": ("Tensor values, Tensor? weight", "Tensor"),

@@ -6,10 +6,12 @@ wrong. Forward mode raises here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 
@@ -105,18 +107,19 @@ class _RowStats(torch.autograd.Function):
         # A batch of rows is only more rows.
         if args[6] and in_dims[0] is None:
             raise RuntimeError("inplace_grad=True: torch.vmap would write one policy many times")
+        policy, reference_, ids, fields, inverse, mask, *rest = args
         size = info.batch_size
-        rows = args[0].numel() // args[0].shape[-1] // (1 if in_dims[0] is None else size)
+        policy = _front(policy, in_dims[0], size)
+        rows = policy[0].numel() // policy.shape[-1]
 
-        def flat(t: Tensor | None, dim: int | None, *shape: int) -> Tensor | None:
+        def flat(t: Tensor | None, dim: int | None, *last: int) -> Tensor | None:
             if t is None:
                 return None
-            batched = _front(t.expand(rows) if t.shape == (1,) else t, dim, size)
-            return batched.reshape(size * rows, *shape).contiguous()
+            batched = _front(t, dim, size).expand(size, rows, *last)  # one 1/T for all rows, too
+            return batched.reshape(size * rows, *last).contiguous()
 
-        policy, reference_, ids, fields, inverse, mask, *rest = args
         values, state = _RowStats.apply(
-            _front(policy, in_dims[0], size),
+            policy,
             None if reference_ is None else _front(reference_, in_dims[1], size),
             None if ids is None else flat(ids, in_dims[2], ids.shape[-1]),
             fields,
@@ -126,6 +129,91 @@ class _RowStats(torch.autograd.Function):
         )
         out = values.view(values.shape[0], size, rows), state.view(size, rows, state.shape[-1])
         return out, (1, 0)
+
+
+class _ScalarLoss(torch.autograd.Function):
+    """A reduced divergence whose gradient is written in the forward sweep, where the row is still in
+    cache; backward multiplies it by the scalar gradient, or does nothing where that is 1.
+
+    The gradient made ahead serves one backward. Another one, or one that is itself differentiated,
+    goes back to the logits, which the caller keeps anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        policy: Tensor,
+        reference_: Tensor,
+        fields: tuple[str, ...],
+        inv_temperature: Tensor | None,
+        mask: Tensor | None,
+        share: Tensor,
+        reduce: Callable[[Tensor], Tensor],
+        backend: str,
+    ) -> Tensor:
+        grad = share.expand(len(fields), -1)
+        values, state, ctx.ahead = _OPS.row_stats_with_gradient(
+            grad, policy, reference_, fields, inv_temperature, mask, backend
+        )
+        ctx.save_for_backward(policy, reference_, inv_temperature, mask, state, share)
+        ctx.fields = fields
+        ctx.backend = backend
+        return reduce(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Unpacked first: it raises where the logits were changed since, as any backward does.
+        policy, reference_, inv_temperature, mask, state, share = ctx.saved_tensors
+        ahead, ctx.ahead = ctx.ahead, None
+        if _recorded(policy, reference_, grads[0]):
+            grad = (grads[0] * share).expand(len(ctx.fields), -1)
+            gx, _ = _composed_gradients(
+                grad, policy, reference_, None, list(ctx.fields), inv_temperature, mask, ctx
+            )
+        elif ahead is not None and _plain(grads[0]):
+            _OPS.scale_gradient_(ahead, grads[0], ctx.backend)
+            gx = ahead
+        else:
+            grad = (grads[0] * share).expand(len(ctx.fields), -1)
+            gx, _ = _OPS.row_stats_backward(
+                grad,
+                policy,
+                reference_,
+                None,
+                state,
+                list(ctx.fields),
+                inv_temperature,
+                True,
+                False,
+                ctx.backend,
+            )
+        return gx, None, None, None, None, None, None, None
+
+
+def _plain(t: Tensor) -> bool:
+    """Not a batch of gradients: neither torch.func's nor autograd's own (is_grads_batched)."""
+    # By name: the key of autograd's own batches is not in torch._C.DispatchKey.
+    return "Batched" not in str(torch._C._dispatch_keys(t))
+
+
+def gradient_ahead(
+    policy: Tensor, reference_: Tensor, weight: Tensor | None, backend: str
+) -> bool:
+    """Whether `scalar_loss` may stand for `row_stats` and a reduction.
+
+    float16 gradients must be scaled before their only rounding, so they cannot be made ahead of
+    the loss scale. A graph being traced or transformed takes the plain operators, and so does the
+    reference backend, whose sweeps are not of the kind that gains.
+    """
+    if backend == "reference":
+        return False
+    if not torch.is_grad_enabled() or not policy.requires_grad or reference_.requires_grad:
+        return False
+    if policy.dtype == torch.float16 or (weight is not None and weight.requires_grad):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(policy) in (Tensor, torch.nn.Parameter) and forward_ad._current_level < 0
 
 
 def _refuse_reuse(ctx: Any) -> None:
@@ -226,9 +314,7 @@ class _LogSoftmax(torch.autograd.Function):
 class _OrderedSum(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, weight: Tensor | None, backend: str) -> Tensor:
-        # Weight 0 means not counted: it must also silence a value that is inf or NaN.
-        counted = values if weight is None else torch.where(weight != 0, values, 0)
-        out: Tensor = _OPS.ordered_sum(counted, weight, backend)
+        out: Tensor = _OPS.ordered_sum(values, weight, backend)
         return out
 
     @staticmethod
@@ -273,6 +359,24 @@ def row_stats(
         policy, reference_, token_ids, fields, inv_temperature, mask, inplace_grad, backend
     )
     out: Tensor = values
+    return out
+
+
+def scalar_loss(
+    policy: Tensor,
+    reference_: Tensor,
+    fields: tuple[str, ...],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    share: Tensor,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    backend: str,
+) -> Tensor:
+    """reduce(row_stats(...)), d reduce / d value = share [N] for every field; see gradient_ahead."""
+    out: Tensor = _ScalarLoss.apply(
+        policy, reference_, fields, inv_temperature, mask, share, reduce, backend
+    )
     return out
 
 

@@ -86,20 +86,24 @@ def divergence(
     dtype = reference.result_dtype(policy_logits, reference_logits)
     weights = reductions.token_weights(policy_logits, weight, dtype)
     name = resolve(backend, policy_logits.device)
-    values = autograd.row_stats(
-        rows(policy_logits),
-        rows(reference_logits),
-        None,
-        definition.fields,
-        inverse,
-        reductions.rows_to_read(counted, weights),
-        inplace_grad=inplace_grad,
-        backend=name,
+    x, y = rows(policy_logits), rows(reference_logits)
+    read = reductions.rows_to_read(counted, weights)
+
+    def reduced(values: Tensor) -> Tensor:
+        tokens = values[0]
+        for i in range(1, len(definition.fields)):
+            tokens = tokens + values[i]
+        return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
+
+    fields = definition.fields
+    if reduction != "none" and not inplace_grad and autograd.gradient_ahead(x, y, weights, name):
+        share = reductions.shares(shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name)
+        return autograd.scalar_loss(x, y, fields, inverse, read, share, reduced, backend=name)
+    return reduced(
+        autograd.row_stats(
+            x, y, None, fields, inverse, read, inplace_grad=inplace_grad, backend=name
+        )
     )
-    tokens = values[0]
-    for i in range(1, len(definition.fields)):
-        tokens = tokens + values[i]
-    return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
 
 
 def forward_kl(

@@ -94,6 +94,25 @@ def _row_stats_backward_inplace_fake(
     return given.new_empty(given.shape if reference_grad and reference_ is not None else (0,))
 
 
+def _row_stats_with_gradient_fake(
+    grad: Tensor,
+    policy: Tensor,
+    reference_: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, state = _row_stats_fake(
+        policy, reference_, None, fields, inv_temperature, mask, backend
+    )
+    return values, state, policy.new_empty(policy.shape)
+
+
+def _scale_gradient_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    return None
+
+
 def _log_softmax_fake(logits: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return logits.new_empty(logits.shape, dtype=dtype)
 
@@ -112,6 +131,8 @@ for _name, _fake in (
     ("row_stats", _row_stats_fake),
     ("row_stats_backward", _row_stats_backward_fake),
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
+    ("row_stats_with_gradient", _row_stats_with_gradient_fake),
+    ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),
     ("log_softmax_backward", _log_softmax_backward_fake),
     ("ordered_sum", _ordered_sum_fake),

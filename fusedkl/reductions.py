@@ -86,3 +86,24 @@ def reduce(
     if counted is not None:
         return total / counted.sum().clamp(min=1)
     return total / max(values.shape[0], 1)
+
+
+def shares(
+    values: int,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    shape: torch.Size,
+    like: Tensor,
+    dtype: torch.dtype,
+    *,
+    backend: str,
+) -> Tensor:
+    """d reduce / d value [N] for a scalar reduction, by its own derivative."""
+    with torch.enable_grad():
+        probe = like.new_zeros(values, dtype=dtype).requires_grad_()
+        total = reduce(probe, counted, weight, reduction, shape, backend=backend)
+        (share,) = torch.autograd.grad(total, probe)
+    if counted is not None:
+        share = torch.where(counted, share, 0)
+    return share.contiguous()

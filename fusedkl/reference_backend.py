@@ -122,6 +122,27 @@ def row_stats_backward_(
     return reference_out
 
 
+def row_stats_with_gradient(
+    grad: Tensor,
+    policy: Tensor,
+    reference: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operator `row_stats_with_gradient` (fusedkl/ops.py): one after the other."""
+    values, state = row_stats(policy, reference, None, fields, inv_temperature, mask)
+    gradient, _ = row_stats_backward(
+        grad, policy, reference, None, state, fields, inv_temperature, True, False
+    )
+    return values, state, gradient
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    """Operator `scale_gradient_` (fusedkl/ops.py)."""
+    gradient.copy_(torch.where(factor == 0, 0, gradient * factor))
+
+
 def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Operator `log_softmax` (fusedkl/ops.py)."""
     x = _flat(logits)

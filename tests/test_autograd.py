@@ -285,6 +285,22 @@ def test_function_transforms(backend: str, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_vmap_over_temperatures_and_token_ids(backend: str) -> None:
+    policy, reference = torch.randn(2, 5, 6, dtype=F64)
+    temperatures = torch.tensor([0.5, 1.0, 3.0])
+    found = torch.func.vmap(
+        lambda t: fusedkl.forward_kl(policy, reference, temperature=t, backend=backend)
+    )(temperatures)
+    expected = [composed(policy, reference, "forward_kl", t) for t in temperatures.tolist()]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-12)
+    ids = torch.randint(0, 6, (5, 2, 3))
+    found = torch.func.vmap(lambda i: fusedkl.selective_log_softmax(policy, i, backend=backend), 2)(
+        ids
+    )
+    expected_ids = policy.log_softmax(-1).gather(-1, ids.reshape(5, 6)).view(5, 2, 3)
+    torch.testing.assert_close(found, expected_ids.movedim(2, 0), rtol=1e-9, atol=1e-12)
+
+
 # The first use of a dual tensor makes torch load its own scripted decompositions.
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from kl_div_cases import compare, needs_kernel, outcome, pair, quiet
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fusedkl import kl_div, kl_div_ops
@@ -55,6 +56,21 @@ def test_saves_what_the_caller_owns_and_no_more(log_target: bool) -> None:
     assert not saved_by(kl_div, x.detach(), t.detach(), log_target)
     with torch.no_grad():
         assert not saved_by(kl_div, x, t, log_target)
+
+
+@needs_kernel
+@both_targets
+def test_allocates_the_gradients_and_nothing_else(log_target: bool) -> None:
+    x, t = pair((64, 1000), torch.float32, log_target)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+        loss = kl_div(x, t, reduction="sum", log_target=log_target)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
+        gradients = torch.autograd.grad(loss, (x, t))
+    allocated = [
+        sum(max(e.self_cpu_memory_usage, 0) for e in p.key_averages()) for p in (forward, backward)
+    ]
+    assert allocated[0] < 1024
+    assert 0 <= allocated[1] - sum(g.nbytes for g in gradients) < 1024
 
 
 @needs_kernel

@@ -241,7 +241,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets(isa: str) -> None:
     """The numerical tests again, each instruction set forced in a process of its own."""
     here = Path(__file__)

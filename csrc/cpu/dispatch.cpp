@@ -8,7 +8,7 @@ namespace fusedkl {
 
 static const KernelTable* choose() {
   const char* wanted = getenv("FUSEDKL_CPU_ISA");
-  const KernelTable* const tables[] = {avx512_kernels(), avx2_kernels(), &kPortableKernels};
+  const KernelTable* const tables[] = {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), &kPortableKernels};
   if (!wanted || !*wanted) {
     for (const KernelTable* t : tables)
       if (t) return t;

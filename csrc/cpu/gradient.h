@@ -57,21 +57,26 @@ SIMD_INLINE vf exp2_for_store(vf t) {
   return exp2_coarse(t);
 }
 
-// expm1(l) for |l| <= 1
+// expm1(v/T) for |v/T| <= 1. The temperature is folded into the coefficients, as in poly_block.
 template <DType D>
-SIMD_INLINE vf expm1_small(vf l) {
-  vf P;
-  if constexpr (D == DType::f32) {
-    P = set1(kPoly6[6]);
-    for (int j = 5; j >= 0; j--) P = fma(P, l, set1(kPoly6[j]));
-  } else {  // far below half a unit of a 16-bit result
-    P = fma(l, set1(0.0014262537f), set1(0.008335255f));
-    P = fma(P, l, set1(0.041652795f));
-    P = fma(P, l, set1(0.1666659f));
-    P = fma(P, l, set1(0.5000008f));
+struct SmallExpm1 {
+  // 16-bit results: far below half a unit of them
+  static constexpr int kDegree = D == DType::f32 ? 6 : 4;
+  vf linear, c[kDegree + 1];
+
+  explicit SmallExpm1(double inv_t) {
+    constexpr float kCoarse[] = {0.5000008f, 0.1666659f, 0.041652795f, 0.008335255f, 0.0014262537f};
+    linear = set1(static_cast<float>(inv_t));
+    double power = inv_t * inv_t;
+    for (int j = 0; j <= kDegree; j++, power *= inv_t) c[j] = set1(static_cast<float>((D == DType::f32 ? kPoly6[j] : kCoarse[j]) * power));
   }
-  return fma(l * l, P, l);
-}
+
+  __attribute__((always_inline)) vf operator()(vf v) const {
+    vf P = c[kDegree];
+    for (int j = kDegree - 1; j >= 0; j--) P = fma(P, v, c[j]);
+    return v * fma(P, v, linear);
+  }
+};
 
 // Calls chunk(x0, x1, y0, y1) -> (gx0, gx1, gy0, gy1) over the row. Loads of a chunk come before its stores, so a gradient may
 // replace its own logits. The tail goes through a buffer: no instruction depends on where the row ends or is aligned.
@@ -117,23 +122,23 @@ SIMD_INLINE vf forward_far(const GradientFrame& f, vf x, vf q, vf l, vf scale) {
 template <DType D>
 static void forward_gradient(const GradientJob& job) {
   const GradientFrame f(job);
-  const vf scale = set1(static_cast<float>(job.gradient.forward)), one = set1(1.f), near = set1(kNear);
-  const vf weight = f.weight_y * scale;
+  const SmallExpm1<D> small(job.inv_t);
+  const vf scale = set1(static_cast<float>(job.gradient.forward)), weight = f.weight_y * scale;
+  const vf one = set1(static_cast<float>(1 / job.inv_t)), near = set1(static_cast<float>(kNear / job.inv_t));
   map_row<D>(job.x, job.y, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
-    const vf l0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo) * f.inv_t;
-    const vf l1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo) * f.inv_t;
+    const vf v0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo), v1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo);
     const vf q0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)) * weight;
     const vf q1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y)) * weight;
-    const vf m0 = abs1(l0), m1 = abs1(l1);
-    if (!any(mask_not(mask_and(not_above(m0, one), not_above(m1, one))))) {
-      a0 = q0 * expm1_small<D>(l0);
-      a1 = q1 * expm1_small<D>(l1);
-    } else if (!any(mask_not(mask_and(not_above(m0, near), not_above(m1, near))))) {
-      a0 = q0 * expm1_lanes(split_exponential(l0));
-      a1 = q1 * expm1_lanes(split_exponential(l1));
+    const vf m0 = abs1(v0), m1 = abs1(v1);
+    if (all(mask_and(not_above(m0, one), not_above(m1, one)))) {
+      a0 = q0 * small(v0);
+      a1 = q1 * small(v1);
+    } else if (all(mask_and(not_above(m0, near), not_above(m1, near)))) {
+      a0 = q0 * expm1_lanes(split_exponential(v0 * f.inv_t));
+      a1 = q1 * expm1_lanes(split_exponential(v1 * f.inv_t));
     } else {
-      a0 = forward_far<D>(f, x0, q0, l0, scale);
-      a1 = forward_far<D>(f, x1, q1, l1, scale);
+      a0 = forward_far<D>(f, x0, q0, v0 * f.inv_t, scale);
+      a1 = forward_far<D>(f, x1, q1, v1 * f.inv_t, scale);
     }
   });
 }
@@ -193,7 +198,7 @@ static void general_gradient(const GradientJob& job, const Means& m) {
     const vf q = exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
     const Split e = split_exponential(zero_unless(near, l));
     vf moved = q * expm1_lanes(e), p = q * fma(e.s, e.q + e.r, e.s);  // p - q and p = q e^l, each without cancelling
-    if (any(mask_not(near))) {
+    if (!all(near)) {
       const vf own = exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
       p = select(near, p, own);
       moved = select(near, moved, own - q);

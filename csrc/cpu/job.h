@@ -37,6 +37,7 @@ const KernelTable* kernels_or_null();
 extern const KernelTable kPortableKernels;
 const KernelTable* avx2_kernels();    // null where not compiled or not supported by the machine
 const KernelTable* avx512_kernels();
+const KernelTable* avx512_bf16_kernels();
 
 // fp64 rows, in double throughout
 RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t);

@@ -77,7 +77,7 @@ constexpr int64_t kChunk = 16384;
 const KlKernels& kl_kernels() {
 #if defined(__x86_64__)
   const char* isa = kernels().isa;
-  if (strcmp(isa, "avx512") == 0) return kl_avx512::kKernels;
+  if (strncmp(isa, "avx512", 6) == 0) return kl_avx512::kKernels;
   if (strcmp(isa, "avx2") == 0) return kl_avx2::kKernels;
 #endif
   return kl_portable::kKernels;

@@ -235,7 +235,7 @@ KL_INLINE void gradient_step(VectorOf<E> g, const E* x, const E* t, E* dx, E* dt
     const V nan = all<V>(__builtin_nan("")), zero{}, magnitude = target < zero ? -target : target;
     const V logged = g == zero ? (target == target ? zero : nan) : g * log_of(target);
     const V value = (logged + g) - g * load(x);
-    store(dt, (magnitude > zero) & (magnitude < all<V>(__builtin_inf())) ? value : nan);
+    store(dt, ((magnitude > zero) & (magnitude < all<V>(__builtin_inf()))) ? value : nan);
   }
 }
 

@@ -14,6 +14,9 @@ std::tuple<Tensor, Tensor> row_stats_backward(const Tensor&, const Tensor&, cons
                                               const std::vector<std::string>&, const std::optional<Tensor>&, bool, bool);
 Tensor row_stats_backward_(const Tensor&, Tensor, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
                            const std::vector<std::string>&, const std::optional<Tensor>&, bool);
+std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<std::string>&,
+                                                           const std::optional<Tensor>&, const std::optional<Tensor>&);
+void scale_gradient_(Tensor, const Tensor&);
 
 namespace {
 
@@ -118,6 +121,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkl, CPU, m) {
   m.impl("_row_stats", TORCH_BOX(&fusedkl::row_stats));
   m.impl("_row_stats_backward", TORCH_BOX(&fusedkl::row_stats_backward));
   m.impl("_row_stats_backward_", TORCH_BOX(&fusedkl::row_stats_backward_));
+  m.impl("_row_stats_with_gradient", TORCH_BOX(&fusedkl::row_stats_with_gradient));
+  m.impl("_scale_gradient_", TORCH_BOX(&fusedkl::scale_gradient_));
   m.impl("_log_softmax", TORCH_BOX(&fusedkl::log_softmax));
   m.impl("_log_softmax_backward", TORCH_BOX(&fusedkl::log_softmax_backward));
   m.impl("_ordered_sum", TORCH_BOX(&fusedkl::ordered_sum));

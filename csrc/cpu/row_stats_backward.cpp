@@ -1,43 +1,41 @@
-// fusedkl::_row_stats_backward and its in-place form on the CPU.
-#include <memory>
-
-#include "fields.h"
+// fusedkl::_row_stats_backward, its in-place form, and forward and gradient in one visit to each row, on the CPU.
+#include "rows.h"
 
 namespace fusedkl {
-namespace {
 
-constexpr int64_t kChunk = 2048;  // of a mixed-dtype row, widened to fp32 in the first-level cache
+BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std::optional<Tensor>& reference_, const std::optional<Tensor>& token_ids,
+                           const Tensor& state, const std::vector<std::string>& names, const std::optional<Tensor>& inverse,
+                           const Tensor* policy_grad_, const Tensor* reference_grad_)
+    : policy(Rows::of(policy_, "policy")),
+      reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
+      fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0),
+      grad(grad_),
+      states(static_cast<const RowState*>(state.const_data_ptr())),
+      ids(token_ids ? static_cast<const int64_t*>(token_ids->const_data_ptr()) : nullptr),
+      ids_per_row(token_ids && fields.logprob >= 0 ? token_ids->size(token_ids->dim() - 1) : 0),
+      inv_temperature(inverse ? static_cast<const double*>(inverse->const_data_ptr()) : nullptr),
+      per_row_temperature(inverse && inverse->numel() != 1) {
+  if (policy_grad_) policy_grad.emplace(*policy_grad_, "policy gradient", policy_grad_->mutable_data_ptr());
+  if (reference_grad_) reference_grad.emplace(*reference_grad_, "reference gradient", reference_grad_->mutable_data_ptr());
+  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns, "state does not fit the policy");
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
+  STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
+  kernels();
+}
 
-struct Call {
-  Rows policy;
-  std::optional<Rows> reference;
-  std::optional<Rows> policy_grad, reference_grad;
-  Fields fields;
-  const Tensor& grad;
-  const RowState* states;
-  const int64_t* ids;
-  int64_t ids_per_row;
-  const double* inv_temperature;
-  bool per_row_temperature;
-
-  double grad_at(int64_t field, int64_t r) const {
-    if (field < 0) return 0;
-    const int64_t i = field * grad.stride(0) + r * grad.stride(1);
-    return grad.scalar_type() == ScalarType::Double ? static_cast<const double*>(grad.const_data_ptr())[i]
-                                                    : static_cast<const float*>(grad.const_data_ptr())[i];
-  }
-};
-
-struct Chunk {
-  alignas(64) float x[kChunk], y[kChunk], gx[kChunk], gy[kChunk];
-};
+double BackwardCall::grad_at(int64_t field, int64_t r) const {
+  if (field < 0) return 0;
+  const int64_t i = field * grad.stride(0) + r * grad.stride(1);
+  return grad.scalar_type() == ScalarType::Double ? static_cast<const double*>(grad.const_data_ptr())[i]
+                                                  : static_cast<const float*>(grad.const_data_ptr())[i];
+}
 
 // Different dtypes: through fp32 chunks, each rounded once into its own dtype.
-void mixed_gradient(GradientJob job, DType dx, DType dy, Chunk& room) {
+static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedChunk& room) {
   const KernelTable& k = kernels();
   const GradientJob whole = job;
-  for (int64_t i = 0; i < whole.n; i += kChunk) {
-    job.n = whole.n - i < kChunk ? whole.n - i : kChunk;
+  for (int64_t i = 0; i < whole.n; i += kMixedChunk) {
+    job.n = whole.n - i < kMixedChunk ? whole.n - i : kMixedChunk;
     k.widen[static_cast<int>(dx)](at(whole.x, dx, i), room.x, job.n);
     k.widen[static_cast<int>(dy)](at(whole.y, dy, i), room.y, job.n);
     job.x = room.x;
@@ -50,7 +48,7 @@ void mixed_gradient(GradientJob job, DType dx, DType dy, Chunk& room) {
   }
 }
 
-void gradient_of_row(const Call& c, int64_t r, Chunk& room) {
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
   const DType dx = c.policy.dtype, dy = c.reference ? c.reference->dtype : dx;
   const RowState& s = c.states[r];
   GradientJob job;
@@ -109,43 +107,23 @@ void gradient_of_row(const Call& c, int64_t r, Chunk& room) {
   for (const auto& [id, value] : tokens) store_double(job.gx, dx, id, value);
 }
 
-void run(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids, const Tensor& state,
-         const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature, const Tensor* policy_grad, const Tensor* reference_grad) {
-  const int64_t per_row = token_ids ? token_ids->size(token_ids->dim() - 1) : 0;
-  const Fields f(fields, per_row);
-  auto out = [](const Tensor* t, const char* name) { return t ? std::optional<Rows>(Rows(*t, name, t->mutable_data_ptr())) : std::nullopt; };
-  Call c{Rows::of(policy, "policy"),
-         reference ? std::optional<Rows>(Rows::of(*reference, "reference")) : std::nullopt,
-         out(policy_grad, "policy gradient"),
-         out(reference_grad, "reference gradient"),
-         f,
-         grad,
-         static_cast<const RowState*>(state.const_data_ptr()),
-         token_ids ? static_cast<const int64_t*>(token_ids->const_data_ptr()) : nullptr,
-         f.logprob >= 0 ? per_row : 0,
-         inv_temperature ? static_cast<const double*>(inv_temperature->const_data_ptr()) : nullptr,
-         inv_temperature && inv_temperature->numel() != 1};
-  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == c.policy.count && state.size(1) == kStateColumns, "state does not fit the policy");
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == f.rows && grad.size(1) == c.policy.count, "grad does not fit the fields");
-  STD_TORCH_CHECK(!f.divergence() || reference, "a divergence needs a reference");
-  kernels();
+static void run(const BackwardCall& c) {
   torch::stable::parallel_for(0, c.policy.count, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
-    const auto room = std::make_unique<Chunk>();
+    const auto room = std::make_unique<MixedChunk>();
     for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, *room);
   });
 }
 
-}  // namespace
+static Tensor new_gradient(bool wanted, const Tensor& like, const char* name) {
+  return wanted ? new_result(like, sizes_of(like), dtype_of(like, name)) : torch::stable::new_empty(like, {0});
+}
 
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
                                               const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& fields,
                                               const std::optional<Tensor>& inv_temperature, bool policy_grad, bool reference_grad) {
-  auto result = [](bool wanted, const Tensor& like, const char* name) {
-    return wanted ? new_result(like, sizes_of(like), dtype_of(like, name)) : torch::stable::new_empty(like, {0});
-  };
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
-  const Tensor gx = result(policy_grad, policy, "policy"), gy = result(reference_grad, reference ? *reference : policy, "reference");
-  run(grad, policy, reference, token_ids, state, fields, inv_temperature, policy_grad ? &gx : nullptr, reference_grad ? &gy : nullptr);
+  const Tensor gx = new_gradient(policy_grad, policy, "policy"), gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
+  run({grad, policy, reference, token_ids, state, fields, inv_temperature, policy_grad ? &gx : nullptr, reference_grad ? &gy : nullptr});
   return {gx, gy};
 }
 
@@ -154,10 +132,54 @@ Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optiona
                            const Tensor& state, const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature,
                            bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
-  const Tensor gy = reference_grad ? new_result(*reference, sizes_of(*reference), dtype_of(*reference, "reference"))
-                                   : torch::stable::new_empty(policy, {0});
-  run(grad, policy, reference, token_ids, state, fields, inv_temperature, &policy, reference_grad ? &gy : nullptr);
+  const Tensor gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
+  run({grad, policy, reference, token_ids, state, fields, inv_temperature, &policy, reference_grad ? &gy : nullptr});
   return gy;
+}
+
+// Values, state and the policy's gradient for gradients known beforehand: the second read of a row finds it in the cache.
+std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
+                                                           const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature,
+                                                           const std::optional<Tensor>& mask) {
+  const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask);
+  const Tensor gx = new_gradient(true, policy, "policy");
+  const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, &gx, nullptr);
+  torch::stable::parallel_for(0, f.policy.count, grain_of(f.policy.length), [&](int64_t begin, int64_t end) {
+    Widened wide;
+    const auto room = std::make_unique<MixedChunk>();
+    std::vector<RowState> parts(static_cast<size_t>(f.segments()));
+    for (int64_t r = begin; r < end; r++) {
+      for (int64_t i = 0; i < f.segments() && f.counted(r); i++) parts[static_cast<size_t>(i)] = segment_state(f, r, i, wide);
+      finish_row(f, r, parts.data());
+      gradient_of_row(b, r, *room);
+    }
+  });
+  return {f.values, f.state, gx};
+}
+
+// gradient *= factor, 0-d; nothing is touched where it is 1, and 0 silences even NaN
+void scale_gradient_(Tensor gradient, const Tensor& factor) {
+  const DType d = dtype_of(gradient, "gradient");
+  const double by = load_double(factor.const_data_ptr(), dtype_of(factor, "factor"), 0);
+  if (by == 1) return;
+  void* const data = gradient.mutable_data_ptr();
+  if (by == 0) {
+    memset(data, 0, static_cast<size_t>(gradient.numel() * size_of(d)));
+    return;
+  }
+  torch::stable::parallel_for(0, gradient.numel(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
+    const auto room = std::make_unique<MixedChunk>();
+    if (d == DType::f64) {
+      for (int64_t i = begin; i < end; i++) static_cast<double*>(data)[i] *= by;
+      return;
+    }
+    for (int64_t i = begin; i < end; i += kMixedChunk) {
+      const int64_t n = end - i < kMixedChunk ? end - i : kMixedChunk;
+      kernels().widen[static_cast<int>(d)](at(data, d, i), room->x, n);
+      for (int64_t j = 0; j < n; j++) room->x[j] *= static_cast<float>(by);
+      kernels().narrow[static_cast<int>(d)](room->x, at(data, d, i), n);
+    }
+  });
 }
 
 }  // namespace fusedkl

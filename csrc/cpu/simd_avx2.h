@@ -42,6 +42,7 @@ SIMD_INLINE vm mask_and(vm a, vm b) { return _mm256_and_ps(a, b); }
 SIMD_INLINE vm mask_or(vm a, vm b) { return _mm256_or_ps(a, b); }
 SIMD_INLINE vm mask_not(vm a) { return _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
 SIMD_INLINE bool any(vm a) { return _mm256_movemask_ps(a) != 0; }
+SIMD_INLINE bool all(vm a) { return _mm256_movemask_ps(a) == 0xff; }
 SIMD_INLINE vf select(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
 SIMD_INLINE vf zero_unless(vm m, vf a) { return _mm256_and_ps(m, a); }
 

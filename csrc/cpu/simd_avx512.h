@@ -35,6 +35,7 @@ SIMD_INLINE vm mask_and(vm a, vm b) { return a & b; }
 SIMD_INLINE vm mask_or(vm a, vm b) { return a | b; }
 SIMD_INLINE vm mask_not(vm a) { return ~a; }
 SIMD_INLINE bool any(vm a) { return a != 0; }
+SIMD_INLINE bool all(vm a) { return _mm512_kortestc(a, a); }
 SIMD_INLINE vf select(vm m, vf yes, vf no) { return _mm512_mask_mov_ps(no, m, yes); }
 SIMD_INLINE vf zero_unless(vm m, vf a) { return _mm512_maskz_mov_ps(m, a); }
 
@@ -62,13 +63,26 @@ SIMD_INLINE void load2(const void* base, int64_t i, vf& a, vf& b) {
   }
 }
 
-// round to nearest even in integers (AVX-512 machines without the bf16 instructions exist); NaN stays NaN
+#if !defined(__AVX512BF16__)
+// round to nearest even in integers; NaN stays NaN
 SIMD_INLINE __m512i bf16_bits_high(vf a) {
   const __m512i v = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(v, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(0x7fff)), odd);
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
+#endif
+
+#if defined(__AVX512BF16__)
+// deals two halves back to even and odd places: 0, 16, 1, 17, ...
+struct Deal {
+  alignas(64) uint16_t index[32];
+  constexpr Deal() : index() {
+    for (int k = 0; k < 32; k++) index[k] = static_cast<uint16_t>((k >> 1) + 16 * (k & 1));
+  }
+};
+constexpr Deal kDeal;
+#endif
 
 template <DType D>
 SIMD_INLINE void store2(void* base, int64_t i, vf a, vf b) {
@@ -76,8 +90,12 @@ SIMD_INLINE void store2(void* base, int64_t i, vf a, vf b) {
     _mm512_storeu_ps(static_cast<float*>(base) + i, a);
     _mm512_storeu_ps(static_cast<float*>(base) + i + 16, b);
   } else if constexpr (D == DType::bf16) {
+#if defined(__AVX512BF16__)
+    const __m512i both = _mm512_permutexvar_epi16(_mm512_load_si512(kDeal.index), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+#else
     const __m512i lo = _mm512_srli_epi32(bf16_bits_high(a), 16);
     const __m512i both = _mm512_mask_mov_epi16(lo, 0xaaaaaaaau, bf16_bits_high(b));
+#endif
     _mm512_storeu_si512(static_cast<uint16_t*>(base) + i, both);
   } else {
     uint16_t* p = static_cast<uint16_t*>(base) + i;

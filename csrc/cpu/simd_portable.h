@@ -49,6 +49,8 @@ SIMD_INLINE bool any(vm a) {
   return (pairs[0] | pairs[1]) != 0;
 }
 
+SIMD_INLINE bool all(vm a) { return !any(~a); }
+
 // NaN must not reach the conversion to int; what it multiplies is NaN then, so any finite power will do
 SIMD_INLINE vf clamp_exponent(vf t) { return min2(set1(128.f), max2(set1(-127.f), t)); }
 SIMD_INLINE vf pow2_int(vf k) {

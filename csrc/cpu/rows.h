@@ -1,0 +1,72 @@
+// The two halves of row_stats on the CPU, row by row: what the operators of row_stats.cpp and row_stats_backward.cpp share.
+#pragma once
+#include <memory>
+
+#include "fields.h"
+
+namespace fusedkl {
+
+// Arguments of a forward call, checked, as pointers.
+struct ForwardCall {
+  Rows policy;
+  std::optional<Rows> reference;
+  Fields fields;
+  const double* inv_temperature = nullptr;  // one per row, or one for all
+  bool per_row_temperature = false;
+  const bool* mask = nullptr;
+  const int64_t* ids = nullptr;
+  int64_t ids_per_row = 0;
+  bool f64 = false;
+  Tensor values, state;
+
+  ForwardCall(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
+              const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask);
+
+  double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
+  bool counted(int64_t r) const { return !mask || mask[r]; }
+  // in double, a row is not cut: it is the exact path, and its rows are short
+  int64_t segments() const { return f64 ? 1 : Segments(policy.length).count; }
+  int64_t segment_length() const { return f64 ? policy.length : Segments(policy.length).size; }
+};
+
+// Room for one segment of both rows in fp32, for rows whose dtypes differ; made at most once per task.
+class Widened {
+ public:
+  const float* policy(const void* from, DType d, int64_t n) { return fill(policy_, from, d, n); }
+  const float* reference(const void* from, DType d, int64_t n) { return fill(reference_, from, d, n); }
+
+ private:
+  static const float* fill(std::unique_ptr<float[]>& room, const void* from, DType d, int64_t n);
+  std::unique_ptr<float[]> policy_, reference_;
+};
+
+RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
+void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
+
+constexpr int64_t kMixedChunk = 2048;  // of a mixed-dtype row, widened to fp32 in the first-level cache
+struct MixedChunk {
+  alignas(64) float x[kMixedChunk], y[kMixedChunk], gx[kMixedChunk], gy[kMixedChunk];
+};
+
+// Arguments of a backward call.
+struct BackwardCall {
+  Rows policy;
+  std::optional<Rows> reference, policy_grad, reference_grad;
+  Fields fields;
+  const Tensor& grad;
+  const RowState* states;
+  const int64_t* ids;
+  int64_t ids_per_row;
+  const double* inv_temperature;
+  bool per_row_temperature;
+
+  BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
+               const Tensor& state, const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature, const Tensor* policy_grad,
+               const Tensor* reference_grad);
+
+  double grad_at(int64_t field, int64_t r) const;
+};
+
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room);
+
+}  // namespace fusedkl
