@@ -1,0 +1,46 @@
+"""The Python in docs/ runs, and what the documents point at exists."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {file.name: file.read_text() for file in DOCUMENTS}
+FOLDERS = "fusedkl|csrc|kernels|tests|bench|demo|docs"
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+# The README's are run by test_readme.py.
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "README.md" and examples(name)])
+def test_examples_run(page: str) -> None:
+    namespace: dict[str, Any] = {}
+    for example in examples(page):
+        exec(compile(example, page, "exec"), namespace)
+
+
+def test_there_are_examples() -> None:
+    assert examples("migrating.md") and examples("numerics.md")
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_links_lead_somewhere(file: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[file.name])
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (file.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    named = set(re.findall(rf"\b(?:{FOLDERS})/[\w/]+\.(?:py|h|cpp|md)\b", PAGES[page]))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    pages = [f"docs/{file.name}" for file in DOCUMENTS if file.parent.name == "docs"]
+    assert [page for page in pages if page not in PAGES["README.md"]] == []
