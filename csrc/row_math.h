@@ -44,12 +44,13 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // Minimax coefficients of g(u)/u^2. Largest relative error in brackets.
-constexpr float kPoly4[] = {0.49999997f, 0.1666628f, 0.041667476f, 0.008395411f, 0.0013914652f};             // |u| <= 0.5  [8e-7]
-constexpr float kPoly6[] = {0.5f, 0.16666695f, 0.041666515f, 0.00833093f, 0.0013891335f, 0.00020325484f,      // |u| <= 1  [1.1e-7]
+constexpr float kPoly4[] = {0.49999997f, 0.1666628f, 0.041667476f, 0.008395411f, 0.0013914652f};  // |u| <= 0.5  [8e-7]
+constexpr float kPoly6[] = {0.5f,          0.16666695f,   0.041666515f,
+                            0.00833093f,   0.0013891335f, 0.00020325484f,  // |u| <= 1  [1.1e-7]
                             2.4960811e-05f};
-constexpr float kPoly8[] = {0.49999997f,   0.16666646f,   0.041666847f,  0.008334049f, 0.0013886975f,         // |u| <= 2  [1.2e-7]
+constexpr float kPoly8[] = {0.49999997f,    0.16666646f,    0.041666847f,   0.008334049f,  0.0013886975f,  // |u| <= 2  [1.2e-7]
                             0.00019774109f, 2.4847946e-05f, 2.9843188e-06f, 2.8162347e-07f};
-constexpr float kPolySplit[] = {0.5f, 0.16666573f, 0.04166686f, 0.008363733f, 0.0013901531f};                 // |u| <= ln2/2  [1.4e-7]
+constexpr float kPolySplit[] = {0.5f, 0.16666573f, 0.04166686f, 0.008363733f, 0.0013901531f};  // |u| <= ln2/2  [1.4e-7]
 // 2^r on [0, 1), relative error 1.2e-7, exactly 1 at 0: the largest weight of a row is 1 and no log-probability exceeds 0
 constexpr float kExp2[] = {1.f, 0.693151057f, 0.240165934f, 0.0557979867f, 0.00901629869f, 0.00186858221f};
 
@@ -133,7 +134,9 @@ struct CentredSums {
 // Entropy of a distribution given about its largest logit m: ties = number of entries equal to m, rest = sum of e^(v-m) over
 // the others, gap = sum of e^(v-m) (m-v). Both terms are >= 0, so a peaked row keeps its digits.
 FUSEDKL_HD static inline double log_mass(double ties, double rest) { return ties == 1 ? log1p(rest) : log(ties + rest); }
-FUSEDKL_HD static inline double entropy_of(double ties, double rest, double gap) { return log_mass(ties, rest) + gap / (ties + rest); }
+FUSEDKL_HD static inline double entropy_of(double ties, double rest, double gap) {
+  return log_mass(ties, rest) + gap / (ties + rest);
+}
 
 FUSEDKL_HD static inline RowState nan_state() {
   const double v = NAN;
@@ -160,7 +163,8 @@ FUSEDKL_HD static inline double merged_log_sum(const RowState* parts, int count,
 FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double inv_t) {
   if (count == 1) return parts[0];
   for (int i = 0; i < count; i++)
-    if (parts[i].policy_log_sum != parts[i].policy_log_sum || parts[i].reference_log_sum != parts[i].reference_log_sum) return nan_state();
+    if (parts[i].policy_log_sum != parts[i].policy_log_sum || parts[i].reference_log_sum != parts[i].reference_log_sum)
+      return nan_state();
   RowState row{};
   int top_p, top_q;
   const double more_p = merged_log_sum(parts, count, true, &top_p), more_q = merged_log_sum(parts, count, false, &top_q);
@@ -172,7 +176,9 @@ FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double
     return ((parts[i].policy_max - parts[top_p].policy_max) + (parts[i].policy_log_sum - parts[top_p].policy_log_sum)) - more_p;
   };
   auto log_q = [&](int i) {
-    return ((parts[i].reference_max - parts[top_q].reference_max) + (parts[i].reference_log_sum - parts[top_q].reference_log_sum)) - more_q;
+    return ((parts[i].reference_max - parts[top_q].reference_max) +
+            (parts[i].reference_log_sum - parts[top_q].reference_log_sum)) -
+           more_q;
   };
   // about the heaviest segment, D keeps the digits that a difference of two logsumexps of size 1e4 would lose
   const RowState& origin = parts[top_q];
@@ -187,9 +193,9 @@ FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double
     if (has_q) spread += exp(log_q(i)) * expm1(log_ratio_from(i, origin));
   }
   row.centre = origin.centre;
-  row.residual = !one_sided && spread > -0.5 && spread < 1e6
-                     ? origin.residual + log1p(spread)
-                     : ((row.policy_max - row.reference_max) - origin.centre * inv_t) + (row.policy_log_sum - row.reference_log_sum);
+  row.residual = !one_sided && spread > -0.5 && spread < 1e6 ? origin.residual + log1p(spread)
+                                                             : ((row.policy_max - row.reference_max) - origin.centre * inv_t) +
+                                                                   (row.policy_log_sum - row.reference_log_sum);
   for (int i = 0; i < count; i++) {
     const bool has_p = parts[i].policy_log_sum > -INFINITY, has_q = parts[i].reference_log_sum > -INFINITY;
     const double p = has_p ? exp(log_p(i)) : 0, q = has_q ? exp(log_q(i)) : 0, l = log_ratio_from(i, row);
@@ -216,8 +222,8 @@ struct RowGradient {
 };
 
 // grads of the row's values -> coefficients. Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
-FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_t, double g_forward, double g_reverse, double g_entropy,
-                                                  double g_lse, double g_logprobs) {
+FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_t, double g_forward, double g_reverse,
+                                                  double g_entropy, double g_lse, double g_logprobs) {
   RowGradient r;
   const bool f_inf = s.forward_kl == INFINITY, r_inf = s.reverse_kl == INFINITY;
   r.forward = inv_t * (g_forward + (r_inf ? g_reverse : 0));
@@ -230,7 +236,8 @@ FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_
 }
 
 // The same gradient for one token, in double: the tokens whose log-probability was asked for are stored once, from here.
-FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t, bool with_reference) {
+FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t,
+                                                   bool with_reference) {
   const double log_p = (x * inv_t - s.policy_max) - s.policy_log_sum, p = exp(log_p);
   double v = p != 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0;
   if (with_reference && (r.forward != 0 || r.reverse != 0)) {

@@ -196,9 +196,7 @@ def _plain(t: Tensor) -> bool:
     return "Batched" not in str(torch._C._dispatch_keys(t))
 
 
-def gradient_ahead(
-    policy: Tensor, reference_: Tensor, weight: Tensor | None, backend: str
-) -> bool:
+def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, backend: str) -> bool:
     """Whether `scalar_loss` may stand for `row_stats` and a reduction.
 
     float16 gradients must be scaled before their only rounding, so they cannot be made ahead of

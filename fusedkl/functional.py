@@ -97,7 +97,9 @@ def divergence(
 
     fields = definition.fields
     if reduction != "none" and not inplace_grad and autograd.gradient_ahead(x, y, weights, name):
-        share = reductions.shares(shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name)
+        share = reductions.shares(
+            shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name
+        )
         return autograd.scalar_loss(x, y, fields, inverse, read, share, reduced, backend=name)
     return reduced(
         autograd.row_stats(

@@ -190,9 +190,7 @@ SIMD_INLINE Split split_exponential(vf u) {
   return {pow2_int(k), r, (r * r) * P};
 }
 SIMD_INLINE vf g_lanes(const Split& e, vf u) { return fma(e.s, e.q, fma(e.s, e.r, (e.s - set1(1.f)) - u)); }
-SIMD_INLINE vf k_lanes(const Split& e, vf u) {
-  return e.s * fma(e.q, u - set1(1.f), fma(u, e.r, u - e.r)) - (e.s - set1(1.f));
-}
+SIMD_INLINE vf k_lanes(const Split& e, vf u) { return e.s * fma(e.q, u - set1(1.f), fma(u, e.r, u - e.r)) - (e.s - set1(1.f)); }
 SIMD_INLINE vf expm1_lanes(const Split& e) { return fma(e.s, e.q + e.r, e.s - set1(1.f)); }
 
 // Any |u| <= kNear. MASKED: tokens at -inf in both rows are skipped (their weight is exactly 0, their u is made so).
@@ -255,8 +253,8 @@ static MassSums mass_block(const void* x, const void* y, int64_t n, const Frame&
 // Sums over near tokens (|u| <= kNear, finite in both rows) about the centre, and plain masses of all others.
 struct CarefulSums {
   double S = 0, A = 0, B = 0, C = 0;
-  double far_policy = 0, far_reference = 0;      // sum wx, sum wy
-  double far_policy_u = 0, far_reference_u = 0;  // sum wx u, sum wy u
+  double far_policy = 0, far_reference = 0;            // sum wx, sum wy
+  double far_policy_u = 0, far_reference_u = 0;        // sum wx u, sum wy u
   bool policy_lacks = false, reference_lacks = false;  // a token of the one that the other excludes
 };
 
@@ -289,7 +287,7 @@ static CarefulSums careful_block(const void* x, const void* y, int64_t n, const 
     far_xu = fma(wx, uf, far_xu);
     far_yu = fma(wy, uf, far_yu);
   });
-  return {sum_lanes(S),     sum_lanes(A),     sum_lanes(B),      sum_lanes(C),      sum_lanes(far_x),
+  return {sum_lanes(S),     sum_lanes(A),      sum_lanes(B),      sum_lanes(C),     sum_lanes(far_x),
           sum_lanes(far_y), sum_lanes(far_xu), sum_lanes(far_yu), any(one_sided_x), any(one_sided_y)};
 }
 

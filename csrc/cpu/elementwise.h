@@ -43,7 +43,8 @@ static void log_softmax_block(float* v, int64_t n, const RowState& s) {
 
 static double sum_block(const float* v, int64_t n) {
   vf s[2] = {set1(0.f), set1(0.f)};
-  sweep<DType::f32>(v, v, n, [&](int group, vf a, vf, vf keep, bool tail) STEP_INLINE { s[group] = s[group] + (tail ? a * keep : a); });
+  sweep<DType::f32>(v, v, n,
+                    [&](int group, vf a, vf, vf keep, bool tail) STEP_INLINE { s[group] = s[group] + (tail ? a * keep : a); });
   return sum_lanes(s[0] + s[1]);
 }
 

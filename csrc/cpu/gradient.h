@@ -10,10 +10,10 @@ namespace {
 // Constants of a row, splatted. Logits and their log-ratio are centred in two floats before the scaling by 1/T.
 struct GradientFrame {
   vf log2e, inv_t;
-  vf ratio_hi, ratio_lo;           // T D
-  vf shift_y, weight_y;            // q = 2^(y log2e - shift_y) * weight_y
-  vf shift_x, weight_x;            // p likewise, for tokens too far from the reference
-  vf max_x, log_sum_x;             // log p = (x - max_x)/T - log_sum_x
+  vf ratio_hi, ratio_lo;  // T D
+  vf shift_y, weight_y;   // q = 2^(y log2e - shift_y) * weight_y
+  vf shift_x, weight_x;   // p likewise, for tokens too far from the reference
+  vf max_x, log_sum_x;    // log p = (x - max_x)/T - log_sum_x
 
   explicit GradientFrame(const GradientJob& job) {
     const RowState& s = job.state;
@@ -37,7 +37,8 @@ struct GradientFrame {
   }
 
   // 2^(v slope - shift) with a rounded shift; what the rounding took is in the weight, computed in double
-  __attribute__((always_inline)) static inline void splat_weight(double max, double log_sum, double t, float slope, vf& shift, vf& weight) {
+  __attribute__((always_inline)) static inline void splat_weight(double max, double log_sum, double t, float slope, vf& shift,
+                                                                 vf& weight) {
     const double m = max * t;
     const float rounded = static_cast<float>(m * slope);
     shift = set1(-rounded);
@@ -68,7 +69,8 @@ struct SmallExpm1 {
     constexpr float kCoarse[] = {0.5000008f, 0.1666659f, 0.041652795f, 0.008335255f, 0.0014262537f};
     linear = set1(static_cast<float>(inv_t));
     double power = inv_t * inv_t;
-    for (int j = 0; j <= kDegree; j++, power *= inv_t) c[j] = set1(static_cast<float>((D == DType::f32 ? kPoly6[j] : kCoarse[j]) * power));
+    for (int j = 0; j <= kDegree; j++, power *= inv_t)
+      c[j] = set1(static_cast<float>((D == DType::f32 ? kPoly6[j] : kCoarse[j]) * power));
   }
 
   __attribute__((always_inline)) vf operator()(vf v) const {
@@ -124,11 +126,14 @@ static void forward_gradient(const GradientJob& job) {
   const GradientFrame f(job);
   const SmallExpm1<D> small(job.inv_t);
   const vf scale = set1(static_cast<float>(job.gradient.forward)), weight = f.weight_y * scale;
-  const vf one = set1(static_cast<float>(1 / job.inv_t)), near = set1(static_cast<float>(kNear / job.inv_t)), quarter = set1(0.25f) * one;
+  const vf one = set1(static_cast<float>(1 / job.inv_t)), near = set1(static_cast<float>(kNear / job.inv_t)),
+           quarter = set1(0.25f) * one;
   // |l| <= 1/4 to 1.7e-4, for 16-bit results: most of a row close to its reference
-  const vf tiny2 = set1(static_cast<float>(0.501927113 * job.inv_t * job.inv_t)), tiny3 = set1(static_cast<float>(0.1668488 * job.inv_t * job.inv_t * job.inv_t));
+  const vf tiny2 = set1(static_cast<float>(0.501927113 * job.inv_t * job.inv_t)),
+           tiny3 = set1(static_cast<float>(0.1668488 * job.inv_t * job.inv_t * job.inv_t));
   map_row<D>(job.x, job.y, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
-    const vf v0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo), v1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo);
+    const vf v0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo),
+             v1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo);
     const vf q0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)) * weight;
     const vf q1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y)) * weight;
     const vf m0 = abs1(v0), m1 = abs1(v1);
@@ -166,8 +171,8 @@ static void refine_means(const GradientJob& job, Means& m) {
   for (int64_t i = 0; i < job.n; i += kBlock) {
     vf acc[2][4];
     for (int k = 0; k < 8; k++) acc[k & 1][k >> 1] = set1(0.f);
-    sweep<D>(static_cast<const char*>(job.x) + i * kSize, static_cast<const char*>(job.y) + i * kSize, job.n - i < kBlock ? job.n - i : kBlock,
-             [&](int group, vf x, vf y, vf keep, bool) STEP_INLINE {
+    sweep<D>(static_cast<const char*>(job.x) + i * kSize, static_cast<const char*>(job.y) + i * kSize,
+             job.n - i < kBlock ? job.n - i : kBlock, [&](int group, vf x, vf y, vf keep, bool) STEP_INLINE {
                vf* const a = acc[group];
                const vm both = mask_not(mask_or(equal(x, absent), equal(y, absent)));
                const vf wx = zero_unless(both, exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * keep);
@@ -188,7 +193,8 @@ template <DType D>
 static void general_gradient(const GradientJob& job, const Means& m) {
   const GradientFrame f(job);
   const RowGradient& g = job.gradient;
-  const vf forward = set1(static_cast<float>(g.forward)), reverse = set1(static_cast<float>(g.reverse)), mass = set1(static_cast<float>(g.mass));
+  const vf forward = set1(static_cast<float>(g.forward)), reverse = set1(static_cast<float>(g.reverse)),
+           mass = set1(static_cast<float>(g.mass));
   const vf information = set1(static_cast<float>(g.information)), ref_forward = set1(static_cast<float>(g.ref_forward));
   const vf ref_reverse = set1(static_cast<float>(g.ref_reverse)), absent = set1(-INFINITY), zero = set1(0.f);
   const vf H = set1(static_cast<float>(job.state.entropy));

@@ -32,7 +32,8 @@ static const KernelTable kAvx2Kernels = FUSEDKL_KERNEL_TABLE("avx2");
 
 namespace fusedkl {
 const KernelTable* avx2_kernels() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kAvx2Kernels : nullptr;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kAvx2Kernels
+                                                                                                           : nullptr;
 }
 }  // namespace fusedkl
 #else

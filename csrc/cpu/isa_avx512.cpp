@@ -34,7 +34,10 @@ static const KernelTable kAvx512Kernels = FUSEDKL_KERNEL_TABLE("avx512");
 
 namespace fusedkl {
 const KernelTable* avx512_kernels() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? &kAvx512Kernels : nullptr;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl")
+             ? &kAvx512Kernels
+             : nullptr;
 }
 }  // namespace fusedkl
 #else

@@ -25,9 +25,9 @@ struct KernelTable {
   void (*gradient[3])(GradientJob);
   void (*widen[3])(const void* from, float* to, int64_t n);
   void (*narrow[3])(const float* from, void* to, int64_t n);
-  void (*log_softmax)(float* logits, int64_t n, const RowState& state);                             // in place
-  double (*sum)(const float* values, int64_t n);                                                    // fixed order
-  void (*log_softmax_gradient)(const float* output, float* grad, int64_t n, double grad_sum);       // in place in grad
+  void (*log_softmax)(float* logits, int64_t n, const RowState& state);                        // in place
+  double (*sum)(const float* values, int64_t n);                                               // fixed order
+  void (*log_softmax_gradient)(const float* output, float* grad, int64_t n, double grad_sum);  // in place in grad
 };
 
 // The table of the best instruction set this machine and FUSEDKL_CPU_ISA allow; chosen once.
@@ -35,7 +35,7 @@ struct KernelTable {
 const KernelTable* kernels_or_null();
 
 extern const KernelTable kPortableKernels;
-const KernelTable* avx2_kernels();    // null where not compiled or not supported by the machine
+const KernelTable* avx2_kernels();  // null where not compiled or not supported by the machine
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
 

@@ -8,14 +8,16 @@
 
 namespace fusedkl {
 
-std::tuple<Tensor, Tensor> row_stats(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::vector<std::string>&,
-                                     const std::optional<Tensor>&, const std::optional<Tensor>&);
-std::tuple<Tensor, Tensor> row_stats_backward(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                                              const std::vector<std::string>&, const std::optional<Tensor>&, bool, bool);
+std::tuple<Tensor, Tensor> row_stats(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                     const std::vector<std::string>&, const std::optional<Tensor>&, const std::optional<Tensor>&);
+std::tuple<Tensor, Tensor> row_stats_backward(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                              const std::optional<Tensor>&, const Tensor&, const std::vector<std::string>&,
+                                              const std::optional<Tensor>&, bool, bool);
 Tensor row_stats_backward_(const Tensor&, Tensor, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
                            const std::vector<std::string>&, const std::optional<Tensor>&, bool);
-std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::vector<std::string>&,
-                                                           const std::optional<Tensor>&, const std::optional<Tensor>&);
+std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                                           const std::vector<std::string>&, const std::optional<Tensor>&,
+                                                           const std::optional<Tensor>&);
 void scale_gradient_(Tensor, const Tensor&);
 
 namespace {
@@ -25,7 +27,10 @@ constexpr int64_t kChunk = 2048;
 // log_softmax over the last dimension, any pair of dtypes; arithmetic in fp32 (fp64 for fp64 logits)
 Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
   const Rows in = Rows::of(logits, "logits");
-  const DType out_type = dtype == ScalarType::Float ? DType::f32 : dtype == ScalarType::BFloat16 ? DType::bf16 : dtype == ScalarType::Half ? DType::f16 : DType::f64;
+  const DType out_type = dtype == ScalarType::Float      ? DType::f32
+                         : dtype == ScalarType::BFloat16 ? DType::bf16
+                         : dtype == ScalarType::Half     ? DType::f16
+                                                         : DType::f64;
   const Tensor result = new_result(logits, sizes_of(logits), out_type);
   const Rows out(result, "result", result.mutable_data_ptr());
   const KernelTable& k = kernels();
@@ -43,7 +48,8 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
       }
       for (int64_t i = 0; i < seg.count; i++) {
         const int64_t from = i * seg.size;
-        parts[static_cast<size_t>(i)] = k.single[static_cast<int>(in.dtype)](in.row(r, from), in.length - from < seg.size ? in.length - from : seg.size, 1, false);
+        parts[static_cast<size_t>(i)] = k.single[static_cast<int>(in.dtype)](
+            in.row(r, from), in.length - from < seg.size ? in.length - from : seg.size, 1, false);
       }
       const RowState s = merge(parts.data(), static_cast<int>(seg.count), 1);
       for (int64_t i = 0; i < in.length; i += kChunk) {
@@ -62,7 +68,10 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
 Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, ScalarType dtype) {
   const Rows g = Rows::of(grad, "grad"), o = Rows::of(output, "output");
   STD_TORCH_CHECK(g.count == o.count && g.length == o.length, "grad and output differ in shape");
-  const DType out_type = dtype == ScalarType::Float ? DType::f32 : dtype == ScalarType::BFloat16 ? DType::bf16 : dtype == ScalarType::Half ? DType::f16 : DType::f64;
+  const DType out_type = dtype == ScalarType::Float      ? DType::f32
+                         : dtype == ScalarType::BFloat16 ? DType::bf16
+                         : dtype == ScalarType::Half     ? DType::f16
+                                                         : DType::f64;
   const Tensor result = new_result(output, sizes_of(output), out_type);
   const Rows out(result, "result", result.mutable_data_ptr());
   const KernelTable& k = kernels();
@@ -75,7 +84,8 @@ Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, ScalarType
       if (f64) {
         for (int64_t i = 0; i < g.length; i++) total += load_double(g.row(r), g.dtype, i);
         for (int64_t i = 0; i < g.length; i++)
-          store_double(out.row(r), out_type, i, load_double(g.row(r), g.dtype, i) - exp(load_double(o.row(r), o.dtype, i)) * total);
+          store_double(out.row(r), out_type, i,
+                       load_double(g.row(r), g.dtype, i) - exp(load_double(o.row(r), o.dtype, i)) * total);
         continue;
       }
       for (int64_t i = 0; i < g.length; i += kChunk) {
@@ -98,7 +108,8 @@ Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, ScalarType
 // sum of values * weight in index order, accumulated in double: the same bits for any number of threads
 Tensor ordered_sum(const Tensor& values, const std::optional<Tensor>& weight) {
   const DType d = dtype_of(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1 && (!weight || (weight->dim() == 1 && weight->size(0) == values.size(0))), "values and weight: 1-D, of one length");
+  STD_TORCH_CHECK(values.dim() == 1 && (!weight || (weight->dim() == 1 && weight->size(0) == values.size(0))),
+                  "values and weight: 1-D, of one length");
   const DType dw = weight ? dtype_of(*weight, "weight") : d;
   const void* const v = values.const_data_ptr();
   const void* const w = weight ? weight->const_data_ptr() : nullptr;

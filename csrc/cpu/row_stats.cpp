@@ -4,17 +4,20 @@
 namespace fusedkl {
 
 ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& reference_, const std::optional<Tensor>& token_ids,
-                         const std::vector<std::string>& names, const std::optional<Tensor>& inverse, const std::optional<Tensor>& counted_)
+                         const std::vector<std::string>& names, const std::optional<Tensor>& inverse,
+                         const std::optional<Tensor>& counted_)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
       fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0) {
   const int64_t rows = policy.count, length = policy.length;
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
-  STD_TORCH_CHECK(!reference || (reference->count == rows && reference->length == length), "policy and reference differ in shape");
+  STD_TORCH_CHECK(!reference || (reference->count == rows && reference->length == length),
+                  "policy and reference differ in shape");
   STD_TORCH_CHECK(length > 0, "the vocabulary is empty");
   f64 = policy.dtype == DType::f64 || (reference && reference->dtype == DType::f64);
   if (inverse) {
-    STD_TORCH_CHECK(inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous(), "inv_temperature: contiguous float64");
+    STD_TORCH_CHECK(inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous(),
+                    "inv_temperature: contiguous float64");
     STD_TORCH_CHECK(inverse->numel() == 1 || inverse->numel() == rows, "inv_temperature: one, or one per row");
     inv_temperature = static_cast<const double*>(inverse->const_data_ptr());
     per_row_temperature = inverse->numel() != 1;
@@ -27,11 +30,13 @@ ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& ref
   STD_TORCH_CHECK(fields.logprob < 0 || token_ids, "logprob needs token_ids");
   if (token_ids && fields.logprob >= 0) {
     ids_per_row = token_ids->size(token_ids->dim() - 1);
-    STD_TORCH_CHECK(token_ids->scalar_type() == ScalarType::Long && token_ids->is_contiguous() && token_ids->numel() == rows * ids_per_row,
-                    "token_ids: contiguous int64, the same number for each row");
+    STD_TORCH_CHECK(
+        token_ids->scalar_type() == ScalarType::Long && token_ids->is_contiguous() && token_ids->numel() == rows * ids_per_row,
+        "token_ids: contiguous int64, the same number for each row");
     ids = static_cast<const int64_t*>(token_ids->const_data_ptr());
     for (int64_t i = 0; i < rows * ids_per_row; i++)
-      STD_TORCH_CHECK(!counted(i / ids_per_row) || (ids[i] >= 0 && ids[i] < length), "token id ", ids[i], " is outside of the vocabulary of ", length);
+      STD_TORCH_CHECK(!counted(i / ids_per_row) || (ids[i] >= 0 && ids[i] < length), "token id ", ids[i],
+                      " is outside of the vocabulary of ", length);
   }
   kernels();  // an unusable instruction set must throw here, not inside a parallel region
   values = torch::stable::new_empty(policy_, {fields.rows, rows}, f64 ? ScalarType::Double : ScalarType::Float);
@@ -45,7 +50,8 @@ const float* Widened::fill(std::unique_ptr<float[]>& room, const void* from, DTy
 }
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room) {
-  const int64_t begin = segment * c.segment_length(), left = c.policy.length - begin, n = left < c.segment_length() ? left : c.segment_length();
+  const int64_t begin = segment * c.segment_length(), left = c.policy.length - begin,
+                n = left < c.segment_length() ? left : c.segment_length();
   const void* x = c.policy.row(r, begin);
   const DType dx = c.policy.dtype;
   const double inv_t = c.inv_t(r);
@@ -100,9 +106,9 @@ void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   else write_values(c, r, s, static_cast<float*>(c.values.mutable_data_ptr()));
 }
 
-std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
-                                     const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature,
-                                     const std::optional<Tensor>& mask) {
+std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<Tensor>& reference,
+                                     const std::optional<Tensor>& token_ids, const std::vector<std::string>& fields,
+                                     const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask) {
   const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask);
   const int64_t rows = c.policy.count, segments = c.segments(), threads = torch::stable::get_num_threads();
   if (segments > 1 && rows < 4 * threads && threads > 1) {  // few long rows: threads share a row

@@ -3,9 +3,9 @@
 
 namespace fusedkl {
 
-BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std::optional<Tensor>& reference_, const std::optional<Tensor>& token_ids,
-                           const Tensor& state, const std::vector<std::string>& names, const std::optional<Tensor>& inverse,
-                           const Tensor* policy_grad_, const Tensor* reference_grad_)
+BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std::optional<Tensor>& reference_,
+                           const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
+                           const std::optional<Tensor>& inverse, const Tensor* policy_grad_, const Tensor* reference_grad_)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
       fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0),
@@ -17,7 +17,8 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
       per_row_temperature(inverse && inverse->numel() != 1) {
   if (policy_grad_) policy_grad.emplace(*policy_grad_, "policy gradient", policy_grad_->mutable_data_ptr());
   if (reference_grad_) reference_grad.emplace(*reference_grad_, "reference gradient", reference_grad_->mutable_data_ptr());
-  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns, "state does not fit the policy");
+  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns,
+                  "state does not fit the policy");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
   kernels();
@@ -63,8 +64,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
     logprobs += g;
     any_token |= g != 0;
   }
-  job.gradient = row_gradient(s, job.inv_t, c.grad_at(c.fields.forward_kl, r), c.grad_at(c.fields.reverse_kl, r), c.grad_at(c.fields.entropy, r),
-                              c.grad_at(c.fields.logsumexp, r), logprobs);
+  job.gradient = row_gradient(s, job.inv_t, c.grad_at(c.fields.forward_kl, r), c.grad_at(c.fields.reverse_kl, r),
+                              c.grad_at(c.fields.entropy, r), c.grad_at(c.fields.logsumexp, r), logprobs);
   if (c.fields.divergence()) job.y = c.reference->row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
@@ -119,18 +120,22 @@ static Tensor new_gradient(bool wanted, const Tensor& like, const char* name) {
 }
 
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
-                                              const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& fields,
-                                              const std::optional<Tensor>& inv_temperature, bool policy_grad, bool reference_grad) {
+                                              const std::optional<Tensor>& token_ids, const Tensor& state,
+                                              const std::vector<std::string>& fields,
+                                              const std::optional<Tensor>& inv_temperature, bool policy_grad,
+                                              bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
-  const Tensor gx = new_gradient(policy_grad, policy, "policy"), gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
-  run({grad, policy, reference, token_ids, state, fields, inv_temperature, policy_grad ? &gx : nullptr, reference_grad ? &gy : nullptr});
+  const Tensor gx = new_gradient(policy_grad, policy, "policy"),
+               gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
+  run({grad, policy, reference, token_ids, state, fields, inv_temperature, policy_grad ? &gx : nullptr,
+       reference_grad ? &gy : nullptr});
   return {gx, gy};
 }
 
 // The gradient replaces the policy's logits.
-Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
-                           const Tensor& state, const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature,
-                           bool reference_grad) {
+Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optional<Tensor>& reference,
+                           const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& fields,
+                           const std::optional<Tensor>& inv_temperature, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
   const Tensor gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
   run({grad, policy, reference, token_ids, state, fields, inv_temperature, &policy, reference_grad ? &gy : nullptr});
@@ -138,8 +143,10 @@ Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optiona
 }
 
 // Values, state and the policy's gradient for gradients known beforehand: the second read of a row finds it in the cache.
-std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
-                                                           const std::vector<std::string>& fields, const std::optional<Tensor>& inv_temperature,
+std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, const Tensor& policy,
+                                                           const std::optional<Tensor>& reference,
+                                                           const std::vector<std::string>& fields,
+                                                           const std::optional<Tensor>& inv_temperature,
                                                            const std::optional<Tensor>& mask) {
   const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask);
   const Tensor gx = new_gradient(true, policy, "policy");

@@ -20,7 +20,8 @@ struct ForwardCall {
   Tensor values, state;
 
   ForwardCall(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
-              const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask);
+              const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature,
+              const std::optional<Tensor>& mask);
 
   double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
   bool counted(int64_t r) const { return !mask || mask[r]; }
@@ -60,9 +61,9 @@ struct BackwardCall {
   const double* inv_temperature;
   bool per_row_temperature;
 
-  BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
-               const Tensor& state, const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature, const Tensor* policy_grad,
-               const Tensor* reference_grad);
+  BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
+               const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
+               const std::optional<Tensor>& inv_temperature, const Tensor* policy_grad, const Tensor* reference_grad);
 
   double grad_at(int64_t field, int64_t r) const;
 };

@@ -104,7 +104,8 @@ void gradient_f64(const GradientJob& job, DType dx, DType dy) {
     const double x = load_double(job.x, dx, i), y = job.y ? load_double(job.y, dy, i) : 0;
     const bool absent = x == -INFINITY && (!job.y || y == -INFINITY);
     if (job.gy) {
-      const double q = exp((y * job.inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * job.inv_t - s.residual;
+      const double q = exp((y * job.inv_t - s.reference_max) - s.reference_log_sum),
+                   l = ((x - y) - s.centre) * job.inv_t - s.residual;
       double v = 0;
       if (!absent && g.ref_forward != 0 && q != 0) v += g.ref_forward * q * (l + s.forward_kl);
       if (!absent && g.ref_reverse != 0)

@@ -9,7 +9,9 @@ struct Scale {
   double inv_t;
   float inv_t_f, log2e_t;
   explicit Scale(double inverse_temperature)
-      : inv_t(inverse_temperature), inv_t_f(static_cast<float>(inverse_temperature)), log2e_t(static_cast<float>(kLog2e * inverse_temperature)) {}
+      : inv_t(inverse_temperature),
+        inv_t_f(static_cast<float>(inverse_temperature)),
+        log2e_t(static_cast<float>(kLog2e * inverse_temperature)) {}
 };
 
 // log of sum e^((v - max)/T), from the sum of weights 2^(v log2e_t - shift) with a rounded shift
@@ -94,7 +96,8 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       if (!finite || !(b.reach <= kReach[now])) {
         if (now == kLast || b.reach > kNear) return false;
         if (!finite) now = kLast;
-        else while (!(b.reach <= kReach[now])) now++;
+        else
+          while (!(b.reach <= kReach[now])) now++;
         continue;
       }
       sum.S = row.S + b.sums.S;

@@ -91,7 +91,8 @@ SIMD_INLINE void store2(void* base, int64_t i, vf a, vf b) {
     _mm512_storeu_ps(static_cast<float*>(base) + i + 16, b);
   } else if constexpr (D == DType::bf16) {
 #if defined(__AVX512BF16__)
-    const __m512i both = _mm512_permutexvar_epi16(_mm512_load_si512(kDeal.index), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+    const __m512i both =
+        _mm512_permutexvar_epi16(_mm512_load_si512(kDeal.index), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
 #else
     const __m512i lo = _mm512_srli_epi32(bf16_bits_high(a), 16);
     const __m512i both = _mm512_mask_mov_epi16(lo, 0xaaaaaaaau, bf16_bits_high(b));

@@ -23,7 +23,8 @@ SIMD_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 SIMD_INLINE vf fnma(vf a, vf b, vf c) { return c - a * b; }
 // no fused instruction to rely on: the product of two floats is exact in double
 SIMD_INLINE vf fma_exact(vf a, vf b, vf c) {
-  return __builtin_convertvector(__builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) + __builtin_convertvector(c, wide), vf);
+  return __builtin_convertvector(
+      __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) + __builtin_convertvector(c, wide), vf);
 }
 SIMD_INLINE vf fnma_exact(vf a, vf b, vf c) { return fma_exact(-a, b, c); }
 SIMD_INLINE vf max2(vf a, vf b) { return select(a > b, a, b); }

@@ -11,7 +11,9 @@ namespace fusedkl {
 
 const KernelTable& kernels() {
   const KernelTable* table = kernels_or_null();
-  STD_TORCH_CHECK(table, "FUSEDKL_CPU_ISA names an instruction set that this machine or build lacks; accepted: portable, avx2, avx512, avx512_bf16");
+  STD_TORCH_CHECK(
+      table,
+      "FUSEDKL_CPU_ISA names an instruction set that this machine or build lacks; accepted: portable, avx2, avx512, avx512_bf16");
   return *table;
 }
 

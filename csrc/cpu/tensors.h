@@ -27,7 +27,10 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 inline ScalarType scalar_type_of(DType d) {
-  return d == DType::f32 ? ScalarType::Float : d == DType::bf16 ? ScalarType::BFloat16 : d == DType::f16 ? ScalarType::Half : ScalarType::Double;
+  return d == DType::f32    ? ScalarType::Float
+         : d == DType::bf16 ? ScalarType::BFloat16
+         : d == DType::f16  ? ScalarType::Half
+                            : ScalarType::Double;
 }
 
 // The leading dimensions of a tensor as rows, at any strides (0 included); the last dimension must be dense.
