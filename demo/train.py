@@ -118,7 +118,7 @@ def train(arguments: argparse.Namespace) -> Result:
     )
 
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate(arguments))
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate(arguments), fused=True)
     loss_seconds, step_seconds, peaks = [], [], []
     start, waited = time.perf_counter(), seconds_waited()
     for step in range(arguments.steps):

@@ -6,6 +6,7 @@ wrong. Forward mode raises here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,11 +133,12 @@ class _RowStats(torch.autograd.Function):
 
 
 class _ScalarLoss(torch.autograd.Function):
-    """A reduced divergence whose gradient is written in the forward sweep, where the row is still in
-    cache; backward multiplies it by the scalar gradient, or does nothing where that is 1.
+    """A reduced divergence whose gradient is written in the forward sweep.
 
-    The gradient made ahead serves one backward. Another one, or one that is itself differentiated,
-    goes back to the logits, which the caller keeps anyway.
+    The row is still in cache there; backward multiplies by the scalar gradient, or does nothing
+    where that is 1. The gradient made ahead serves one backward. Another one, one that is itself
+    differentiated, and one whose factor would round a 16-bit gradient a second time go back to the
+    logits, which the caller keeps anyway.
     """
 
     @staticmethod
@@ -170,7 +172,7 @@ class _ScalarLoss(torch.autograd.Function):
             gx, _ = _composed_gradients(
                 grad, policy, reference_, None, list(ctx.fields), inv_temperature, mask, ctx
             )
-        elif ahead is not None and _plain(grads[0]):
+        elif ahead is not None and _plain(grads[0]) and _scales_exactly(ahead, grads[0]):
             _OPS.scale_gradient_(ahead, grads[0], ctx.backend)
             gx = ahead
         else:
@@ -190,6 +192,14 @@ class _ScalarLoss(torch.autograd.Function):
         return gx, None, None, None, None, None, None, None
 
 
+def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
+    """Whether gradient * factor needs no rounding that matters: fp32 has digits to spare."""
+    if gradient.dtype != torch.bfloat16:
+        return True
+    mantissa, _ = math.frexp(float(factor))
+    return abs(mantissa) in (0.0, 0.5)
+
+
 def _plain(t: Tensor) -> bool:
     """Not a batch of gradients: neither torch.func's nor autograd's own (is_grads_batched)."""
     # By name: the key of autograd's own batches is not in torch._C.DispatchKey.
@@ -201,9 +211,10 @@ def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, ba
 
     float16 gradients must be scaled before their only rounding, so they cannot be made ahead of
     the loss scale. A graph being traced or transformed takes the plain operators, and so does the
-    reference backend, whose sweeps are not of the kind that gains.
+    reference backend, whose sweeps are not of the kind that gains. On the CPU only: elsewhere
+    backward must not look at the factor.
     """
-    if backend == "reference":
+    if backend != "cpu":
         return False
     if not torch.is_grad_enabled() or not policy.requires_grad or reference_.requires_grad:
         return False
@@ -371,7 +382,7 @@ def scalar_loss(
     *,
     backend: str,
 ) -> Tensor:
-    """reduce(row_stats(...)), d reduce / d value = share [N] for every field; see gradient_ahead."""
+    """reduce(row_stats(...)) with d reduce / d value = share [N] for every field."""
     out: Tensor = _ScalarLoss.apply(
         policy, reference_, fields, inv_temperature, mask, share, reduce, backend
     )

@@ -188,3 +188,19 @@ def test_long_rows_agree_with_the_reference_backend(
         true = gradients(policy.double(), reference.double(), scale, kind=kind, backend="reference")
         for a, b in zip(found, true, strict=True):
             assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.7, 0.125, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_scaled_scalar_loss_rounds_once(backend: str, dtype: torch.dtype, factor: float) -> None:
+    """The gradient may be made before the factor is known; it must not be rounded twice for it."""
+    torch.manual_seed(0)
+    policy, reference = (torch.randn(400, 2, dtype=torch.float64) for _ in range(2))
+    policy, reference = policy.to(dtype), reference.to(dtype)
+    policy.requires_grad_()
+    loss = factor * fusedkl.forward_kl(policy, reference, reduction="sum", backend=backend)
+    loss.backward()
+    p, q = (torch.softmax(t.detach().double(), -1) for t in (policy, reference))
+    assert policy.grad is not None
+    error = oracle.relative_l2(policy.grad, factor * (p - q)) if factor else policy.grad.abs().max()
+    assert error <= oracle.GRADIENT_TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-// Registration of the CPU operators, and the small ones themselves. Schemas are defined in fusedkl/ops.py.
+// Registration of the CPU operators, and the small ones themselves. Schemas are defined in fusedkl/_library.py.
 #include <Python.h>
 
 #include <memory>
