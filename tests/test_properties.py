@@ -94,7 +94,9 @@ def check_against_float64(found: list[Tensor], true: list[Tensor], scale: float 
             error = (a.double() - b.double()).norm(dim=-1)
             assert bool((error <= limit * b.double().norm(dim=-1) + spacing).all())
         else:
-            assert oracle.relative_l2(a[finite], b[finite]) <= limit
+            # A gradient that nearly cancels is as right as float64 holds the value it came from.
+            scaled = [g[finite] / (1 + exact[finite, None]) for g in (a.double(), b)]
+            assert oracle.relative_l2(*scaled, 1e-15 / limit) <= limit
 
 
 def agrees(policy: Tensor, reference: Tensor, kind: str, **options: object) -> None:
@@ -258,7 +260,7 @@ def test_gradients_of_a_row_sum_to_zero(pair: list[Tensor], kind: str) -> None:
     for gradient in gradients:
         if gradient.dtype in (torch.float32, torch.float64):
             total, size = gradient.double().sum(-1), gradient.double().abs().sum(-1)
-            assert bool((total.abs() <= 1e-5 * size + 1e-18).all())
+            assert bool((total.abs() <= 1e-5 * size + 1e-15).all())
 
 
 @pytest.mark.parametrize("temperature", [0.25, 2.0, 8.0])

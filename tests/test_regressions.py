@@ -43,6 +43,8 @@ def check(policy: Tensor, reference: Tensor, backend: str, dtype: torch.dtype) -
             assert float(numbers[0]) >= 0
             error = oracle.relative_error(numbers[0], true[0], 1e-12)
             assert error <= 1e-5, f"{kind}: {error:.1e}"
+            if float(true[0]) < 1e-12:  # nothing is promised
+                continue
             for gradient, exact in zip(numbers[1:], true[1:], strict=True):
                 error = oracle.relative_l2(gradient, exact, 1e-9)
                 assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {kind}: {error:.1e}"
