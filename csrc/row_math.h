@@ -151,6 +151,7 @@ FUSEDKL_HD static inline double merged_log_sum(const RowState* parts, int count,
   };
   for (int i = 1; i < count; i++)
     if (lse(i) > lse(*heaviest)) *heaviest = i;
+  if (!(lse(*heaviest) > -INFINITY)) return 0;  // no mass in any part
   double others = 0;
   for (int i = 0; i < count; i++)
     if (i != *heaviest) others += exp(lse(i) - lse(*heaviest));

@@ -176,7 +176,7 @@ class _ScalarLoss(torch.autograd.Function):
             _OPS.scale_gradient_(ahead, grads[0], ctx.backend)
             gx = ahead
         else:
-            grad = (grads[0] * share).expand(len(ctx.fields), -1)
+            grad = torch.where(share != 0, grads[0] * share, 0).expand(len(ctx.fields), -1)
             gx, _ = _OPS.row_stats_backward(
                 grad,
                 policy,
@@ -193,11 +193,11 @@ class _ScalarLoss(torch.autograd.Function):
 
 
 def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
-    """Whether gradient * factor needs no rounding that matters: fp32 has digits to spare."""
-    if gradient.dtype != torch.bfloat16:
-        return True
-    mantissa, _ = math.frexp(float(factor))
-    return abs(mantissa) in (0.0, 0.5)
+    """Whether gradient * factor is right where it is 0, and rounds nothing that matters."""
+    by = float(factor)
+    if gradient.dtype != torch.bfloat16:  # digits to spare
+        return math.isfinite(by)
+    return abs(math.frexp(by)[0]) in (0.0, 0.5)
 
 
 def _plain(t: Tensor) -> bool:

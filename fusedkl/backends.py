@@ -93,7 +93,10 @@ def resolve(backend: str | None, device: torch.device) -> str:
 def _instruction_set() -> str | None:
     if _library.why_not() is not None or not hasattr(torch.ops.fusedkl, "_cpu_isa"):
         return None
-    isa: str = torch.ops.fusedkl._cpu_isa()
+    try:
+        isa: str = torch.ops.fusedkl._cpu_isa()
+    except RuntimeError:  # FUSEDKL_CPU_ISA names one that is not there; a call will say so
+        return f"unusable: FUSEDKL_CPU_ISA={os.environ.get('FUSEDKL_CPU_ISA')}"
     return isa
 
 

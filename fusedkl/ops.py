@@ -31,6 +31,9 @@ def _implement(name: str) -> None:
         *rest, backend = args
         if name == "row_stats":
             validation.row_stats_contents(*rest)
+        elif name == "row_stats_with_gradient":
+            _, policy, other, fields, inverse, mask = rest
+            validation.row_stats_contents(policy, other, None, fields, inverse, mask)
         result = getattr(kernels(backend), name)(*rest)
         if name == "row_stats_backward_":
             # A kernel's raw writes are invisible to autograd, which must refuse what is gone.

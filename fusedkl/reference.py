@@ -171,7 +171,9 @@ def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
         # Two centres, neither of which changes the ratio: one token's own difference, so that a
         # constant difference becomes exactly 0, then the reference-weighted mean of what is left.
         difference = torch.where(joint, p.logits - q.logits, 0)
-        at = torch.where(joint, q.exponent, -torch.inf).argmax(-1, keepdim=True)
+        # of a token likely under both: where one logit is -1e20, the difference has no digits
+        likely = torch.minimum(p.exponent, q.exponent)
+        at = torch.where(joint, likely, -torch.inf).argmax(-1, keepdim=True)
         anchor = difference.gather(-1, at)
         left = torch.where(joint, ((difference - anchor) * scale).clamp(-far, far), 0)
         q_joint = torch.where(joint, q.prob, 0)

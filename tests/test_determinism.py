@@ -61,6 +61,10 @@ def everything(policy: Tensor, reference: Tensor, backend: str) -> dict[str, Ten
     chosen = fusedkl.selective_log_softmax(x, ids, backend=backend)
     record("logprob", chosen, mass, x)
     record("log_softmax", fusedkl.log_softmax(x, backend=backend), 0.3, x)
+    # In float64: what roundings to float32 would hide.
+    found["state"] = torch.ops.fusedkl.row_stats(
+        x.detach(), y.detach(), None, [*cases.KINDS[:2], "entropy"], None, None, backend
+    )[1]
     policy.requires_grad_(False)
     reference.requires_grad_(False)
     return found

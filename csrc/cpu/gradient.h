@@ -52,6 +52,9 @@ SIMD_INLINE vf gradient_difference(vf x, vf y, vf hi, vf lo) {
   return ((x - y) - hi) - lo;
 }
 
+// a logit masked at finfo.min must not become 0 * inf; NaN stays
+SIMD_INLINE vf bounded(vf v) { return max2(set1(-FLT_MAX), min2(set1(FLT_MAX), v)); }
+
 template <DType D>
 SIMD_INLINE vf exp2_for_store(vf t) {
   if constexpr (D == DType::f32) return exp2_lanes(t);
@@ -126,7 +129,9 @@ static void forward_gradient(const GradientJob& job) {
   const GradientFrame f(job);
   const SmallExpm1<D> small(job.inv_t);
   const vf scale = set1(static_cast<float>(job.gradient.forward)), weight = f.weight_y * scale;
-  const vf one = set1(static_cast<float>(1 / job.inv_t)), near = set1(static_cast<float>(kNear / job.inv_t)),
+  // beyond these temperatures the coefficients of `small` leave fp32, and no token takes it
+  const bool ordinary = job.inv_t <= 1e3 && job.inv_t >= 1e-3;
+  const vf one = set1(ordinary ? static_cast<float>(1 / job.inv_t) : -1.f), near = set1(static_cast<float>(kNear / job.inv_t)),
            quarter = set1(0.25f) * one;
   // |l| <= 1/4 to 6e-6, for 16-bit results: most of a row close to its reference
   const float t1 = static_cast<float>(job.inv_t), t2 = t1 * t1;
@@ -215,15 +220,15 @@ static void general_gradient(const GradientJob& job, const Means& m) {
       p = select(near, p, own);
       moved = select(near, moved, own - q);
     }
-    const vf above_p = zero_unless(both, gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t);  // l - R
-    const vf above_q = zero_unless(both, gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t);  // l + F
-    gx = fma(forward, moved, p * (reverse * above_p));
+    const vf above_p = zero_unless(both, bounded(gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t));  // l - R
+    const vf above_q = zero_unless(both, bounded(gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t));  // l + F
+    gx = fma(forward, moved, (p * above_p) * reverse);
     if (alone) {
-      const vf log_p = (x - f.max_x) * f.inv_t - f.log_sum_x;
-      gx = fma(p, fma(information, zero_unless(has_x, log_p + H), mass), gx);
+      const vf log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x);
+      gx = fma(p * zero_unless(has_x, log_p + H), information, fma(p, mass, gx));
     }
     gx = select(has_x, gx, select(has_y, forward * moved, zero));
-    gy = fma(ref_reverse, moved, q * (ref_forward * above_q));
+    gy = fma(ref_reverse, moved, (q * above_q) * ref_forward);
   };
   map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
     token(x0, y0, a0, b0);
@@ -241,8 +246,8 @@ static void single_gradient(const GradientJob& job) {
   auto token = [&](vf x) STEP_INLINE {
     const vf p = exp2_for_store<D>(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
     if (!entropy) return p * mass;
-    const vf log_p = (x - f.max_x) * f.inv_t - f.log_sum_x;
-    return p * fma(information, zero_unless(mask_not(equal(x, absent)), log_p + H), mass);
+    const vf log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x);
+    return fma(p * zero_unless(mask_not(equal(x, absent)), log_p + H), information, p * mass);
   };
   map_row<D>(job.x, job.x, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf, vf, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
     a0 = token(x0);

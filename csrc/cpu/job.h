@@ -39,6 +39,9 @@ const KernelTable* avx2_kernels();  // null where not compiled or not supported 
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
 
+// Where 1/T alone takes fp32 arithmetic out of its range; such rows take the double path.
+static inline bool extreme_temperature(double inv_t) { return !(inv_t < 1e6 && inv_t > 1e-6); }
+
 // fp64 rows, in double throughout
 RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t);
 RowState single_f64(const void* x, DType dx, int64_t n, double inv_t);

@@ -60,13 +60,14 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
     const void* y = c.reference->row(r, begin);
     const DType dy = c.reference->dtype;
     const bool reverse = c.fields.reverse_kl >= 0;
-    if (c.f64) s = divergence_f64(x, dx, y, dy, n, inv_t);
+    if (c.f64 || extreme_temperature(inv_t)) s = divergence_f64(x, dx, y, dy, n, inv_t);
     else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse);
     else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse);
   }
   if (c.fields.single()) {
     const bool entropy = c.fields.entropy >= 0;
-    const RowState own = c.f64 ? single_f64(x, dx, n, inv_t) : kernels().single[static_cast<int>(dx)](x, n, inv_t, entropy);
+    const RowState own = c.f64 || extreme_temperature(inv_t) ? single_f64(x, dx, n, inv_t)
+                                                             : kernels().single[static_cast<int>(dx)](x, n, inv_t, entropy);
     s.policy_max = own.policy_max;
     s.policy_log_sum = own.policy_log_sum;
     s.entropy = own.entropy;

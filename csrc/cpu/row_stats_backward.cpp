@@ -3,6 +3,8 @@
 
 namespace fusedkl {
 
+constexpr int64_t kChunk = 2048;
+
 BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std::optional<Tensor>& reference_,
                            const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
                            const std::optional<Tensor>& inverse, const Tensor* policy_grad_, const Tensor* reference_grad_)
@@ -21,6 +23,16 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
                   "state does not fit the policy");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
+  STD_TORCH_CHECK(!reference || (reference->count == policy.count && reference->length == policy.length),
+                  "policy and reference differ in shape");
+  STD_TORCH_CHECK(!inverse || (inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous() &&
+                               (inverse->numel() == 1 || inverse->numel() == policy.count)),
+                  "inv_temperature: contiguous float64, one, or one per row");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::Double,
+                  "grad must be float32 or float64");
+  STD_TORCH_CHECK(!ids_per_row || (token_ids->scalar_type() == ScalarType::Long && token_ids->is_contiguous() &&
+                                   token_ids->numel() == policy.count * ids_per_row),
+                  "token_ids: contiguous int64, the same number for each row");
   kernels();
 }
 
@@ -31,25 +43,33 @@ double BackwardCall::grad_at(int64_t field, int64_t r) const {
                                                   : static_cast<const float*>(grad.const_data_ptr())[i];
 }
 
-// Different dtypes: through fp32 chunks, each rounded once into its own dtype.
-static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedChunk& room) {
+// Different dtypes: the whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded
+// once into its own dtype.
+static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
   const KernelTable& k = kernels();
-  const GradientJob whole = job;
-  for (int64_t i = 0; i < whole.n; i += kMixedChunk) {
-    job.n = whole.n - i < kMixedChunk ? whole.n - i : kMixedChunk;
-    k.widen[static_cast<int>(dx)](at(whole.x, dx, i), room.x, job.n);
-    k.widen[static_cast<int>(dy)](at(whole.y, dy, i), room.y, job.n);
-    job.x = room.x;
-    job.y = room.y;
-    job.gx = whole.gx ? room.gx : nullptr;
-    job.gy = whole.gy ? room.gy : nullptr;
-    k.gradient[0](job);
-    if (whole.gx) k.narrow[static_cast<int>(dx)](room.gx, at(whole.gx, dx, i), job.n);
-    if (whole.gy) k.narrow[static_cast<int>(dy)](room.gy, at(whole.gy, dy, i), job.n);
-  }
+  void *const gx = job.gx, *const gy = job.gy;
+  const size_t n = static_cast<size_t>(job.n);
+  room.x.resize(n);
+  room.y.resize(n);
+  k.widen[static_cast<int>(dx)](job.x, room.x.data(), job.n);
+  k.widen[static_cast<int>(dy)](job.y, room.y.data(), job.n);
+  job.x = room.x.data();
+  job.y = room.y.data();
+  job.gx = gx ? room.x.data() : nullptr;
+  job.gy = gy ? room.y.data() : nullptr;
+  k.gradient[0](job);
+  if (gx) k.narrow[static_cast<int>(dx)](room.x.data(), gx, job.n);
+  if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
 }
 
-void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
+// Logits, divergences or a temperature that fp32 arithmetic has no room for: masks at finfo.min, T below 1e-6.
+static bool beyond_float(const RowState& s, double inv_t) {
+  auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
+  return extreme_temperature(inv_t) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) || large(s.forward_kl, 1e30) ||
+         large(s.reverse_kl, 1e30);
+}
+
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   const DType dx = c.policy.dtype, dy = c.reference ? c.reference->dtype : dx;
   const RowState& s = c.states[r];
   GradientJob job;
@@ -64,8 +84,11 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
     logprobs += g;
     any_token |= g != 0;
   }
-  job.gradient = row_gradient(s, job.inv_t, c.grad_at(c.fields.forward_kl, r), c.grad_at(c.fields.reverse_kl, r),
-                              c.grad_at(c.fields.entropy, r), c.grad_at(c.fields.logsumexp, r), logprobs);
+  const double g_forward = c.grad_at(c.fields.forward_kl, r), g_reverse = c.grad_at(c.fields.reverse_kl, r);
+  const double g_entropy = c.grad_at(c.fields.entropy, r), g_lse = c.grad_at(c.fields.logsumexp, r);
+  // rows without an incoming gradient stay at 0 coefficients whatever their temperature is
+  if (g_forward != 0 || g_reverse != 0 || g_entropy != 0 || g_lse != 0 || any_token)
+    job.gradient = row_gradient(s, job.inv_t, g_forward, g_reverse, g_entropy, g_lse, logprobs);
   if (c.fields.divergence()) job.y = c.reference->row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
@@ -101,8 +124,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
       tokens.emplace_back(id, policy_gradient_at(s, job.gradient, x, y, job.inv_t, job.y != nullptr) + direct * job.inv_t);
     }
   }
-  const double largest = fmax(fabs(s.policy_max), fabs(s.reference_max)) * kLog2e;
-  if (dx == DType::f64 || dy == DType::f64 || largest > 1e38) gradient_f64(job, dx, dy);
+  if (dx == DType::f64 || dy == DType::f64 || beyond_float(s, job.inv_t)) gradient_f64(job, dx, dy);
   else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
   else mixed_gradient(job, dx, dy, room);
   for (const auto& [id, value] : tokens) store_double(job.gx, dx, id, value);
@@ -110,8 +132,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room) {
 
 static void run(const BackwardCall& c) {
   torch::stable::parallel_for(0, c.policy.count, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
-    const auto room = std::make_unique<MixedChunk>();
-    for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, *room);
+    MixedRow room;
+    for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, room);
   });
 }
 
@@ -153,12 +175,12 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, c
   const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, &gx, nullptr);
   torch::stable::parallel_for(0, f.policy.count, grain_of(f.policy.length), [&](int64_t begin, int64_t end) {
     Widened wide;
-    const auto room = std::make_unique<MixedChunk>();
+    MixedRow room;
     std::vector<RowState> parts(static_cast<size_t>(f.segments()));
     for (int64_t r = begin; r < end; r++) {
       for (int64_t i = 0; i < f.segments() && f.counted(r); i++) parts[static_cast<size_t>(i)] = segment_state(f, r, i, wide);
       finish_row(f, r, parts.data());
-      gradient_of_row(b, r, *room);
+      gradient_of_row(b, r, room);
     }
   });
   return {f.values, f.state, gx};
@@ -175,16 +197,16 @@ void scale_gradient_(Tensor gradient, const Tensor& factor) {
     return;
   }
   torch::stable::parallel_for(0, gradient.numel(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
-    const auto room = std::make_unique<MixedChunk>();
+    const std::unique_ptr<float[]> room(new float[kChunk]);
     if (d == DType::f64) {
       for (int64_t i = begin; i < end; i++) static_cast<double*>(data)[i] *= by;
       return;
     }
-    for (int64_t i = begin; i < end; i += kMixedChunk) {
-      const int64_t n = end - i < kMixedChunk ? end - i : kMixedChunk;
-      kernels().widen[static_cast<int>(d)](at(data, d, i), room->x, n);
-      for (int64_t j = 0; j < n; j++) room->x[j] *= static_cast<float>(by);
-      kernels().narrow[static_cast<int>(d)](room->x, at(data, d, i), n);
+    for (int64_t i = begin; i < end; i += kChunk) {
+      const int64_t n = end - i < kChunk ? end - i : kChunk;
+      kernels().widen[static_cast<int>(d)](at(data, d, i), room.get(), n);
+      for (int64_t j = 0; j < n; j++) room[static_cast<size_t>(j)] *= static_cast<float>(by);
+      kernels().narrow[static_cast<int>(d)](room.get(), at(data, d, i), n);
     }
   });
 }

@@ -44,9 +44,9 @@ class Widened {
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
 void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
 
-constexpr int64_t kMixedChunk = 2048;  // of a mixed-dtype row, widened to fp32 in the first-level cache
-struct MixedChunk {
-  alignas(64) float x[kMixedChunk], y[kMixedChunk], gx[kMixedChunk], gy[kMixedChunk];
+// Both rows in fp32, where their dtypes differ.
+struct MixedRow {
+  std::vector<float> x, y;
 };
 
 // Arguments of a backward call.
@@ -68,6 +68,6 @@ struct BackwardCall {
   double grad_at(int64_t field, int64_t r) const;
 };
 
-void gradient_of_row(const BackwardCall& c, int64_t r, MixedChunk& room);
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room);
 
 }  // namespace fusedkl

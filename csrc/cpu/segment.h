@@ -60,7 +60,9 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       probe = kTier[kLast](x, y, sample, f);
     }
   }
-  int tier = 0;
+  // beyond these temperatures the powers of 1/T in the polynomials' coefficients leave fp32
+  const int lowest = t.inv_t > 1e3 || t.inv_t < 1e-3 ? 3 : 0;
+  int tier = lowest;
   while (tier < 3 && !(1.5f * probe.reach <= kReach[tier])) tier++;
 
   CentredSums row;
@@ -70,7 +72,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
     constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
     const void *bx = static_cast<const char*>(x) + begin * kSize, *by = static_cast<const char*>(y) + begin * kSize;
-    const bool probing = tier > 0 && ++since_probe >= patience;
+    const bool probing = tier > lowest && ++since_probe >= patience;
     const int wanted = probing ? tier - 1 : tier;
     int now = wanted, recentred = 0;
     bool raised = false;
@@ -177,9 +179,10 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   auto part = [](const void* base, int64_t i) { return static_cast<const char*>(base) + i * kSize; };
   const float max_x = max_block<D>(x, n), max_y = max_block<D>(y, n);
   if (max_x == INFINITY || max_y == INFINITY) return nan_state();
-  // x log2(e)/T would leave the range of float: nobody's logits, but a value all the same
-  if (max_x * t.log2e_t > 1e38f || max_y * t.log2e_t > 1e38f) return divergence_f64(x, D, y, D, n, t.inv_t);
   const bool has_x = max_x > -INFINITY, has_y = max_y > -INFINITY;
+  // x log2(e)/T would leave the range of float: nobody's logits, but a value all the same
+  if ((has_x && fabsf(max_x) * t.log2e_t > 1e38f) || (has_y && fabsf(max_y) * t.log2e_t > 1e38f))
+    return divergence_f64(x, D, y, D, n, t.inv_t);
   Frame f{};
   f.log2e_t = t.log2e_t;
   f.inv_t = t.inv_t_f;
@@ -219,6 +222,8 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
     all = CarefulSums{};
     for (int64_t i = 0; i < n; i += kCarefulBlock)
       add_careful(all, careful_block<D>(part(x, i), part(y, i), n - i < kCarefulBlock ? n - i : kCarefulBlock, f));
+    // differences near the limit of float (masks at finfo.min on one side only): their products may have saturated
+    if (!(fabs(all.far_policy_u) < 1e30 && fabs(all.far_reference_u) < 1e30)) return divergence_f64(x, D, y, D, n, t.inv_t);
     // policy weights about the centre, on the reference's scale: wx * kappa
     const double kappa = exp2(static_cast<double>(f.policy_shift) - f.shift - f.centre() * static_cast<double>(t.log2e_t));
     sums.S = all.S;
