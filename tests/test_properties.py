@@ -81,7 +81,7 @@ def rows(draw: st.DrawFn, widths: list[int] = WIDTHS, largest: float = 6.0) -> l
     return [tensor.to(dtype) for tensor, dtype in zip(both, dtypes, strict=True)]
 
 
-def check_against_float64(found: list[Tensor], true: list[Tensor], scale: float = 1.0) -> None:
+def check_against_float64(found: list[Tensor], true: list[Tensor], offset: float = 0.0) -> None:
     value, exact = found[0], true[0]
     assert bool((value >= 0).all()) and torch.equal(value.isinf(), exact.isinf())
     # Under 1e-12 the promise is silent; a value there must be small all the same.
@@ -94,15 +94,20 @@ def check_against_float64(found: list[Tensor], true: list[Tensor], scale: float 
             error = (a.double() - b.double()).norm(dim=-1)
             assert bool((error <= limit * b.double().norm(dim=-1) + spacing).all())
         else:
-            # A gradient that nearly cancels is as right as float64 holds the value it came from.
+            # A gradient that nearly cancels is as right as float64 holds what it came from: the
+            # value, and logits of size `offset`.
+            floor = 1e-15 + 8 * torch.finfo(torch.float64).eps * offset
             scaled = [g[finite] / (1 + exact[finite, None]) for g in (a.double(), b)]
-            assert oracle.relative_l2(*scaled, 1e-15 / limit) <= limit
+            assert oracle.relative_l2(*scaled, floor / limit) <= limit
 
 
 def agrees(policy: Tensor, reference: Tensor, kind: str, **options: object) -> None:
     found = with_gradients(policy, reference, kind, "cpu", **options)
     true = with_gradients(policy.double(), reference.double(), kind, "reference", **options)
-    check_against_float64(found, true)
+    logits = torch.cat([policy.double().flatten(), reference.double().flatten()])
+    temperature = float(options.get("temperature", 1.0))  # type: ignore[arg-type]
+    offset = float(torch.where(logits.isfinite(), logits.abs(), 0).max()) / temperature
+    check_against_float64(found, true, offset)
 
 
 @bounded(120)

@@ -46,7 +46,9 @@ def check(policy: Tensor, reference: Tensor, backend: str, dtype: torch.dtype) -
             if float(true[0]) < 1e-12:  # nothing is promised
                 continue
             for gradient, exact in zip(numbers[1:], true[1:], strict=True):
-                error = oracle.relative_l2(gradient, exact, 1e-9)
+                # Of a gradient that cancels to 1e-7 of its divergence, float32 keeps less.
+                floor = max(1e-9, 1e-7 * float(true[0]))
+                error = oracle.relative_l2(gradient, exact, floor)
                 assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {kind}: {error:.1e}"
     return truth
 
