@@ -12,7 +12,7 @@ import fusedkl
 
 from . import _library
 
-ENVIRONMENT = ("FUSEDKL_BACKEND", "FUSEDKL_CPU_ISA", "FUSEDKL_CHECK")
+ENVIRONMENT = ("FUSEDKL_BACKEND", "FUSEDKL_CPU_ISA", "FUSEDKL_HUGE_PAGES")
 
 
 def info() -> str:

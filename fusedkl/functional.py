@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import autograd, divergences, reductions, reference, validation
+from . import autograd, divergences, reductions, reference, scalar_loss, validation
 from .backends import resolve
 from .layout import inverse_temperature, rows
 
@@ -96,11 +96,11 @@ def divergence(
         return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
 
     fields = definition.fields
-    if reduction != "none" and not inplace_grad and autograd.gradient_ahead(x, y, weights, name):
+    if reduction != "none" and not inplace_grad and scalar_loss.gradient_ahead(x, y, weights, name):
         share = reductions.shares(
             shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name
         )
-        return autograd.scalar_loss(x, y, fields, inverse, read, share, reduced, backend=name)
+        return scalar_loss.scalar_loss(x, y, fields, inverse, read, share, reduced, backend=name)
     return reduced(
         autograd.row_stats(
             x, y, None, fields, inverse, read, inplace_grad=inplace_grad, backend=name
