@@ -91,7 +91,8 @@ class _Gap(torch.autograd.Function):
         series = torch.ones_like(v)
         for n in range(17, 2, -1):  # 1 + v/3 (1 + v/4 (1 + ... v/17)), times v^2/2
             series = 1 + series * v / n
-        return torch.where(near, series * v * v / 2, torch.expm1(u) - u)
+        # e^100 has no digit left for 100, and infinity must not meet itself
+        return torch.where(near, series * v * v / 2, torch.expm1(u) - u.clamp(max=100))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -121,6 +122,12 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.saved_tensors[0], None
+
+
+def gap(u: Tensor) -> Tensor:
+    """g(u) of every element, differentiable any number of times."""
+    out: Tensor = _Gap.apply(u)
+    return out
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -163,6 +170,15 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
     return Softmax(bad, support, logits, top, exponent, weight, mass, log_mass, prob)
 
 
+def fisher_vector(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v scale^2, p = softmax(x scale); x, v [..., V], scale [..., 1]."""
+    p = softmax(x, scale)
+    v = v - v.gather(-1, x.argmax(-1, keepdim=True))  # a constant must not swallow what varies
+    mean = row_sum(torch.where(p.support, p.prob * v, 0))
+    product = torch.where(p.support, p.prob * (v - mean), 0) * (scale * scale)
+    return torch.where(p.bad, torch.nan, product)
+
+
 def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/q) on the joint support (0 elsewhere), and lse(x/T) - lse(y/T) [n, 1]."""
     far, largest = _limits(p.prob.dtype)
@@ -198,7 +214,7 @@ def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_kl(p: Softmax, q: Softmax, log_ratio: Tensor) -> Tensor:
-    near = q.prob * _Gap.apply(log_ratio.clamp(max=1))
+    near = q.prob * gap(log_ratio.clamp(max=1))
     # Beyond 1, q e^l is taken from p: it may be 0 times infinity, and no longer cancels.
     far = p.prob - q.prob - q.prob * log_ratio
     terms = torch.where(log_ratio <= 1, near, far)

@@ -28,7 +28,8 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _blocks(rows_: int, width: int) -> Iterator[slice]:
+def blocks(rows_: int, width: int) -> Iterator[slice]:
+    """The rows of a [rows_, width] tensor in parts whose float64 temporaries stay small."""
     step = max(1, _BLOCK // width)
     for at in range(0, max(rows_, 1), step):  # one empty block where there are no rows
         yield slice(at, min(at + step, rows_))
@@ -55,7 +56,7 @@ def row_stats(
     values = []
     state = x.new_zeros((x.shape[0], len(STATE)), dtype=inside(x.device))
     with torch.no_grad():
-        for part in _blocks(*x.shape):
+        for part in blocks(*x.shape):
             ids, inv, counted = (_part(t, part) for t in (token_ids, inv_temperature, mask))
             block, columns = rows(
                 x[part], None if y is None else y[part], ids, fields, inv, counted
@@ -89,7 +90,7 @@ def row_stats_backward(
     ]
     asked = [policy_grad, reference_grad and y is not None]
     flat = [out.view(x.shape) for out, ask in zip(outputs, asked, strict=True) if ask]
-    for part in _blocks(*x.shape) if flat else ():
+    for part in blocks(*x.shape) if flat else ():
         upstream = grad[:, part]
         with _recording():
             leaves = [t[part].detach() for t in (x, y) if t is not None]
@@ -147,7 +148,7 @@ def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Operator `log_softmax` (fusedkl/ops.py)."""
     x = _flat(logits)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for part in _blocks(*x.shape):
+    for part in blocks(*x.shape):
         block = x[part].to(inside(x.device))
         p = softmax(block, block.new_ones(1, 1))
         out[part] = torch.where(p.bad, torch.nan, (block - p.top) - p.log_mass)
@@ -158,7 +159,7 @@ def log_softmax_backward(grad: Tensor, output: Tensor, dtype: torch.dtype) -> Te
     """Operator `log_softmax_backward` (fusedkl/ops.py): grad - exp(output) sum(grad)."""
     g, z = _flat(grad), _flat(output)
     out = torch.empty(z.shape, dtype=dtype, device=z.device)
-    for part in _blocks(*z.shape):
+    for part in blocks(*z.shape):
         upstream = g[part].to(inside(z.device))
         out[part] = upstream - torch.exp(z[part].to(upstream.dtype)) * row_sum(upstream)
     return out.view(output.shape)
