@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         with torch.no_grad():
             old = answers(policy(ids), ANSWER)
             old_logprob = fusedkl.selective_log_softmax(old, ids[:, -ANSWER:])
-        for epoch in range(EPOCHS):
+        for epoch in range(1, EPOCHS + 1):
             logits = policy(ids)
             logprob = logprobs(logits, ids, ANSWER)
             with torch.no_grad():
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
             optimise.zero_grad()
             (-gain.mean()).backward()
             optimise.step()
-        log["epochs"].append(float(epoch + 1))
+        log["epochs"].append(float(epoch))
         log["reward"].append(float(reward.mean()))
     print(f"reward {log['reward'][-1]:.3f}; passes over each batch: {log['epochs']}")
 
