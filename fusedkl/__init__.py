@@ -15,6 +15,7 @@ from .penalties import (
     nats_to_bits,
 )
 from .second_order import fisher_vector_product
+from .topk import TopkDivergence, topk_divergence
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "JeffreysLoss",
     "KLDivLoss",
     "ReverseKLLoss",
+    "TopkDivergence",
     "backends",
     "divergence",
     "entropy",
@@ -42,5 +44,6 @@ __all__ = [
     "patch",
     "reverse_kl",
     "selective_log_softmax",
+    "topk_divergence",
     "unpatch",
 ]

@@ -179,6 +179,40 @@ def fisher_vector(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     return torch.where(p.bad, torch.nan, product)
 
 
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[n, K + 1]: log p of the tokens (0 where token_ids < 0), and log of the mass of all others.
+
+    policy [n, V]; token_ids [n, K]; inv_temperature [n] or [1]; mask [n].
+    """
+    dtype = inside(policy.device)
+    x = policy.to(dtype)
+    scale = x.new_ones(1, 1) if inv_temperature is None else inv_temperature.to(dtype)[:, None]
+    if mask is not None:
+        x = torch.where(mask[:, None], x, 0)
+    given = token_ids >= 0
+    at = torch.where(given, token_ids, x.shape[-1])  # padding goes to one column more
+    covered = torch.zeros_like(x[:, :1], dtype=torch.bool).expand(-1, x.shape[-1] + 1)
+    covered = covered.scatter(-1, at, True)[:, :-1]
+    p, rest = softmax(x, scale), softmax(torch.where(covered, -torch.inf, x), scale)
+    tokens = (x.gather(-1, token_ids.clamp(min=0)) - p.top) * scale - p.log_mass
+    others = (rest.top - p.top) * scale + (rest.log_mass - p.log_mass)
+    values = torch.cat(
+        [torch.where(given, tokens, 0), torch.where(rest.bad, -torch.inf, others)], -1
+    )
+    values = torch.where(p.bad, torch.nan, values)
+    if torch.is_grad_enabled():
+        values = values + _Pull.apply(x, torch.where(p.bad, torch.nan, 0.0).expand_as(x))
+    return values if mask is None else torch.where(mask[:, None], values, 0)
+
+
+def pull(x: Tensor, slope: Tensor) -> Tensor:
+    """Zeros [n, 1] with gradient `slope` to x [n, V]: what rows without a number have."""
+    out: Tensor = _Pull.apply(x, slope)
+    return out
+
+
 def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/q) on the joint support (0 elsewhere), and lse(x/T) - lse(y/T) [n, 1]."""
     far, largest = _limits(p.prob.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
+from .reference import topk_logprobs as reference_topk
 
 # Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
 _BLOCK = 2**21
@@ -195,6 +196,44 @@ def row_stats_with_gradient(
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     """Operator `scale_gradient_` (fusedkl/ops.py)."""
     gradient.copy_(torch.where(factor == 0, 0, gradient * factor))
+
+
+# Columns of the state that the cpu backend's topk_logprobs_backward needs; here they stay 0.
+TOPK_STATE = 4
+
+
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operator `topk_logprobs` (fusedkl/topk_ops.py)."""
+    x, found = _flat(policy), []
+    with torch.no_grad():
+        for part in blocks(*x.shape):
+            inverse, counted = _part(inv_temperature, part), _part(mask, part)
+            found.append(reference_topk(x[part], token_ids[part], inverse, counted))
+    values = torch.cat(found)
+    return values, values.new_zeros((x.shape[0], TOPK_STATE))
+
+
+def topk_logprobs_backward(
+    grad: Tensor,
+    policy: Tensor,
+    token_ids: Tensor,
+    state: Tensor,
+    inv_temperature: Tensor | None,
+) -> Tensor:
+    """Operator `topk_logprobs_backward` (fusedkl/topk_ops.py): autograd through its values."""
+    x, out = _flat(policy), policy.new_empty(policy.shape)
+    flat = _flat(out)
+    for part in blocks(*x.shape):
+        with _recording():
+            leaf = x[part].detach().requires_grad_()
+            inverse = _part(inv_temperature, part)
+            values = reference_topk(leaf, token_ids[part], inverse, None)
+            (found,) = torch.autograd.grad(values, leaf, grad[part].to(values.dtype))
+        live = (grad[part] != 0).any(-1, keepdim=True)
+        flat[part] = torch.where(live, found, 0)
+    return out
 
 
 def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
