@@ -270,8 +270,9 @@ static void gradient_row(GradientJob job) {
   const bool peaked = D == DType::f32 && (s.reference_log_sum < 0.7 || s.policy_log_sum < 0.7);  // 16-bit results round more
   const bool spread = (F + R > 0.02 || peaked) && (g.reverse != 0 || g.ref_forward != 0);
   const bool off = peaked && F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F;
-  if (spread || off) refine_means<D>(job, m);
-  if (off) {
+  const bool refine = s.whole != 0 && (spread || off);  // the mean over a slice would be another mean
+  if (refine) refine_means<D>(job, m);
+  if (refine && off) {
     s.centre = m.reference;
     s.residual = F;
   }
