@@ -20,7 +20,9 @@ CUTS = {"three": (20, 21), "one token": (1,), "many": tuple(range(9, 67, 7))}
 
 
 def stats(x: Tensor, y: Tensor, inverse: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = OPS.row_stats(x, y, None, FIELDS, inverse, None, backend)
+    out: tuple[Tensor, Tensor] = OPS.row_stats(
+        x, y, None, FIELDS, None, inverse, None, None, None, backend
+    )
     return out
 
 
@@ -64,7 +66,9 @@ def test_gradients_of_slices_are_the_whole_row_s(scenario: str, kind: str) -> No
     grad[FIELDS.index(kind)] = 1
     pairs = zip(slices(x, cuts), slices(y, cuts), strict=True)
     found = [
-        OPS.row_stats_backward(grad, a, b, None, state, FIELDS, None, True, True, "cpu")
+        OPS.row_stats_backward(
+            grad, a, b, None, state, FIELDS, None, None, None, None, True, True, "cpu"
+        )
         for a, b in pairs
     ]
     truth = cases.truth(scenario, torch.float32, "T=1")
@@ -83,7 +87,9 @@ def test_a_slice_s_mean_is_not_taken_for_the_row_s() -> None:
     grad = torch.zeros(len(FIELDS), 4)
     grad[FIELDS.index("reverse_kl")] = 1
     halves = [
-        OPS.row_stats_backward(grad, a, b, None, state, FIELDS, None, True, False, "cpu")[0]
+        OPS.row_stats_backward(
+            grad, a, b, None, state, FIELDS, None, None, None, None, True, False, "cpu"
+        )[0]
         for a, b in zip(slices(x, (150,)), slices(y, (150,)), strict=True)
     ]
     truth = oracle.fields(x, y)["d_reverse_kl"]
@@ -105,7 +111,19 @@ def test_slices_without_mass(backend: str) -> None:
     if backend == "cpu":  # the state alone says so to a backward, too
         grad = torch.ones(len(FIELDS), 4)
         gradient = OPS.row_stats_backward(
-            grad, x[:, 8:], y[:, 8:], None, state, FIELDS, None, True, False, "cpu"
+            grad,
+            x[:, 8:],
+            y[:, 8:],
+            None,
+            state,
+            FIELDS,
+            None,
+            None,
+            None,
+            None,
+            True,
+            False,
+            "cpu",
         )[0]
         assert bool(gradient[3].isnan().all()) and bool(gradient[:3].isfinite().all())
 
