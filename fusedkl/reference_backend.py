@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
 from .reference import topk_logprobs as reference_topk
+from .reference_merge import merge_states as merge_states
 
 # Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
 _BLOCK = 2**21

@@ -290,8 +290,9 @@ static void gradient_row(GradientJob job) {
   };
   const bool spread = (g.reverse != 0 || g.ref_forward != 0) && (F + R > 0.02 || peaked());
   const bool off = F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F && peaked();
-  if (spread || off) refine_means<D>(job, m);
-  if (off) {
+  const bool refine = s.whole != 0 && (spread || off);  // the mean over a slice would be another mean
+  if (refine) refine_means<D>(job, m);
+  if (refine && off) {
     s.centre = m.reference.base;
     s.residual = F + m.reference.rest * job.inv_t;
   }
