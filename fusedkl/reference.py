@@ -33,6 +33,7 @@ STATE = (
     "reverse_kl",
     "entropy",
     "reference_entropy",
+    "whole",
 )
 
 
@@ -135,10 +136,17 @@ def row_sum(x: Tensor) -> Tensor:
     return total
 
 
+def gap(u: Tensor) -> Tensor:
+    """g(u) = expm1(u) - u."""
+    out: Tensor = _Gap.apply(u)
+    return out
+
+
 class Softmax(NamedTuple):
     """Rows about their largest logit, [n, V] and [n, 1]. A bad row holds harmless numbers."""
 
     bad: Tensor  # [n, 1] the row has NaN, +inf, or nothing but -inf
+    empty: Tensor  # [n, 1] nothing but -inf
     support: Tensor  # logit is not -inf
     logits: Tensor  # 0 outside the support
     top: Tensor  # [n, 1] the largest logit
@@ -151,7 +159,7 @@ class Softmax(NamedTuple):
 
 def softmax(x: Tensor, scale: Tensor) -> Softmax:
     top, at = x.max(-1, keepdim=True)
-    bad = ~torch.isfinite(top)
+    bad, empty = ~torch.isfinite(top), top == -torch.inf
     top = torch.where(bad, 0, top)
     support = (x != -torch.inf) & ~bad
     logits = torch.where(support, x, 0)
@@ -167,7 +175,13 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
     mass = 1 + rest
     log_mass = torch.log1p(rest)
     prob = weight / mass
-    return Softmax(bad, support, logits, top, exponent, weight, mass, log_mass, prob)
+    return Softmax(bad, empty, support, logits, top, exponent, weight, mass, log_mass, prob)
+
+
+def _marked(p: Softmax) -> Tensor:
+    """log_mass for the state: -inf for a row without any token, NaN for one with no number."""
+    missing = torch.where(p.empty, -torch.inf, torch.nan)
+    return torch.where(p.bad, missing, p.log_mass)
 
 
 def fisher_vector(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
@@ -297,12 +311,13 @@ def rows(
         y = None if y is None else _capped(y, softcap)
 
     p = softmax(x, scale)
-    columns = {"policy_max": p.top * scale, "policy_log_sum": p.log_mass}
+    columns = {"policy_max": p.top * scale, "policy_log_sum": _marked(p)}
     q = None
     if y is not None:
         q = softmax(y, scale)
         ratio, columns["residual"] = _log_ratio(p, q, scale)
-        columns |= {"reference_max": q.top * scale, "reference_log_sum": q.log_mass}
+        columns |= {"reference_max": q.top * scale, "reference_log_sum": _marked(q)}
+    columns["whole"] = torch.ones_like(p.mass)
 
     values = []
     for name in fields:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .layout import blocks
 from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
 from .reference import topk_logprobs as reference_topk
+from .reference_merge import merge_states as merge_states
 
 
 @contextmanager

@@ -284,3 +284,22 @@ def row_stats_contents(
         last = (shape[-1] if valid_vocab is None else valid_vocab) - 1
         if low < 0 or high > last:
             raise ValueError(f"index must hold token ids from 0 to {last}; got {low} to {high}")
+
+
+def merge_states(parts: Tensor, fields: list[str], inv_temperature: Tensor | None) -> None:
+    """What kernels rely on, for any caller of the operator."""
+    columns, inner = len(reference_.STATE), reference_.inside(parts.device)
+    if parts.dim() != 3 or parts.shape[0] == 0 or parts.shape[2] != columns or parts.dtype != inner:
+        raise ValueError(
+            f"parts must be {_said(inner)} of shape [P, N, {columns}] with P >= 1; "
+            f"got {_said(parts.dtype)} of shape {list(parts.shape)}"
+        )
+    n = parts.shape[1]
+    if inv_temperature is not None and tuple(inv_temperature.shape) not in ((n,), (1,)):
+        raise ValueError(
+            f"inv_temperature must have shape ({n},) or (1,); got {list(inv_temperature.shape)}"
+        )
+    for name in fields:
+        if name not in divergences.FIELDS or divergences.FIELDS[name].needs_token_ids:
+            rows = [f.name for f in divergences.FIELDS.values() if not f.needs_token_ids]
+            raise ValueError(f"fields must be of {', '.join(rows)}; got {name!r}")
