@@ -55,8 +55,8 @@ def distillation_loss(
     Returns:
         a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
         input is. At T = 1 one sweep over the rows gives both terms and another one the gradient. At
-        another T the student's rows are swept twice, by blocks of rows that stay in cache, and the
-        gradient is again the only large tensor that is allocated.
+        another T each of the two sweeps visits the student's rows once per temperature, by blocks
+        of rows, so that the gradient is again the only large tensor that is allocated.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -142,7 +142,7 @@ def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
 
 
 class _TwoTemperatures(torch.autograd.Function):
-    """`_apart` by blocks of rows, which the second sweep finds in cache; gradients add up there."""
+    """`_apart` by blocks of rows, so that no second gradient of the logits' size is allocated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, call: _Call) -> Tensor:
