@@ -4,6 +4,7 @@ from .backends import backends, explain
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
 from .functional import divergence, forward_kl, jeffreys, reverse_kl
 from .kl_div import KLDivLoss, kl_div
+from .linear import linear_divergence
 from .modules import ForwardKLLoss, JeffreysLoss, ReverseKLLoss
 from .patch import patch, unpatch
 
@@ -21,6 +22,7 @@ __all__ = [
     "forward_kl",
     "jeffreys",
     "kl_div",
+    "linear_divergence",
     "log_softmax",
     "logsumexp",
     "patch",
