@@ -117,6 +117,12 @@ struct CentredSums {
   // of the row no better than the spread of a few outliers.
   FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > 0.04 * B * S; }
 
+  // Whether a centre `away` from this one (a difference of logits, not scaled) would not be off_centre().
+  FUSEDKL_MEMBER bool near_mean(double away, double inv_t) const {
+    const double off = A / S - away * inv_t, spread = B / S - 0.5 * (A / S) * (A / S);
+    return spread < 0.1 && off * off < 0.03 * spread;
+  }
+
   FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p(M / S); }
 
   FUSEDKL_MEMBER double forward_kl() const {

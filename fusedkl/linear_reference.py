@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference_backend import _blocks as blocks
 from .reference_backend import _recording as recording
+from .reference_backend import blocks
 
 
 def _logits(

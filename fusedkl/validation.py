@@ -82,10 +82,55 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+
+
 def reduction(value: object) -> None:
     """One of the reductions."""
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {value!r}")
+    one_of("reduction", value, REDUCTIONS)
+
+
+def floating(name: str, value: object) -> None:
+    """A floating-point tensor of any shape."""
+    t = tensor(name, value)
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor; got {_said(t.dtype)}")
+
+
+def alike(name: str, value: Tensor, other: str, model: Tensor) -> None:
+    """The shape and device of another tensor."""
+    if value.shape != model.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other}, {list(model.shape)}; got {list(value.shape)}"
+        )
+    if value.device != model.device:
+        raise ValueError(f"{name} must be on {model.device} as {other}; got {value.device}")
+
+
+def real(name: str, value: Any) -> float:
+    """A number, as a float; NaN and infinity are numbers here."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    return float(value)
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number >= 0, as a float."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite; got {number}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number > 0, as a float."""
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {number}")
+    return number
 
 
 def number_temperature(value: object) -> None:
