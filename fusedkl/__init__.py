@@ -6,6 +6,7 @@ from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
 from .functional import divergence, forward_kl, jeffreys, reverse_kl
 from .gaussian import gaussian_kl
 from .kl_div import KLDivLoss, kl_div
+from .linear import linear_divergence
 from .modules import ForwardKLLoss, JeffreysLoss, ReverseKLLoss
 from .patch import patch, unpatch
 from .penalties import (
@@ -40,6 +41,7 @@ __all__ = [
     "kl_div",
     "kl_estimate",
     "kl_penalized_rewards",
+    "linear_divergence",
     "log_softmax",
     "logsumexp",
     "nats_to_bits",
