@@ -43,7 +43,8 @@ def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
     return (
         type(x) in _PLAIN
         and dim is not None
-        and not kl_div_ops.observed()  # before all that a tracer would record
+        and not kl_div_ops.observed()  # before all that a tracer or a mode would record
+        and torch._C._len_torch_function_stack() == 0
         and dim in (-1, x.dim() - 1)
         and x.numel() >= SMALLEST
         and x.dtype in _DTYPES
@@ -53,7 +54,6 @@ def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
         and x.layout == torch.strided
         and not x.is_inference()
         and not torch.is_inference_mode_enabled()
-        and torch._C._len_torch_function_stack() == 0
         and _compiled(x.device)
     )
 
