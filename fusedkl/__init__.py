@@ -1,5 +1,6 @@
 """fusedkl: KL divergences between rows of logits, values and gradients, in one pass over memory."""
 
+from . import inductor
 from .backends import backends, explain
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
 from .functional import divergence, forward_kl, jeffreys, reverse_kl
@@ -19,6 +20,7 @@ __all__ = [
     "entropy",
     "explain",
     "forward_kl",
+    "inductor",
     "jeffreys",
     "kl_div",
     "log_softmax",
