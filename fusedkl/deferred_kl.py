@@ -126,7 +126,19 @@ def _total(plan: Plan, divisor: int) -> Tensor:
     if scalar_loss.gradient_ahead(x, y, None, backend):
         dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
         share = torch.full((math.prod(x.shape[:-1]),), 1 / divisor, dtype=dtype, device=x.device)
-        total = scalar_loss.scalar_loss(x, y, _FIELDS, None, None, share, reduced, backend=backend)
+        total = scalar_loss.scalar_loss(
+            x,
+            y,
+            _FIELDS,
+            None,
+            None,
+            None,
+            share,
+            reduced,
+            valid_vocab=None,
+            softcap=None,
+            backend=backend,
+        )
     else:
         total = reduced(autograd.row_stats(x, y, None, _FIELDS, backend=backend))
     return total.to(plan.dtype)

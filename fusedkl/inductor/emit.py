@@ -23,6 +23,7 @@ def row_numbers(
     reference: Tensor | None,
     index: Tensor | None,
     kinds: tuple[str, ...],
+    parameter: float | None,
     temperature: Any,
 ) -> tuple[Tensor, ...]:
     """One number per row for every field in `kinds` (logprob: in the shape of index)."""
@@ -35,7 +36,7 @@ def row_numbers(
         ids = index.reshape(shape.numel(), index.shape[-1]).contiguous()
     backend = resolve(None, policy.device)
     y = None if reference is None else rows(reference)
-    values = autograd.row_stats(rows(policy), y, ids, kinds, inverse, backend=backend)
+    values = autograd.row_stats(rows(policy), y, ids, kinds, parameter, inverse, backend=backend)
     found, at = [], 0
     for kind in kinds:
         if kind == "logprob" and index is not None:
@@ -200,7 +201,7 @@ class Emitter:
         some = next((p for _, p, _ in members if p.reference is not None), some)
         with self.graph.inserting_before(first):
             logits = [None if r is None else self._logits(r) for r in (some.policy, some.reference)]
-            arguments = (*logits, index, kinds, some.policy.temperature)
+            arguments = (*logits, index, kinds, some.parameter, some.policy.temperature)
             call = self.graph.call_function(row_numbers, arguments)
             items = {k: self.graph.call_function(_item, (call, i)) for i, k in enumerate(kinds)}
         return {(node, part): items[part.kind] for node, part, _ in members}
