@@ -1,5 +1,6 @@
 """fusedkl: KL divergences between rows of logits, values and gradients, in one pass over memory."""
 
+from . import inductor
 from .backends import backends, explain
 from .distillation import distillation_loss
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
@@ -37,6 +38,7 @@ __all__ = [
     "fisher_vector_product",
     "forward_kl",
     "gaussian_kl",
+    "inductor",
     "jeffreys",
     "kl_div",
     "kl_estimate",
