@@ -1,6 +1,7 @@
 """The operators: implementations by table lookup, and fake kernels. Derivatives: autograd.py.
 
-fusedkl::row_stats(policy, reference?, token_ids?, fields, inv_temperature?, mask?, backend)
+fusedkl::row_stats(policy, reference?, token_ids?, fields, parameter?, inv_temperature?, mask?,
+                   valid_vocab?, softcap?, backend)
     policy, reference  [..., V], last stride 1, the leading dims (N rows in row-major order) of any
                        strides; float32, bfloat16, float16 or float64, the two may differ
     token_ids          int64 [N, K];  inv_temperature float64 [N] or [1], None = 1;  mask bool [N]
@@ -32,8 +33,8 @@ def _implement(name: str) -> None:
         if name == "row_stats":
             validation.row_stats_contents(*rest)
         elif name == "row_stats_with_gradient":
-            _, policy, other, fields, inverse, mask = rest
-            validation.row_stats_contents(policy, other, None, fields, inverse, mask)
+            _, policy, other, *others = rest
+            validation.row_stats_contents(policy, other, None, *others)
         result = getattr(kernels(backend), name)(*rest)
         if name == "row_stats_backward_":
             # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
@@ -52,8 +53,11 @@ def _row_stats_fake(
     reference_: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     n = math.prod(policy.shape[:-1])
@@ -70,7 +74,10 @@ def _row_stats_backward_fake(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     policy_grad: bool,
     reference_grad: bool,
     backend: str,
@@ -89,7 +96,10 @@ def _row_stats_backward_inplace_fake(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     reference_grad: bool,
     backend: str,
 ) -> Tensor:
@@ -102,12 +112,24 @@ def _row_stats_with_gradient_fake(
     policy: Tensor,
     reference_: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, state = _row_stats_fake(
-        policy, reference_, None, fields, inv_temperature, mask, backend
+        policy,
+        reference_,
+        None,
+        fields,
+        parameter,
+        inv_temperature,
+        mask,
+        valid_vocab,
+        softcap,
+        backend,
     )
     return values, state, policy.new_empty(policy.shape)
 

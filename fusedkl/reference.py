@@ -214,25 +214,37 @@ def _entropy(p: Softmax) -> Tensor:
     return p.log_mass + row_sum(p.weight * -p.exponent) / p.mass
 
 
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    # -inf is an absent token, not a logit of -softcap
+    finite = x != -torch.inf
+    return torch.where(finite, softcap * torch.tanh(torch.where(finite, x, 0) / softcap), x)
+
+
 def rows(
     policy: Tensor,
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str] | tuple[str, ...],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Values [R, n], differentiable any number of times, and the state's columns [n, 1].
 
     policy, reference [n, V]; token_ids [n, K]; inv_temperature [n] or [1]; mask [n].
     """
     dtype = inside(policy.device)
-    x = policy.to(dtype)
-    y = None if reference is None else reference.to(dtype)
+    x = policy[:, :valid_vocab].to(dtype)
+    y = None if reference is None else reference[:, :valid_vocab].to(dtype)
     scale = x.new_ones(1, 1) if inv_temperature is None else inv_temperature.to(dtype)[:, None]
     if mask is not None:  # before any arithmetic: a masked row may hold NaN
         x = torch.where(mask[:, None], x, 0)
         y = None if y is None else torch.where(mask[:, None], y, 0)
+    if softcap is not None:
+        x = _capped(x, softcap)
+        y = None if y is None else _capped(y, softcap)
 
     p = softmax(x, scale)
     columns = {"policy_max": p.top * scale, "policy_log_sum": p.log_mass}

@@ -47,8 +47,11 @@ def row_stats(
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Operator `row_stats` (fusedkl/ops.py)."""
     x, y = _flat(policy), None if reference is None else _flat(reference)
@@ -58,7 +61,15 @@ def row_stats(
         for part in _blocks(*x.shape):
             ids, inv, counted = (_part(t, part) for t in (token_ids, inv_temperature, mask))
             block, columns = rows(
-                x[part], None if y is None else y[part], ids, fields, inv, counted
+                x[part],
+                None if y is None else y[part],
+                ids,
+                fields,
+                parameter,
+                inv,
+                counted,
+                valid_vocab,
+                softcap,
             )
             values.append(block)
             for name, column in columns.items():
@@ -75,20 +86,22 @@ def row_stats_backward(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     policy_grad: bool,
     reference_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Operator `row_stats_backward` (fusedkl/ops.py): autograd through `rows`."""
     x, y = _flat(policy), None if reference is None else _flat(reference)
+    other = policy if reference is None else reference
     outputs = [
         policy.new_empty(policy.shape if policy_grad else (0,)),
-        (policy if reference is None else reference).new_empty(
-            policy.shape if reference_grad else (0,)
-        ),
+        other.new_empty(other.shape if reference_grad else (0,)),
     ]
     asked = [policy_grad, reference_grad and y is not None]
-    flat = [out.view(x.shape) for out, ask in zip(outputs, asked, strict=True) if ask]
+    flat = [_flat(out) for out, ask in zip(outputs, asked, strict=True) if ask]
     for part in _blocks(*x.shape) if flat else ():
         upstream = grad[:, part]
         with _recording():
@@ -96,7 +109,17 @@ def row_stats_backward(
             wanted = [t.requires_grad_() for t, ask in zip(leaves, asked, strict=False) if ask]
             ids, inverse = _part(token_ids, part), _part(inv_temperature, part)
             block_y = leaves[1] if y is not None else None
-            values, _ = rows(leaves[0], block_y, ids, fields, inverse, None)
+            values, _ = rows(
+                leaves[0],
+                block_y,
+                ids,
+                fields,
+                parameter,
+                inverse,
+                None,
+                valid_vocab,
+                softcap,
+            )
             found = torch.autograd.grad(values, wanted, upstream.to(values.dtype))
         live = (upstream != 0).any(0)[:, None]  # 0 times the NaN of a bad row would be NaN
         for out, gradient in zip(flat, found, strict=True):
@@ -111,12 +134,26 @@ def row_stats_backward_(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     reference_grad: bool,
 ) -> Tensor:
     """Operator `row_stats_backward_` (fusedkl/ops.py): computed beside, then copied."""
     policy_out, reference_out = row_stats_backward(
-        grad, policy, reference, token_ids, state, fields, inv_temperature, True, reference_grad
+        grad,
+        policy,
+        reference,
+        token_ids,
+        state,
+        fields,
+        parameter,
+        inv_temperature,
+        valid_vocab,
+        softcap,
+        True,
+        reference_grad,
     )
     policy.copy_(policy_out)
     return reference_out
@@ -127,13 +164,29 @@ def row_stats_with_gradient(
     policy: Tensor,
     reference: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `row_stats_with_gradient` (fusedkl/ops.py): one after the other."""
-    values, state = row_stats(policy, reference, None, fields, inv_temperature, mask)
+    controls = (valid_vocab, softcap)
+    values, state = row_stats(
+        policy, reference, None, fields, parameter, inv_temperature, mask, *controls
+    )
     gradient, _ = row_stats_backward(
-        grad, policy, reference, None, state, fields, inv_temperature, True, False
+        grad,
+        policy,
+        reference,
+        None,
+        state,
+        fields,
+        parameter,
+        inv_temperature,
+        *controls,
+        True,
+        False,
     )
     return values, state, gradient
 

@@ -169,8 +169,11 @@ def row_stats_contents(
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> None:
     """What kernels rely on, for any caller of the operator; then the contents of CPU tensors."""
     shape, n = policy.shape, math.prod(policy.shape[:-1])
@@ -179,11 +182,16 @@ def row_stats_contents(
     for name, logits_ in (("policy", policy), ("reference", reference)):
         if logits_ is None:
             continue
-        if logits_.shape != shape or logits_.device != policy.device:
+        same = logits_.shape == shape if valid_vocab is None else logits_.shape[:-1] == shape[:-1]
+        if not same or logits_.device != policy.device:
             raise ValueError(f"{name} must have policy's shape and device; got {logits_.shape}")
+        if valid_vocab is not None and not 1 <= valid_vocab <= logits_.shape[-1]:
+            raise ValueError(
+                f"valid_vocab must be from 1 to {name}'s {logits_.shape[-1]}; got {valid_vocab}"
+            )
         if logits_.dtype not in DTYPES:
             raise TypeError(f"{name} must be floating-point; got {_said(logits_.dtype)}")
-        if logits_.stride(-1) != 1 and shape[-1] > 1:
+        if logits_.stride(-1) != 1 and logits_.shape[-1] > 1:
             raise ValueError(f"{name} must have last stride 1; got strides {logits_.stride()}")
     for name, extra, dtype, shapes in (
         ("token_ids", token_ids, torch.int64, ((n, -1),)),
@@ -206,6 +214,8 @@ def row_stats_contents(
             raise ValueError(f"field {name} needs a reference")
         if field.needs_token_ids and token_ids is None:
             raise ValueError(f"field {name} needs token_ids")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite; got {softcap}")
     if policy.device.type != "cpu":
         return
     if inv_temperature is not None:
@@ -218,7 +228,6 @@ def row_stats_contents(
             raise ValueError(f"temperature must be positive and finite; got {wrong}")
     if token_ids is not None and token_ids.numel() > 0:
         low, high = (int(v) for v in token_ids.aminmax())
-        if low < 0 or high >= shape[-1]:
-            raise ValueError(
-                f"index must hold token ids from 0 to {shape[-1] - 1}; got {low} to {high}"
-            )
+        last = (shape[-1] if valid_vocab is None else valid_vocab) - 1
+        if low < 0 or high > last:
+            raise ValueError(f"index must hold token ids from 0 to {last}; got {low} to {high}")

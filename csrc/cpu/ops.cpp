@@ -9,15 +9,19 @@
 namespace fusedkl {
 
 std::tuple<Tensor, Tensor> row_stats(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                                     const std::vector<std::string>&, const std::optional<Tensor>&, const std::optional<Tensor>&);
+                                     const std::vector<std::string>&, std::optional<double>, const std::optional<Tensor>&,
+                                     const std::optional<Tensor>&, std::optional<int64_t>, std::optional<double>);
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                               const std::optional<Tensor>&, const Tensor&, const std::vector<std::string>&,
-                                              const std::optional<Tensor>&, bool, bool);
+                                              std::optional<double>, const std::optional<Tensor>&, std::optional<int64_t>,
+                                              std::optional<double>, bool, bool);
 Tensor row_stats_backward_(const Tensor&, Tensor, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-                           const std::vector<std::string>&, const std::optional<Tensor>&, bool);
+                           const std::vector<std::string>&, std::optional<double>, const std::optional<Tensor>&,
+                           std::optional<int64_t>, std::optional<double>, bool);
 std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                                           const std::vector<std::string>&, const std::optional<Tensor>&,
-                                                           const std::optional<Tensor>&);
+                                                           const std::vector<std::string>&, std::optional<double>,
+                                                           const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                           std::optional<int64_t>, std::optional<double>);
 void scale_gradient_(Tensor, const Tensor&);
 
 namespace {

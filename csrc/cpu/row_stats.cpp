@@ -3,16 +3,25 @@
 
 namespace fusedkl {
 
+void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls) {
+  STD_TORCH_CHECK(!controls.softcap, "softcap is not supported by the cpu backend yet");
+  const int64_t length = controls.valid_vocab.value_or(policy.length);
+  STD_TORCH_CHECK(length <= policy.length && (!reference || (reference->count == policy.count && length <= reference->length &&
+                                                             (controls.valid_vocab || length == reference->length))),
+                  "policy and reference differ in shape");
+  policy.length = length;
+  if (reference) reference->length = length;
+}
+
 ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& reference_, const std::optional<Tensor>& token_ids,
                          const std::vector<std::string>& names, const std::optional<Tensor>& inverse,
-                         const std::optional<Tensor>& counted_)
+                         const std::optional<Tensor>& counted_, const Controls& controls)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
       fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0) {
+  cut_rows(policy, reference, controls);
   const int64_t rows = policy.count, length = policy.length;
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
-  STD_TORCH_CHECK(!reference || (reference->count == rows && reference->length == length),
-                  "policy and reference differ in shape");
   STD_TORCH_CHECK(length > 0, "the vocabulary is empty");
   f64 = policy.dtype == DType::f64 || (reference && reference->dtype == DType::f64);
   if (inverse) {
@@ -109,8 +118,10 @@ void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
 
 std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<Tensor>& reference,
                                      const std::optional<Tensor>& token_ids, const std::vector<std::string>& fields,
-                                     const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask) {
-  const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask);
+                                     std::optional<double> parameter, const std::optional<Tensor>& inv_temperature,
+                                     const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab,
+                                     std::optional<double> softcap) {
+  const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask, {parameter, valid_vocab, softcap});
   const int64_t rows = c.policy.count, segments = c.segments(), threads = torch::stable::get_num_threads();
   if (segments > 1 && rows < 4 * threads && threads > 1) {  // few long rows: threads share a row
     std::vector<RowState> parts(static_cast<size_t>(rows * segments));
