@@ -66,6 +66,28 @@ struct GradientArgs {
   double* tokens;                // [rows, ids_per_row] likewise
 };
 
+struct LogSoftmaxArgs {
+  Inputs in;
+  RowLayout out, grad;
+  DType dtype, grad_dtype;
+  const RowState* state;  // forward
+};
+
+struct SumArgs {
+  const void *values, *weight;  // weight may be null
+  DType dtype, weight_dtype;
+  int64_t count, stride, weight_stride;
+  void* out;  // one number of `dtype`
+};
+
+struct ScaleArgs {
+  char* data;
+  int64_t count;
+  DType dtype;
+  const void* factor;  // one number
+  DType factor_dtype;
+};
+
 // `mode`: kReverse and so on. False if a launch failed; CUDA's last error says why.
 template <DType X, DType Y>
 bool launch_forward(const ForwardArgs& args, int mode, bool shifted, Stream stream);
@@ -76,7 +98,12 @@ bool launch_prepare(const GradientArgs& args, Stream stream);
 template <DType X, DType Y>
 bool launch_gradient(const GradientArgs& args, bool plain, bool shifted, Stream stream);
 
-#if defined(__CUDACC__) || defined(FUSEDKL_ON_CPU)
+bool launch_log_softmax(const LogSoftmaxArgs& args, Stream stream);
+bool launch_log_softmax_backward(const LogSoftmaxArgs& args, Stream stream);
+bool launch_ordered_sum(const SumArgs& args, Stream stream);
+bool launch_scale(const ScaleArgs& args, Stream stream);
+
+#if defined(FUSEDKL_DEVICE)  // after device.cuh
 template <class Args>
 bool launch(void (*kernel)(Args), int64_t blocks, int threads, Stream stream, const Args& args, size_t shared_bytes = 0) {
   if (blocks == 0) return true;

@@ -28,7 +28,7 @@ FUSEDKL_DEVICE F2 pair_of(const Chunk<D>& c, int i) {
   const uint32_t w = c.word[i];
   if constexpr (D == DType::bf16) return {as_float(w << 16), as_float(w & 0xffff0000u)};
   __half2 h;
-  memcpy(&h, &w, 4);
+  memcpy(static_cast<void*>(&h), &w, 4);
   const float2 f = __half22float2(h);
   return {f.x, f.y};
 }
@@ -106,7 +106,7 @@ FUSEDKL_DEVICE float max_of(const Chunk<D> (&c)[N]) {
     using Packed = std::conditional_t<D == DType::bf16, __nv_bfloat162, __half2>;
     auto packed = [&](int i) {
       Packed h;
-      memcpy(&h, &c[i / kWordsOf<D>].word[i % kWordsOf<D>], 4);
+      memcpy(static_cast<void*>(&h), &c[i / kWordsOf<D>].word[i % kWordsOf<D>], 4);
       return h;
     };
     Packed m = packed(0);

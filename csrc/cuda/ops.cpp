@@ -136,6 +136,7 @@ struct Call {
   }
 
   int mode() const {
+    if (!with_reference) return kEntropy;  // about the largest logit: log p of a lone token is 0
     return (at.reverse_kl >= 0 ? kReverse : 0) | (at.entropy >= 0 ? kEntropy : 0) | (at.ref_entropy >= 0 ? kReferenceEntropy : 0);
   }
 };
@@ -276,6 +277,78 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, c
   return {values, state, gx};
 }
 
+DType dtype_of(ScalarType t) {
+  return t == ScalarType::Float      ? DType::f32
+         : t == ScalarType::BFloat16 ? DType::bf16
+         : t == ScalarType::Half     ? DType::f16
+                                     : DType::f64;
+}
+
+// log_softmax over the last dimension, any pair of dtypes
+Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
+  const OnDevice device(logits);
+  const Tensor out = torch::stable::new_empty(logits, sizes_of(logits), dtype);
+  if (logits.numel() == 0) return out;
+  const Call c(logits, std::nullopt, std::nullopt, {}, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  const auto [values, state] = forward(c, logits, device);
+  LogSoftmaxArgs a{};
+  a.in = c.in;
+  a.out = layout_of(Rows(out, "result", out.mutable_data_ptr()), "result");
+  a.dtype = dtype_of(dtype);
+  a.state = static_cast<const RowState*>(state.const_data_ptr());
+  device.check(launch_log_softmax(a, device.stream));
+  return out;
+}
+
+Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, ScalarType dtype) {
+  const OnDevice device(output);
+  const Rows g = Rows::of(grad, "grad"), o = Rows::of(output, "output");
+  STD_TORCH_CHECK(g.count == o.count && g.length == o.length, "grad and output differ in shape");
+  const Tensor out = torch::stable::new_empty(output, sizes_of(output), dtype);
+  if (output.numel() == 0) return out;
+  LogSoftmaxArgs a{};
+  a.in.x = layout_of(o, "output");
+  a.in.dx = o.dtype;
+  a.in.rows = o.count;
+  a.in.length = o.length;
+  a.grad = layout_of(g, "grad");
+  a.grad_dtype = g.dtype;
+  a.out = layout_of(Rows(out, "result", out.mutable_data_ptr()), "result");
+  a.dtype = dtype_of(dtype);
+  device.check(launch_log_softmax_backward(a, device.stream));
+  return out;
+}
+
+// sum of values times weights, accumulated in double in a fixed order
+Tensor ordered_sum(const Tensor& values, const OptionalTensor& weight) {
+  const OnDevice device(values);
+  STD_TORCH_CHECK(values.dim() == 1 && (!weight || (weight->dim() == 1 && weight->size(0) == values.size(0))),
+                  "values and weight: 1-D, of one length");
+  const Tensor out = torch::stable::new_empty(values, {});
+  SumArgs a{};
+  a.values = values.const_data_ptr();
+  a.dtype = a.weight_dtype = fusedkl::dtype_of(values, "values");
+  a.count = values.size(0);
+  a.stride = values.stride(0);
+  if (weight) {
+    a.weight = weight->const_data_ptr();
+    a.weight_dtype = fusedkl::dtype_of(*weight, "weight");
+    a.weight_stride = weight->stride(0);
+  }
+  a.out = out.mutable_data_ptr();
+  device.check(launch_ordered_sum(a, device.stream));
+  return out;
+}
+
+// gradient *= factor, 0-d and on the device
+void scale_gradient_(Tensor gradient, const Tensor& factor) {
+  const OnDevice device(gradient);
+  STD_TORCH_CHECK(gradient.is_contiguous(), "gradient: contiguous");
+  device.check(launch_scale({static_cast<char*>(gradient.mutable_data_ptr()), gradient.numel(), fusedkl::dtype_of(gradient, "gradient"),
+                             factor.const_data_ptr(), fusedkl::dtype_of(factor, "factor")},
+                            device.stream));
+}
+
 }  // namespace
 }  // namespace gpu
 }  // namespace fusedkl
@@ -289,4 +362,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkl, CUDA, m) {
   m.impl("_row_stats_backward", TORCH_BOX(&fusedkl::gpu::row_stats_backward));
   m.impl("_row_stats_backward_", TORCH_BOX(&fusedkl::gpu::row_stats_backward_));
   m.impl("_row_stats_with_gradient", TORCH_BOX(&fusedkl::gpu::row_stats_with_gradient));
+  m.impl("_scale_gradient_", TORCH_BOX(&fusedkl::gpu::scale_gradient_));
+  m.impl("_log_softmax", TORCH_BOX(&fusedkl::gpu::log_softmax));
+  m.impl("_log_softmax_backward", TORCH_BOX(&fusedkl::gpu::log_softmax_backward));
+  m.impl("_ordered_sum", TORCH_BOX(&fusedkl::gpu::ordered_sum));
 }

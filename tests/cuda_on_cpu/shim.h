@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -267,7 +268,11 @@ template <class Args>
 void launch(void (*kernel)(Args), unsigned blocks, unsigned threads, size_t shared_bytes, int cluster, const Args& args) {
   const std::function<void()> body = [&] { kernel(args); };
   auto one = [&](unsigned index, unsigned rank, Cluster* group) {
-    Block& b = *new Block{};  // not freed: TSan must not see its address again
+    auto owner = std::make_unique<Block>();
+    Block& b = *owner;
+#if defined(__SANITIZE_THREAD__)
+    (void)owner.release();  // TSan must not see its address again
+#endif
     b.grid = dim3(blocks);
     b.size = dim3(threads);
     b.index = make_uint3(index, 0, 0);
@@ -276,8 +281,6 @@ void launch(void (*kernel)(Args), unsigned blocks, unsigned threads, size_t shar
     b.body = &body;
     b.dynamic.assign(shared_bytes, static_cast<char>(0xff));  // NaN where nobody wrote
     run(b);
-    b.fibers = {};
-    b.dynamic = {};
   };
   for (unsigned first = 0; first < blocks; first += static_cast<unsigned>(cluster)) {
     if (cluster == 1) {
