@@ -40,6 +40,10 @@ OPERATORS: dict[str, tuple[str, str]] = {
         f"Tensor grad, Tensor policy, Tensor? reference, {_FIELDS}, Tensor? mask, {_CONTROLS}",
         "(Tensor values, Tensor state, Tensor policy_grad)",
     ),
+    "merge_states": (
+        "Tensor parts, str[] fields, Tensor? inv_temperature",
+        "(Tensor values, Tensor state)",
+    ),
     "scale_gradient_": ("Tensor(a!) gradient, Tensor factor", "()"),
     "log_softmax": ("Tensor logits, ScalarType dtype", "Tensor"),
     "log_softmax_backward": ("Tensor grad, Tensor output, ScalarType dtype", "Tensor"),

@@ -10,6 +10,9 @@ fusedkl::row_stats(policy, reference?, token_ids?, fields, parameter?, inv_tempe
 fusedkl::row_stats_backward(grad [R, N], ..., state, ...) -> gradients, contiguous, in each input's
     shape and dtype; one that was not asked for has shape [0]. Rows whose grads are all 0 get
     exactly 0 and are not read. row_stats_backward_ writes the policy's gradient into the policy.
+    Also of a slice of the vocabulary, given the state of the whole row.
+fusedkl::merge_states(parts [P, N, S], fields, inv_temperature?) -> values [R, N], state [N, S]
+    float64; parts are the states of slices of one vocabulary, in order; fields without token ids
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ def _implement(name: str) -> None:
         *rest, backend = args
         if name == "row_stats":
             validation.row_stats_contents(*rest)
+        elif name == "merge_states":
+            validation.merge_states(*rest)
         elif name == "row_stats_with_gradient":
             _, policy, other, *others = rest
             validation.row_stats_contents(policy, other, None, *others)
@@ -134,6 +139,13 @@ def _row_stats_with_gradient_fake(
     return values, state, policy.new_empty(policy.shape)
 
 
+def _merge_states_fake(
+    parts: Tensor, fields: list[str], inv_temperature: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    values = parts.new_empty((divergences.value_rows(fields, 0), parts.shape[1]))
+    return values, parts.new_empty(parts.shape[1:])
+
+
 def _scale_gradient_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
@@ -157,6 +169,7 @@ for _name, _fake in (
     ("row_stats_backward", _row_stats_backward_fake),
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
     ("row_stats_with_gradient", _row_stats_with_gradient_fake),
+    ("merge_states", _merge_states_fake),
     ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),
     ("log_softmax_backward", _log_softmax_backward_fake),

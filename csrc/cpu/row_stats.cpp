@@ -84,20 +84,21 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
   return s;
 }
 
+// A row without any mass is no distribution: its values are NaN. Its state says -inf, because it may be a slice of a longer row.
+bool no_mass(const Fields& fields, const RowState& s) {
+  return s.policy_log_sum == -INFINITY || (fields.divergence() && s.reference_log_sum == -INFINITY);
+}
+
 template <class V>
-static void write_values(const ForwardCall& c, int64_t r, const RowState& s, V* values) {
+static void write_values(const ForwardCall& c, int64_t r, const RowState& state, V* values) {
   const int64_t rows = c.policy.count;
   if (!c.counted(r)) {
     for (int64_t f = 0; f < c.fields.rows; f++) values[f * rows + r] = 0;
     return;
   }
-  auto put = [&](int64_t field, double v) {
-    if (field >= 0) values[field * rows + r] = static_cast<V>(v);
-  };
-  put(c.fields.forward_kl, s.forward_kl);
-  put(c.fields.reverse_kl, s.reverse_kl);
-  put(c.fields.entropy, s.entropy);
-  put(c.fields.logsumexp, s.policy_max + s.policy_log_sum);
+  const RowState s = no_mass(c.fields, state) ? nan_state() : state;
+  auto put = [&](int64_t field, double v) { values[field * rows + r] = static_cast<V>(v); };
+  row_values(c.fields, s, put);
   for (int64_t k = 0; k < c.ids_per_row; k++) {
     const double x = load_double(c.policy.row(r), c.policy.dtype, c.ids[r * c.ids_per_row + k]);
     put(c.fields.logprob + k, (x * c.inv_t(r) - s.policy_max) - s.policy_log_sum);
@@ -108,8 +109,7 @@ void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   RowState s{};
   if (c.counted(r)) {
     s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
-    // a row without any mass is no distribution
-    if (s.policy_log_sum == -INFINITY || (c.fields.divergence() && s.reference_log_sum == -INFINITY)) s = nan_state();
+    s.whole = 1;
   }
   static_cast<RowState*>(c.state.mutable_data_ptr())[r] = s;
   if (c.f64) write_values(c, r, s, static_cast<double*>(c.values.mutable_data_ptr()));

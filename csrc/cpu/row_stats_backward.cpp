@@ -109,7 +109,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   }
   if (!job.gx && !job.gy) return;
 
-  if (s.policy_log_sum != s.policy_log_sum) {  // no distribution: no token of it may look like one that was merely masked
+  if (s.policy_log_sum != s.policy_log_sum ||
+      no_mass(c.fields, s)) {  // no distribution: no token of it may look like one that was merely masked
     for (int64_t i = 0; i < job.n; i++) {
       if (job.gx) store_double(job.gx, dx, i, NAN);
       if (job.gy) store_double(job.gy, dy, i, NAN);

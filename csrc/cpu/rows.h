@@ -50,6 +50,16 @@ class Widened {
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
 void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
+bool no_mass(const Fields& fields, const RowState& s);
+
+// put(field's row of `values`, number) for all that a state holds: everything but the log-probabilities of tokens
+template <class Put>
+inline void row_values(const Fields& fields, const RowState& s, Put put) {
+  if (fields.forward_kl >= 0) put(fields.forward_kl, s.forward_kl);
+  if (fields.reverse_kl >= 0) put(fields.reverse_kl, s.reverse_kl);
+  if (fields.entropy >= 0) put(fields.entropy, s.entropy);
+  if (fields.logsumexp >= 0) put(fields.logsumexp, s.policy_max + s.policy_log_sum);
+}
 
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
