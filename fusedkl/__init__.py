@@ -8,6 +8,7 @@ from .functional import divergence, forward_kl, jeffreys, reverse_kl
 from .gaussian import gaussian_kl
 from .kl_div import KLDivLoss, kl_div
 from .linear import linear_divergence
+from .linear_modules import LinearDivergenceLoss
 from .modules import ForwardKLLoss, JeffreysLoss, ReverseKLLoss
 from .patch import patch, unpatch
 from .penalties import (
@@ -28,6 +29,7 @@ __all__ = [
     "ForwardKLLoss",
     "JeffreysLoss",
     "KLDivLoss",
+    "LinearDivergenceLoss",
     "ReverseKLLoss",
     "TopkDivergence",
     "backends",

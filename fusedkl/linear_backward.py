@@ -35,8 +35,14 @@ class _Sums:
     """The gradients of one side: d hidden in the accumulators' dtype, d weight by tiles."""
 
     def __init__(
-        self, side: Side, products: Products, wanted: Wanted, weight_of: _Sums | None = None
+        self,
+        name: str,
+        side: Side,
+        products: Products,
+        wanted: Wanted,
+        weight_of: _Sums | None = None,
     ) -> None:
+        self.name = name
         self.side, self.products, self.weight_of = side, products, weight_of
         self.wanted = any(wanted)
         self.out = Gradients()
@@ -52,18 +58,19 @@ class _Sums:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
+    def _room(self, name: str, rows: int, columns: int) -> Tensor:
+        total = self.products.total
+        return self.products.room(f"d {self.name} {name}", rows, columns, total)
+
     def begin(self, columns: slice) -> None:
         """Before a tile of the vocabulary."""
         size = columns.stop - columns.start
         if self.out.weight is not None:
-            room = self.products.room(
-                "d weight", size, self.out.weight.shape[1], self.products.total
-            )
-            self._weight = room.zero_()
+            self._weight = self._room("weight", size, self.out.weight.shape[1]).zero_()
         elif self.weight_of is not None:  # one weight for both sides
             self._weight = self.weight_of._weight
         if self.out.bias is not None:
-            self._bias = self.products.room("d bias", 1, size, self.products.total)[0].zero_()
+            self._bias = self._room("bias", 1, size)[0].zero_()
 
     def take(self, gradient: Tensor, logits: Tensor, tokens: slice, columns: slice) -> None:
         """Add the products of one tile of gradients; `logits` are those of `_logits`."""
@@ -100,11 +107,11 @@ def backward(
     wanted: tuple[Wanted, Wanted],
 ) -> tuple[Gradients, Gradients]:
     """Gradients of both sides; each question's grad [R, n] and state of the whole rows."""
-    policy = _Sums(engine.policy, engine.products, wanted[0])
+    policy = _Sums("policy", engine.policy, engine.products, wanted[0])
     other = None
     if engine.other is not None and any(wanted[1]):
         shared = policy if engine.other.weight is engine.policy.weight else None
-        other = _Sums(engine.other, engine.of_other, wanted[1], shared)
+        other = _Sums("reference", engine.other, engine.of_other, wanted[1], shared)
     sides = [side for side in (policy, other) if side is not None]
     for columns in engine.columns() if any(side.wanted for side in sides) else ():
         for side in sides:

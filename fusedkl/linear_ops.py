@@ -107,7 +107,7 @@ class Inputs(NamedTuple):
         return reference.result_dtype(self.hidden, other)
 
 
-def _engine(i: Inputs) -> Engine:
+def engine_of(i: Inputs) -> Engine:
     policy = Side(i.hidden, i.weight, i.bias, i.scales[0], i.softcaps[0] or None)
     other: Side | None = None
     if i.paired:
@@ -144,7 +144,7 @@ def _linear_stats(*args: Any) -> tuple[Tensor, Tensor]:
         elif i.backend == "reference":
             values, states = linear_reference.values(i), _linear_stats_fake(*i)[1].zero_()
         else:
-            answers = forward(_engine(i), _questions(i))
+            answers = forward(engine_of(i), _questions(i))
             values = torch.cat([v for v, _ in answers])
             states = torch.stack([s for _, s in answers])
         values = values.to(whole.result_dtype())
@@ -205,7 +205,7 @@ def _by_tiles(grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool]) -> li
     asked = _questions(i)
     last = grad.shape[0] - (i.labels is not None)
     x, y = backward(
-        _engine(i),
+        engine_of(i),
         asked,
         [grad[:last], grad[last:]][: len(asked)],
         list(states),

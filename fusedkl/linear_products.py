@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Columns of the inner dimension that are widened at a time.
-INNER = 1024
-
 _MKLDNN: Any = torch.backends.mkldnn
 _lock = threading.Lock()
 _users = 0
@@ -47,16 +44,22 @@ def bf16_multipliers() -> Iterator[None]:
                 setting.fp32_precision = _before
 
 
+def tile_dtype(operands: torch.dtype, fast: bool) -> torch.dtype:
+    """Of a tile of logits: float32 or better, or that of the operands if `fast`."""
+    half = operands in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and not fast else operands
+
+
 class Products:
     """Products of one pair of operands' dtype, and their workspace, which is allocated once.
 
-    Tiles of logits are float32 (float64 for float64), or 16-bit if `fast`.
+    Operands that must be widened are widened by `inner` columns at a time.
     """
 
-    def __init__(self, like: Tensor, fast: bool) -> None:
+    def __init__(self, like: Tensor, fast: bool, inner: int) -> None:
         half = like.dtype in (torch.bfloat16, torch.float16)
-        self.operands, self.device = like.dtype, like.device
-        self.tile = like.dtype if fast or not half else torch.float32
+        self.operands, self.device, self.inner = like.dtype, like.device, inner
+        self.tile = tile_dtype(like.dtype, fast)
         # the library stores what is wanted: one dtype throughout, or the accumulators on a GPU
         self.plain = self.tile == like.dtype
         self.stores_wide = not self.plain and like.device.type == "cuda"
@@ -81,9 +84,9 @@ class Products:
             return torch.mm(hidden, weight.t(), out=out)
         if self.stores_wide:
             return torch.mm(hidden, weight.t(), out_dtype=self.tile, out=out)
-        for at in range(0, hidden.shape[1], INNER):
-            a = self._widened("left", hidden[:, at : at + INNER])
-            b = self._widened("right", weight[:, at : at + INNER])
+        for at in range(0, hidden.shape[1], self.inner):
+            a = self._widened("left", hidden[:, at : at + self.inner])
+            b = self._widened("right", weight[:, at : at + self.inner])
             with self._multipliers():
                 if at == 0:
                     torch.mm(a, b.t(), out=out)
@@ -100,8 +103,8 @@ class Products:
         elif self.stores_wide:
             total += torch.mm(gradient.to(self.operands), other, out_dtype=total.dtype)
         else:
-            for at in range(0, other.shape[1], INNER):
-                part = total[:, at : at + INNER]
-                widened = self._widened("right", other[:, at : at + INNER])
+            for at in range(0, other.shape[1], self.inner):
+                part = total[:, at : at + self.inner]
+                widened = self._widened("right", other[:, at : at + self.inner])
                 with self._multipliers():
                     torch.addmm(part, gradient, widened, out=part)

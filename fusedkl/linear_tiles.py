@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import divergences, reference
 from .linear_plan import Tiles, tiles
-from .linear_products import Products
+from .linear_products import Products, tile_dtype
 
 # States of so many tiles wait before they are merged.
 _WAITING = 8
@@ -85,12 +85,14 @@ class Engine:
         assert policy.hidden is not None and policy.weight is not None
         self.policy, self.other = policy, other
         self.tokens, self.vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
-        self.tile: Tiles = tiles(self.tokens, self.vocabulary, policy.hidden.device.type, tile)
-        self.products = Products(policy.hidden, fast)
-        of_other = self.products
-        if other is not None and other.hidden is not None:
-            of_other = Products(other.hidden, fast)
-        self.of_other = of_other
+        size = tile_dtype(policy.hidden.dtype, fast).itemsize
+        device = policy.hidden.device.type
+        self.tile: Tiles = tiles(self.tokens, self.vocabulary, size, device, tile)
+        self.products = Products(policy.hidden, fast, self.tile.inner)
+        self.of_other = self.products
+        hidden = None if other is None else other.hidden
+        if hidden is not None and hidden.dtype != policy.hidden.dtype:
+            self.of_other = Products(hidden, fast, self.tile.inner)
 
     def columns(self) -> Iterator[slice]:
         """Tiles of the vocabulary."""

@@ -243,6 +243,19 @@ def test_second_derivatives(backend: str) -> None:
     assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
 
 
+def test_the_module_holds_the_options() -> None:
+    h = heads(torch.float32)
+    labels = torch.randint(-1, 9, (linear_cases.T,))
+    options = {"temperature": 2.0, "softcap": 4.0, "reduction": "mean", "tile": TILE}
+    module = fusedkl.LinearDivergenceLoss("reverse_kl", ignore_index=-1, **options)
+    got = module(**h.tensors, labels=labels)
+    want = call(h, kind="reverse_kl", labels=labels, ignore_index=-1, **options)
+    assert torch.equal(got, want)
+    assert torch.equal(module(**h.tensors), call(h, kind="reverse_kl", **options))
+    with pytest.raises(ValueError, match="kind must be one of"):
+        fusedkl.LinearDivergenceLoss("kl")
+
+
 # -- tiles ---------------------------------------------------------------------------------------
 
 
@@ -250,13 +263,15 @@ def test_tiles_cover_and_stay_below_their_limits() -> None:
     for tokens in (1, 5, 512, 1000, 1025, 16384):
         for vocabulary in (1, 67, 32000, 128256, 262144):
             for device in ("cpu", "cuda"):
-                found = tiles(tokens, vocabulary, device)
-                for size, length in zip(found, (tokens, vocabulary), strict=True):
+                found = tiles(tokens, vocabulary, 4, device)
+                assert found.tokens * found.vocabulary * 8 <= 128 << 20
+                for size, length in zip(found[:2], (tokens, vocabulary), strict=True):
                     assert 1 <= size <= -(-length // 8) * 8
                     parts = -(-length // size)
                     # of about one size: the last one is no sliver
                     assert length - (parts - 1) * size >= size / 8
-    assert tiles(100, 100, "cpu", (8, 16)) == (8, 16)
+    assert tiles(100, 100, 4, "cpu", (8, 16))[:2] == (8, 16)
+    assert tiles(512, 128256, 4, "cpu") == (512, 512, 1024)
 
 
 # -- bad input -----------------------------------------------------------------------------------
