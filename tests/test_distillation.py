@@ -72,6 +72,23 @@ def test_values_and_gradients(
         assert not slope[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_label_smoothing(temperature: float, dtype: torch.dtype, backend: str) -> None:
+    x, y, labels = inputs(dtype)
+    x.data[2] = math.nan  # not counted
+    safe = torch.where(labels[:, None] == -100, 0, x)
+    wanted = expected(safe, y, labels, "forward_kl", temperature, 0.6, 0.2)
+    found = fusedkl.distillation_loss(
+        x, y, labels, temperature=temperature, ce_weight=0.6, label_smoothing=0.2,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    assert oracle.relative_error(found, wanted.detach()) <= oracle.VALUE_TOLERANCE[found.dtype]
+    (truth,) = torch.autograd.grad(wanted.sum(), x)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert oracle.relative_l2(slope, truth.double()) <= 1.5 * oracle.GRADIENT_TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_reductions_masks_and_weights(reduction: str, temperature: float, backend: str) -> None:
