@@ -15,29 +15,34 @@ NAMESPACE = "fusedkl"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 
 _INPUTS = "Tensor policy, Tensor? reference, Tensor? token_ids"
-_SAVED = "Tensor state, str[] fields, Tensor? inv_temperature"
+# A divergence's own number (beta, alpha); 1/T; logits that exist; c of c tanh(x/c).
+_FIELDS = "str[] fields, float? parameter, Tensor? inv_temperature"
+_CONTROLS = "int? valid_vocab, float? softcap"
 
 # name -> (arguments without the backend's name, results). fusedkl::name takes the name of a backend
 # last and is what graphs hold; fusedkl::_name, without it, is what the compiled library implements.
 OPERATORS: dict[str, tuple[str, str]] = {
     "row_stats": (
-        f"{_INPUTS}, str[] fields, Tensor? inv_temperature, Tensor? mask",
+        f"{_INPUTS}, {_FIELDS}, Tensor? mask, {_CONTROLS}",
         "(Tensor values, Tensor state)",
     ),
     "row_stats_backward": (
-        f"Tensor grad, {_INPUTS}, {_SAVED}, bool policy_grad, bool reference_grad",
+        f"Tensor grad, {_INPUTS}, Tensor state, {_FIELDS}, {_CONTROLS}, "
+        "bool policy_grad, bool reference_grad",
         "(Tensor, Tensor)",
     ),
     "row_stats_backward_": (
-        f"Tensor grad, {_INPUTS}, {_SAVED}, bool reference_grad".replace(
-            "Tensor policy", "Tensor(a!) policy"
-        ),
+        "Tensor grad, Tensor(a!) policy, Tensor? reference, Tensor? token_ids, Tensor state, "
+        f"{_FIELDS}, {_CONTROLS}, bool reference_grad",
         "Tensor",
     ),
     "row_stats_with_gradient": (
-        "Tensor grad, Tensor policy, Tensor? reference, str[] fields, Tensor? inv_temperature, "
-        "Tensor? mask",
+        f"Tensor grad, Tensor policy, Tensor? reference, {_FIELDS}, Tensor? mask, {_CONTROLS}",
         "(Tensor values, Tensor state, Tensor policy_grad)",
+    ),
+    "merge_states": (
+        "Tensor parts, str[] fields, Tensor? inv_temperature",
+        "(Tensor values, Tensor state)",
     ),
     "scale_gradient_": ("Tensor(a!) gradient, Tensor factor", "()"),
     "log_softmax": ("Tensor logits, ScalarType dtype", "Tensor"),

@@ -36,24 +36,36 @@ class _RowStats(torch.autograd.Function):
         reference_: Tensor | None,
         token_ids: Tensor | None,
         fields: tuple[str, ...],
+        parameter: float | None,
         inv_temperature: Tensor | None,
         mask: Tensor | None,
+        valid_vocab: int | None,
+        softcap: float | None,
         inplace_grad: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         values, state = OPS.row_stats(
-            policy, reference_, token_ids, fields, inv_temperature, mask, backend
+            policy,
+            reference_,
+            token_ids,
+            fields,
+            parameter,
+            inv_temperature,
+            mask,
+            valid_vocab,
+            softcap,
+            backend,
         )
         return values, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        policy, reference_, token_ids, fields, inv_temperature, mask, inplace, backend = inputs
+        policy, reference_, token_ids, fields, parameter, inv_temperature, mask, *rest = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(policy, reference_, token_ids, inv_temperature, mask, output[1])
         ctx.fields = fields
-        ctx.inplace = inplace
-        ctx.backend = backend
+        ctx.parameter = parameter
+        ctx.valid_vocab, ctx.softcap, ctx.inplace, ctx.backend = rest
         ctx.consumed = False
 
     @staticmethod
@@ -78,7 +90,10 @@ class _RowStats(torch.autograd.Function):
                 token_ids,
                 state,
                 fields,
+                ctx.parameter,
                 inv_temperature,
+                ctx.valid_vocab,
+                ctx.softcap,
                 reference_grad,
                 ctx.backend,
             )
@@ -91,21 +106,24 @@ class _RowStats(torch.autograd.Function):
                 token_ids,
                 state,
                 fields,
+                ctx.parameter,
                 inv_temperature,
+                ctx.valid_vocab,
+                ctx.softcap,
                 policy_grad,
                 reference_grad,
                 ctx.backend,
             )
         gx = gx if policy_grad else None
         gy = gy if reference_grad else None
-        return gx, gy, None, None, None, None, None, None
+        return gx, gy, None, None, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         # A batch of rows is only more rows.
-        if args[6] and in_dims[0] is None:
+        if args[9] and in_dims[0] is None:
             raise RuntimeError("inplace_grad=True: torch.vmap would write one policy many times")
-        policy, reference_, ids, fields, inverse, mask, *rest = args
+        policy, reference_, ids, fields, parameter, inverse, mask, *rest = args
         size = info.batch_size
         policy = _front(policy, in_dims[0], size)
         rows = policy[0].numel() // policy.shape[-1]
@@ -121,8 +139,9 @@ class _RowStats(torch.autograd.Function):
             None if reference_ is None else _front(reference_, in_dims[1], size),
             None if ids is None else flat(ids, in_dims[2], ids.shape[-1]),
             fields,
-            flat(inverse, in_dims[4]),
-            flat(mask, in_dims[5]),
+            parameter,
+            flat(inverse, in_dims[5]),
+            flat(mask, in_dims[6]),
             *rest,
         )
         out = values.view(values.shape[0], size, rows), state.view(size, rows, state.shape[-1])
@@ -159,14 +178,16 @@ def composed_gradients(
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     x = policy.view_as(policy)
     y = None if reference_ is None else reference_.view_as(reference_)
-    width = policy.shape[-1]
     values, _ = reference.rows(
-        x.reshape(-1, width),
-        None if y is None else y.reshape(-1, width),
+        x.reshape(-1, x.shape[-1]),
+        None if y is None else y.reshape(-1, y.shape[-1]),
         token_ids,
         fields,
+        ctx.parameter,
         inv_temperature,
         mask,
+        ctx.valid_vocab,
+        ctx.softcap,
     )
     wanted = [
         t
@@ -261,15 +282,28 @@ def row_stats(
     reference_: Tensor | None,
     token_ids: Tensor | None,
     fields: tuple[str, ...],
+    parameter: float | None = None,
     inv_temperature: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    valid_vocab: int | None = None,
+    softcap: float | None = None,
     inplace_grad: bool = False,
     backend: str,
 ) -> Tensor:
     """Values [R, N] of operator row_stats, differentiable in policy and reference_."""
     values, _ = _RowStats.apply(
-        policy, reference_, token_ids, fields, inv_temperature, mask, inplace_grad, backend
+        policy,
+        reference_,
+        token_ids,
+        fields,
+        parameter,
+        inv_temperature,
+        mask,
+        valid_vocab,
+        softcap,
+        inplace_grad,
+        backend,
     )
     out: Tensor = values
     return out

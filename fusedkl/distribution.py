@@ -21,7 +21,7 @@ def _one_field(
 ) -> Tensor:
     inverse = inverse_temperature(temperature, logits)
     name = resolve(backend, logits.device, (logits.dtype,))
-    return autograd.row_stats(rows(logits), None, token_ids, (field,), inverse, backend=name)
+    return autograd.row_stats(rows(logits), None, token_ids, (field,), None, inverse, backend=name)
 
 
 def logsumexp(

@@ -100,10 +100,22 @@ def divergence(
         share = reductions.shares(
             shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name
         )
-        return scalar_loss.scalar_loss(x, y, fields, inverse, read, share, reduced, backend=name)
+        return scalar_loss.scalar_loss(
+            x,
+            y,
+            fields,
+            None,
+            inverse,
+            read,
+            share,
+            reduced,
+            valid_vocab=None,
+            softcap=None,
+            backend=name,
+        )
     return reduced(
         autograd.row_stats(
-            x, y, None, fields, inverse, read, inplace_grad=inplace_grad, backend=name
+            x, y, None, fields, None, inverse, read, inplace_grad=inplace_grad, backend=name
         )
     )
 

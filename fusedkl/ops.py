@@ -1,6 +1,7 @@
 """The operators: implementations by table lookup, and fake kernels. Derivatives: autograd.py.
 
-fusedkl::row_stats(policy, reference?, token_ids?, fields, inv_temperature?, mask?, backend)
+fusedkl::row_stats(policy, reference?, token_ids?, fields, parameter?, inv_temperature?, mask?,
+                   valid_vocab?, softcap?, backend)
     policy, reference  [..., V], last stride 1, the leading dims (N rows in row-major order) of any
                        strides; float32, bfloat16, float16 or float64, the two may differ
     token_ids          int64 [N, K];  inv_temperature float64 [N] or [1], None = 1;  mask bool [N]
@@ -9,6 +10,9 @@ fusedkl::row_stats(policy, reference?, token_ids?, fields, inv_temperature?, mas
 fusedkl::row_stats_backward(grad [R, N], ..., state, ...) -> gradients, contiguous, in each input's
     shape and dtype; one that was not asked for has shape [0]. Rows whose grads are all 0 get
     exactly 0 and are not read. row_stats_backward_ writes the policy's gradient into the policy.
+    Also of a slice of the vocabulary, given the state of the whole row.
+fusedkl::merge_states(parts [P, N, S], fields, inv_temperature?) -> values [R, N], state [N, S]
+    float64; parts are the states of slices of one vocabulary, in order; fields without token ids
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ def _implement(name: str) -> None:
         *rest, backend = args
         if name == "row_stats":
             validation.row_stats_contents(*rest)
+        elif name == "merge_states":
+            validation.merge_states(*rest)
         elif name == "row_stats_with_gradient":
-            _, policy, other, fields, inverse, mask = rest
-            validation.row_stats_contents(policy, other, None, fields, inverse, mask)
+            _, policy, other, *others = rest
+            validation.row_stats_contents(policy, other, None, *others)
         result = getattr(kernels(backend), name)(*rest)
         if name == "row_stats_backward_":
             # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
@@ -52,8 +58,11 @@ def _row_stats_fake(
     reference_: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     n = math.prod(policy.shape[:-1])
@@ -70,7 +79,10 @@ def _row_stats_backward_fake(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     policy_grad: bool,
     reference_grad: bool,
     backend: str,
@@ -89,7 +101,10 @@ def _row_stats_backward_inplace_fake(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     reference_grad: bool,
     backend: str,
 ) -> Tensor:
@@ -102,14 +117,33 @@ def _row_stats_with_gradient_fake(
     policy: Tensor,
     reference_: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, state = _row_stats_fake(
-        policy, reference_, None, fields, inv_temperature, mask, backend
+        policy,
+        reference_,
+        None,
+        fields,
+        parameter,
+        inv_temperature,
+        mask,
+        valid_vocab,
+        softcap,
+        backend,
     )
     return values, state, policy.new_empty(policy.shape)
+
+
+def _merge_states_fake(
+    parts: Tensor, fields: list[str], inv_temperature: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    values = parts.new_empty((divergences.value_rows(fields, 0), parts.shape[1]))
+    return values, parts.new_empty(parts.shape[1:])
 
 
 def _scale_gradient_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
@@ -135,6 +169,7 @@ for _name, _fake in (
     ("row_stats_backward", _row_stats_backward_fake),
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
     ("row_stats_with_gradient", _row_stats_with_gradient_fake),
+    ("merge_states", _merge_states_fake),
     ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),
     ("log_softmax_backward", _log_softmax_backward_fake),

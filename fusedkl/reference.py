@@ -33,6 +33,7 @@ STATE = (
     "reverse_kl",
     "entropy",
     "reference_entropy",
+    "whole",
 )
 
 
@@ -91,7 +92,8 @@ class _Gap(torch.autograd.Function):
         series = torch.ones_like(v)
         for n in range(17, 2, -1):  # 1 + v/3 (1 + v/4 (1 + ... v/17)), times v^2/2
             series = 1 + series * v / n
-        return torch.where(near, series * v * v / 2, torch.expm1(u) - u)
+        # e^100 has no digit left for 100, and infinity must not meet itself
+        return torch.where(near, series * v * v / 2, torch.expm1(u) - u.clamp(max=100))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -123,15 +125,28 @@ class _Pull(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None
 
 
+def gap(u: Tensor) -> Tensor:
+    """g(u) of every element, differentiable any number of times."""
+    out: Tensor = _Gap.apply(u)
+    return out
+
+
 def row_sum(x: Tensor) -> Tensor:
     total: Tensor = _RowSum.apply(x)
     return total
+
+
+def gap(u: Tensor) -> Tensor:
+    """g(u) = expm1(u) - u."""
+    out: Tensor = _Gap.apply(u)
+    return out
 
 
 class Softmax(NamedTuple):
     """Rows about their largest logit, [n, V] and [n, 1]. A bad row holds harmless numbers."""
 
     bad: Tensor  # [n, 1] the row has NaN, +inf, or nothing but -inf
+    empty: Tensor  # [n, 1] nothing but -inf
     support: Tensor  # logit is not -inf
     logits: Tensor  # 0 outside the support
     top: Tensor  # [n, 1] the largest logit
@@ -144,7 +159,7 @@ class Softmax(NamedTuple):
 
 def softmax(x: Tensor, scale: Tensor) -> Softmax:
     top, at = x.max(-1, keepdim=True)
-    bad = ~torch.isfinite(top)
+    bad, empty = ~torch.isfinite(top), top == -torch.inf
     top = torch.where(bad, 0, top)
     support = (x != -torch.inf) & ~bad
     logits = torch.where(support, x, 0)
@@ -160,7 +175,56 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
     mass = 1 + rest
     log_mass = torch.log1p(rest)
     prob = weight / mass
-    return Softmax(bad, support, logits, top, exponent, weight, mass, log_mass, prob)
+    return Softmax(bad, empty, support, logits, top, exponent, weight, mass, log_mass, prob)
+
+
+def _marked(p: Softmax) -> Tensor:
+    """log_mass for the state: -inf for a row without any token, NaN for one with no number."""
+    missing = torch.where(p.empty, -torch.inf, torch.nan)
+    return torch.where(p.bad, missing, p.log_mass)
+
+
+def fisher_vector(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v scale^2, p = softmax(x scale); x, v [..., V], scale [..., 1]."""
+    p = softmax(x, scale)
+    v = v - v.gather(-1, x.argmax(-1, keepdim=True))  # a constant must not swallow what varies
+    mean = row_sum(torch.where(p.support, p.prob * v, 0))
+    product = torch.where(p.support, p.prob * (v - mean), 0) * (scale * scale)
+    return torch.where(p.bad, torch.nan, product)
+
+
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[n, K + 1]: log p of the tokens (0 where token_ids < 0), and log of the mass of all others.
+
+    policy [n, V]; token_ids [n, K]; inv_temperature [n] or [1]; mask [n].
+    """
+    dtype = inside(policy.device)
+    x = policy.to(dtype)
+    scale = x.new_ones(1, 1) if inv_temperature is None else inv_temperature.to(dtype)[:, None]
+    if mask is not None:
+        x = torch.where(mask[:, None], x, 0)
+    given = token_ids >= 0
+    at = torch.where(given, token_ids, x.shape[-1])  # padding goes to one column more
+    covered = torch.zeros_like(x[:, :1], dtype=torch.bool).expand(-1, x.shape[-1] + 1)
+    covered = covered.scatter(-1, at, True)[:, :-1]
+    p, rest = softmax(x, scale), softmax(torch.where(covered, -torch.inf, x), scale)
+    tokens = (x.gather(-1, token_ids.clamp(min=0)) - p.top) * scale - p.log_mass
+    others = (rest.top - p.top) * scale + (rest.log_mass - p.log_mass)
+    values = torch.cat(
+        [torch.where(given, tokens, 0), torch.where(rest.bad, -torch.inf, others)], -1
+    )
+    values = torch.where(p.bad, torch.nan, values)
+    if torch.is_grad_enabled():
+        values = values + _Pull.apply(x, torch.where(p.bad, torch.nan, 0.0).expand_as(x))
+    return values if mask is None else torch.where(mask[:, None], values, 0)
+
+
+def pull(x: Tensor, slope: Tensor) -> Tensor:
+    """Zeros [n, 1] with gradient `slope` to x [n, V]: what rows without a number have."""
+    out: Tensor = _Pull.apply(x, slope)
+    return out
 
 
 def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +262,7 @@ def _log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_kl(p: Softmax, q: Softmax, log_ratio: Tensor) -> Tensor:
-    near = q.prob * _Gap.apply(log_ratio.clamp(max=1))
+    near = q.prob * gap(log_ratio.clamp(max=1))
     # Beyond 1, q e^l is taken from p: it may be 0 times infinity, and no longer cancels.
     far = p.prob - q.prob - q.prob * log_ratio
     terms = torch.where(log_ratio <= 1, near, far)
@@ -214,33 +278,46 @@ def _entropy(p: Softmax) -> Tensor:
     return p.log_mass + row_sum(p.weight * -p.exponent) / p.mass
 
 
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    # -inf is an absent token, not a logit of -softcap
+    finite = x != -torch.inf
+    return torch.where(finite, softcap * torch.tanh(torch.where(finite, x, 0) / softcap), x)
+
+
 def rows(
     policy: Tensor,
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str] | tuple[str, ...],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Values [R, n], differentiable any number of times, and the state's columns [n, 1].
 
     policy, reference [n, V]; token_ids [n, K]; inv_temperature [n] or [1]; mask [n].
     """
     dtype = inside(policy.device)
-    x = policy.to(dtype)
-    y = None if reference is None else reference.to(dtype)
+    x = policy[:, :valid_vocab].to(dtype)
+    y = None if reference is None else reference[:, :valid_vocab].to(dtype)
     scale = x.new_ones(1, 1) if inv_temperature is None else inv_temperature.to(dtype)[:, None]
     if mask is not None:  # before any arithmetic: a masked row may hold NaN
         x = torch.where(mask[:, None], x, 0)
         y = None if y is None else torch.where(mask[:, None], y, 0)
+    if softcap is not None:
+        x = _capped(x, softcap)
+        y = None if y is None else _capped(y, softcap)
 
     p = softmax(x, scale)
-    columns = {"policy_max": p.top * scale, "policy_log_sum": p.log_mass}
+    columns = {"policy_max": p.top * scale, "policy_log_sum": _marked(p)}
     q = None
     if y is not None:
         q = softmax(y, scale)
         ratio, columns["residual"] = _log_ratio(p, q, scale)
-        columns |= {"reference_max": q.top * scale, "reference_log_sum": q.log_mass}
+        columns |= {"reference_max": q.top * scale, "reference_log_sum": _marked(q)}
+    columns["whole"] = torch.ones_like(p.mass)
 
     values = []
     for name in fields:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
+from .reference import topk_logprobs as reference_topk
+from .reference_merge import merge_states as merge_states
 
 # Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
 _BLOCK = 2**21
@@ -28,7 +30,8 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _blocks(rows_: int, width: int) -> Iterator[slice]:
+def blocks(rows_: int, width: int) -> Iterator[slice]:
+    """The rows of a [rows_, width] tensor in parts whose float64 temporaries stay small."""
     step = max(1, _BLOCK // width)
     for at in range(0, max(rows_, 1), step):  # one empty block where there are no rows
         yield slice(at, min(at + step, rows_))
@@ -47,18 +50,29 @@ def row_stats(
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Operator `row_stats` (fusedkl/ops.py)."""
     x, y = _flat(policy), None if reference is None else _flat(reference)
     values = []
     state = x.new_zeros((x.shape[0], len(STATE)), dtype=inside(x.device))
     with torch.no_grad():
-        for part in _blocks(*x.shape):
+        for part in blocks(*x.shape):
             ids, inv, counted = (_part(t, part) for t in (token_ids, inv_temperature, mask))
             block, columns = rows(
-                x[part], None if y is None else y[part], ids, fields, inv, counted
+                x[part],
+                None if y is None else y[part],
+                ids,
+                fields,
+                parameter,
+                inv,
+                counted,
+                valid_vocab,
+                softcap,
             )
             values.append(block)
             for name, column in columns.items():
@@ -75,28 +89,40 @@ def row_stats_backward(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     policy_grad: bool,
     reference_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Operator `row_stats_backward` (fusedkl/ops.py): autograd through `rows`."""
     x, y = _flat(policy), None if reference is None else _flat(reference)
+    other = policy if reference is None else reference
     outputs = [
         policy.new_empty(policy.shape if policy_grad else (0,)),
-        (policy if reference is None else reference).new_empty(
-            policy.shape if reference_grad else (0,)
-        ),
+        other.new_empty(other.shape if reference_grad else (0,)),
     ]
     asked = [policy_grad, reference_grad and y is not None]
-    flat = [out.view(x.shape) for out, ask in zip(outputs, asked, strict=True) if ask]
-    for part in _blocks(*x.shape) if flat else ():
+    flat = [_flat(out) for out, ask in zip(outputs, asked, strict=True) if ask]
+    for part in blocks(*x.shape) if flat else ():
         upstream = grad[:, part]
         with _recording():
             leaves = [t[part].detach() for t in (x, y) if t is not None]
             wanted = [t.requires_grad_() for t, ask in zip(leaves, asked, strict=False) if ask]
             ids, inverse = _part(token_ids, part), _part(inv_temperature, part)
             block_y = leaves[1] if y is not None else None
-            values, _ = rows(leaves[0], block_y, ids, fields, inverse, None)
+            values, _ = rows(
+                leaves[0],
+                block_y,
+                ids,
+                fields,
+                parameter,
+                inverse,
+                None,
+                valid_vocab,
+                softcap,
+            )
             found = torch.autograd.grad(values, wanted, upstream.to(values.dtype))
         live = (upstream != 0).any(0)[:, None]  # 0 times the NaN of a bad row would be NaN
         for out, gradient in zip(flat, found, strict=True):
@@ -111,12 +137,26 @@ def row_stats_backward_(
     token_ids: Tensor | None,
     state: Tensor,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
     reference_grad: bool,
 ) -> Tensor:
     """Operator `row_stats_backward_` (fusedkl/ops.py): computed beside, then copied."""
     policy_out, reference_out = row_stats_backward(
-        grad, policy, reference, token_ids, state, fields, inv_temperature, True, reference_grad
+        grad,
+        policy,
+        reference,
+        token_ids,
+        state,
+        fields,
+        parameter,
+        inv_temperature,
+        valid_vocab,
+        softcap,
+        True,
+        reference_grad,
     )
     policy.copy_(policy_out)
     return reference_out
@@ -127,13 +167,29 @@ def row_stats_with_gradient(
     policy: Tensor,
     reference: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator `row_stats_with_gradient` (fusedkl/ops.py): one after the other."""
-    values, state = row_stats(policy, reference, None, fields, inv_temperature, mask)
+    controls = (valid_vocab, softcap)
+    values, state = row_stats(
+        policy, reference, None, fields, parameter, inv_temperature, mask, *controls
+    )
     gradient, _ = row_stats_backward(
-        grad, policy, reference, None, state, fields, inv_temperature, True, False
+        grad,
+        policy,
+        reference,
+        None,
+        state,
+        fields,
+        parameter,
+        inv_temperature,
+        *controls,
+        True,
+        False,
     )
     return values, state, gradient
 
@@ -143,11 +199,49 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     gradient.copy_(torch.where(factor == 0, 0, gradient * factor))
 
 
+# Columns of the state that the cpu backend's topk_logprobs_backward needs; here they stay 0.
+TOPK_STATE = 4
+
+
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operator `topk_logprobs` (fusedkl/topk_ops.py)."""
+    x, found = _flat(policy), []
+    with torch.no_grad():
+        for part in blocks(*x.shape):
+            inverse, counted = _part(inv_temperature, part), _part(mask, part)
+            found.append(reference_topk(x[part], token_ids[part], inverse, counted))
+    values = torch.cat(found)
+    return values, values.new_zeros((x.shape[0], TOPK_STATE))
+
+
+def topk_logprobs_backward(
+    grad: Tensor,
+    policy: Tensor,
+    token_ids: Tensor,
+    state: Tensor,
+    inv_temperature: Tensor | None,
+) -> Tensor:
+    """Operator `topk_logprobs_backward` (fusedkl/topk_ops.py): autograd through its values."""
+    x, out = _flat(policy), policy.new_empty(policy.shape)
+    flat = _flat(out)
+    for part in blocks(*x.shape):
+        with _recording():
+            leaf = x[part].detach().requires_grad_()
+            inverse = _part(inv_temperature, part)
+            values = reference_topk(leaf, token_ids[part], inverse, None)
+            (found,) = torch.autograd.grad(values, leaf, grad[part].to(values.dtype))
+        live = (grad[part] != 0).any(-1, keepdim=True)
+        flat[part] = torch.where(live, found, 0)
+    return out
+
+
 def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Operator `log_softmax` (fusedkl/ops.py)."""
     x = _flat(logits)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for part in _blocks(*x.shape):
+    for part in blocks(*x.shape):
         block = x[part].to(inside(x.device))
         p = softmax(block, block.new_ones(1, 1))
         out[part] = torch.where(p.bad, torch.nan, (block - p.top) - p.log_mass)
@@ -158,7 +252,7 @@ def log_softmax_backward(grad: Tensor, output: Tensor, dtype: torch.dtype) -> Te
     """Operator `log_softmax_backward` (fusedkl/ops.py): grad - exp(output) sum(grad)."""
     g, z = _flat(grad), _flat(output)
     out = torch.empty(z.shape, dtype=dtype, device=z.device)
-    for part in _blocks(*z.shape):
+    for part in blocks(*z.shape):
         upstream = g[part].to(inside(z.device))
         out[part] = upstream - torch.exp(z[part].to(upstream.dtype)) * row_sum(upstream)
     return out.view(output.shape)

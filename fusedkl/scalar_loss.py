@@ -28,18 +28,31 @@ class _ScalarLoss(torch.autograd.Function):
         policy: Tensor,
         reference_: Tensor,
         fields: tuple[str, ...],
+        parameter: float | None,
         inv_temperature: Tensor | None,
         mask: Tensor | None,
+        valid_vocab: int | None,
+        softcap: float | None,
         share: Tensor,
         reduce: Callable[[Tensor], Tensor],
         backend: str,
     ) -> Tensor:
         grad = share.expand(len(fields), -1)
         values, state, ctx.ahead = OPS.row_stats_with_gradient(
-            grad, policy, reference_, fields, inv_temperature, mask, backend
+            grad,
+            policy,
+            reference_,
+            fields,
+            parameter,
+            inv_temperature,
+            mask,
+            valid_vocab,
+            softcap,
+            backend,
         )
         ctx.save_for_backward(policy, reference_, inv_temperature, mask, state, share)
         ctx.fields = fields
+        ctx.parameter, ctx.valid_vocab, ctx.softcap = parameter, valid_vocab, softcap
         ctx.backend = backend
         return reduce(values)
 
@@ -65,12 +78,15 @@ class _ScalarLoss(torch.autograd.Function):
                 None,
                 state,
                 list(ctx.fields),
+                ctx.parameter,
                 inv_temperature,
+                ctx.valid_vocab,
+                ctx.softcap,
                 True,
                 False,
                 ctx.backend,
             )
-        return gx, None, None, None, None, None, None, None
+        return gx, None, None, None, None, None, None, None, None, None, None
 
 
 def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
@@ -110,15 +126,28 @@ def scalar_loss(
     policy: Tensor,
     reference_: Tensor,
     fields: tuple[str, ...],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
     share: Tensor,
     reduce: Callable[[Tensor], Tensor],
     *,
+    valid_vocab: int | None,
+    softcap: float | None,
     backend: str,
 ) -> Tensor:
     """reduce(row_stats(...)) with d reduce / d value = share [N] for every field."""
     out: Tensor = _ScalarLoss.apply(
-        policy, reference_, fields, inv_temperature, mask, share, reduce, backend
+        policy,
+        reference_,
+        fields,
+        parameter,
+        inv_temperature,
+        mask,
+        valid_vocab,
+        softcap,
+        share,
+        reduce,
+        backend,
     )
     return out

@@ -82,10 +82,55 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+
+
 def reduction(value: object) -> None:
     """One of the reductions."""
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {value!r}")
+    one_of("reduction", value, REDUCTIONS)
+
+
+def floating(name: str, value: object) -> None:
+    """A floating-point tensor of any shape."""
+    t = tensor(name, value)
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor; got {_said(t.dtype)}")
+
+
+def alike(name: str, value: Tensor, other: str, model: Tensor) -> None:
+    """The shape and device of another tensor."""
+    if value.shape != model.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other}, {list(model.shape)}; got {list(value.shape)}"
+        )
+    if value.device != model.device:
+        raise ValueError(f"{name} must be on {model.device} as {other}; got {value.device}")
+
+
+def real(name: str, value: Any) -> float:
+    """A number, as a float; NaN and infinity are numbers here."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    return float(value)
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number >= 0, as a float."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite; got {number}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number > 0, as a float."""
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {number}")
+    return number
 
 
 def number_temperature(value: object) -> None:
@@ -169,8 +214,11 @@ def row_stats_contents(
     reference: Tensor | None,
     token_ids: Tensor | None,
     fields: list[str],
+    parameter: float | None,
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
 ) -> None:
     """What kernels rely on, for any caller of the operator; then the contents of CPU tensors."""
     shape, n = policy.shape, math.prod(policy.shape[:-1])
@@ -179,11 +227,16 @@ def row_stats_contents(
     for name, logits_ in (("policy", policy), ("reference", reference)):
         if logits_ is None:
             continue
-        if logits_.shape != shape or logits_.device != policy.device:
+        same = logits_.shape == shape if valid_vocab is None else logits_.shape[:-1] == shape[:-1]
+        if not same or logits_.device != policy.device:
             raise ValueError(f"{name} must have policy's shape and device; got {logits_.shape}")
+        if valid_vocab is not None and not 1 <= valid_vocab <= logits_.shape[-1]:
+            raise ValueError(
+                f"valid_vocab must be from 1 to {name}'s {logits_.shape[-1]}; got {valid_vocab}"
+            )
         if logits_.dtype not in DTYPES:
             raise TypeError(f"{name} must be floating-point; got {_said(logits_.dtype)}")
-        if logits_.stride(-1) != 1 and shape[-1] > 1:
+        if logits_.stride(-1) != 1 and logits_.shape[-1] > 1:
             raise ValueError(f"{name} must have last stride 1; got strides {logits_.stride()}")
     for name, extra, dtype, shapes in (
         ("token_ids", token_ids, torch.int64, ((n, -1),)),
@@ -206,6 +259,8 @@ def row_stats_contents(
             raise ValueError(f"field {name} needs a reference")
         if field.needs_token_ids and token_ids is None:
             raise ValueError(f"field {name} needs token_ids")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite; got {softcap}")
     if policy.device.type != "cpu":
         return
     if inv_temperature is not None:
@@ -218,7 +273,25 @@ def row_stats_contents(
             raise ValueError(f"temperature must be positive and finite; got {wrong}")
     if token_ids is not None and token_ids.numel() > 0:
         low, high = (int(v) for v in token_ids.aminmax())
-        if low < 0 or high >= shape[-1]:
-            raise ValueError(
-                f"index must hold token ids from 0 to {shape[-1] - 1}; got {low} to {high}"
-            )
+        last = (shape[-1] if valid_vocab is None else valid_vocab) - 1
+        if low < 0 or high > last:
+            raise ValueError(f"index must hold token ids from 0 to {last}; got {low} to {high}")
+
+
+def merge_states(parts: Tensor, fields: list[str], inv_temperature: Tensor | None) -> None:
+    """What kernels rely on, for any caller of the operator."""
+    columns, inner = len(reference_.STATE), reference_.inside(parts.device)
+    if parts.dim() != 3 or parts.shape[0] == 0 or parts.shape[2] != columns or parts.dtype != inner:
+        raise ValueError(
+            f"parts must be {_said(inner)} of shape [P, N, {columns}] with P >= 1; "
+            f"got {_said(parts.dtype)} of shape {list(parts.shape)}"
+        )
+    n = parts.shape[1]
+    if inv_temperature is not None and tuple(inv_temperature.shape) not in ((n,), (1,)):
+        raise ValueError(
+            f"inv_temperature must have shape ({n},) or (1,); got {list(inv_temperature.shape)}"
+        )
+    for name in fields:
+        if name not in divergences.FIELDS or divergences.FIELDS[name].needs_token_ids:
+            rows = [f.name for f in divergences.FIELDS.values() if not f.needs_token_ids]
+            raise ValueError(f"fields must be of {', '.join(rows)}; got {name!r}")

@@ -42,19 +42,26 @@ def op_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
     ids = torch.randint(0, 9, (4, 2))
     inverse, mask = torch.rand(4, dtype=torch.float64) + 0.5, torch.tensor([True, False] * 2)
     row_stats = [
-        (policy, reference, None, ["forward_kl"], None, None, backend),
-        (policy, reference, None, ["forward_kl", "reverse_kl"], inverse, mask, backend),
-        (strided, other, ids, ["logprob", "entropy", "reverse_kl"], inverse[:1], None, backend),
-        (policy.double(), None, ids, ["logsumexp", "logprob"], None, mask, backend),
+        (policy, reference, None, ["forward_kl"], None, None),
+        (policy, reference, None, ["forward_kl", "reverse_kl"], inverse, mask),
+        (strided, other, ids, ["logprob", "entropy", "reverse_kl"], inverse[:1], None),
+        (policy.double(), None, ids, ["logsumexp", "logprob"], None, mask),
+        (policy, reference[:, :7], None, ["forward_kl"], None, mask, 6),
+    ]
+    row_stats = [
+        (x, y, tokens, fields, None, inv, counted, next(iter(valid), None), None, backend)
+        for x, y, tokens, fields, inv, counted, *valid in row_stats
     ]
     backward, inplace = [], []
-    for x, y, tokens, fields, inv, counted, name in row_stats:
-        values, state = torch.ops.fusedkl.row_stats(x, y, tokens, fields, inv, counted, name)
+    for arguments in row_stats:
+        x, y, tokens, fields, number, inv, _, valid, cap, name = arguments
+        values, state = torch.ops.fusedkl.row_stats(*arguments)
+        saved = (tokens, state, fields, number, inv, valid, cap)
         grad = torch.rand_like(values)
         for wanted in ((True, False), (False, True), (True, True)):
             if y is not None or not wanted[1]:
-                backward.append((grad, x, y, tokens, state, fields, inv, *wanted, name))
-        inplace.append((grad, x.clone(), y, tokens, state, fields, inv, y is not None, name))
+                backward.append((grad, x, y, *saved, *wanted, name))
+        inplace.append((grad, x.clone(), y, *saved, y is not None, name))
     logits = torch.randn(2, 3, 5)
     return {
         "row_stats": row_stats,

@@ -264,7 +264,11 @@ def test_the_operator_itself_refuses_what_its_kernels_could_not_read(backend: st
     ]
     for arguments in bad:
         with pytest.raises((TypeError, ValueError, RuntimeError)):
-            op(*arguments, backend)
+            x, y, tokens, fields, inverse, mask = arguments
+            op(x, y, tokens, fields, None, inverse, mask, None, None, backend)
+    for width, cap in ((0, None), (X.shape[-1] + 1, None), (None, 0.0), (None, -1.0)):
+        with pytest.raises(ValueError, match=r"valid_vocab|softcap"):
+            op(X, Y, None, ["forward_kl"], None, None, None, width, cap, backend)
 
 
 def test_a_backend_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

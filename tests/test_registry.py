@@ -31,7 +31,7 @@ def test_a_backend_computes_every_field(backend: str, field: divergences.Field) 
     ids = torch.randint(0, 7, (3, 2)) if field.needs_token_ids else None
     second = other if field.needs_reference else None
     values, state = torch.ops.fusedkl.row_stats(
-        policy, second, ids, [field.name], None, None, backend
+        policy, second, ids, [field.name], None, None, None, None, None, backend
     )
     assert values.shape == (divergences.value_rows([field.name], 2), 3)
     assert state.shape == (3, len(reference.STATE))
@@ -42,15 +42,16 @@ def test_fields_come_in_the_order_asked_for(backend: str) -> None:
     policy, other = torch.randn(2, 3, 7)
     ids = torch.randint(0, 7, (3, 2))
     names = ["logprob", "reverse_kl", "logsumexp", "entropy", "forward_kl"]
-    together, _ = torch.ops.fusedkl.row_stats(policy, other, ids, names, None, None, backend)
+    together, _ = torch.ops.fusedkl.row_stats(
+        policy, other, ids, names, None, None, None, None, None, backend
+    )
     alone = [
         torch.ops.fusedkl.row_stats(
             policy,
             other if divergences.FIELDS[name].needs_reference else None,
             ids if name == "logprob" else None,
             [name],
-            None,
-            None,
+            *(None,) * 5,
             backend,
         )[0]
         for name in names

@@ -3,16 +3,25 @@
 
 namespace fusedkl {
 
+void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls) {
+  STD_TORCH_CHECK(!controls.softcap, "softcap is not supported by the cpu backend yet");
+  const int64_t length = controls.valid_vocab.value_or(policy.length);
+  STD_TORCH_CHECK(length <= policy.length && (!reference || (reference->count == policy.count && length <= reference->length &&
+                                                             (controls.valid_vocab || length == reference->length))),
+                  "policy and reference differ in shape");
+  policy.length = length;
+  if (reference) reference->length = length;
+}
+
 ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& reference_, const std::optional<Tensor>& token_ids,
                          const std::vector<std::string>& names, const std::optional<Tensor>& inverse,
-                         const std::optional<Tensor>& counted_)
+                         const std::optional<Tensor>& counted_, const Controls& controls)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
       fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0) {
+  cut_rows(policy, reference, controls);
   const int64_t rows = policy.count, length = policy.length;
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
-  STD_TORCH_CHECK(!reference || (reference->count == rows && reference->length == length),
-                  "policy and reference differ in shape");
   STD_TORCH_CHECK(length > 0, "the vocabulary is empty");
   f64 = policy.dtype == DType::f64 || (reference && reference->dtype == DType::f64);
   if (inverse) {
@@ -75,20 +84,21 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
   return s;
 }
 
+// A row without any mass is no distribution: its values are NaN. Its state says -inf, because it may be a slice of a longer row.
+bool no_mass(const Fields& fields, const RowState& s) {
+  return s.policy_log_sum == -INFINITY || (fields.divergence() && s.reference_log_sum == -INFINITY);
+}
+
 template <class V>
-static void write_values(const ForwardCall& c, int64_t r, const RowState& s, V* values) {
+static void write_values(const ForwardCall& c, int64_t r, const RowState& state, V* values) {
   const int64_t rows = c.policy.count;
   if (!c.counted(r)) {
     for (int64_t f = 0; f < c.fields.rows; f++) values[f * rows + r] = 0;
     return;
   }
-  auto put = [&](int64_t field, double v) {
-    if (field >= 0) values[field * rows + r] = static_cast<V>(v);
-  };
-  put(c.fields.forward_kl, s.forward_kl);
-  put(c.fields.reverse_kl, s.reverse_kl);
-  put(c.fields.entropy, s.entropy);
-  put(c.fields.logsumexp, s.policy_max + s.policy_log_sum);
+  const RowState s = no_mass(c.fields, state) ? nan_state() : state;
+  auto put = [&](int64_t field, double v) { values[field * rows + r] = static_cast<V>(v); };
+  row_values(c.fields, s, put);
   for (int64_t k = 0; k < c.ids_per_row; k++) {
     const double x = load_double(c.policy.row(r), c.policy.dtype, c.ids[r * c.ids_per_row + k]);
     put(c.fields.logprob + k, (x * c.inv_t(r) - s.policy_max) - s.policy_log_sum);
@@ -99,8 +109,7 @@ void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   RowState s{};
   if (c.counted(r)) {
     s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
-    // a row without any mass is no distribution
-    if (s.policy_log_sum == -INFINITY || (c.fields.divergence() && s.reference_log_sum == -INFINITY)) s = nan_state();
+    s.whole = 1;
   }
   static_cast<RowState*>(c.state.mutable_data_ptr())[r] = s;
   if (c.f64) write_values(c, r, s, static_cast<double*>(c.values.mutable_data_ptr()));
@@ -109,8 +118,10 @@ void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
 
 std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<Tensor>& reference,
                                      const std::optional<Tensor>& token_ids, const std::vector<std::string>& fields,
-                                     const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask) {
-  const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask);
+                                     std::optional<double> parameter, const std::optional<Tensor>& inv_temperature,
+                                     const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab,
+                                     std::optional<double> softcap) {
+  const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask, {parameter, valid_vocab, softcap});
   const int64_t rows = c.policy.count, segments = c.segments(), threads = torch::stable::get_num_threads();
   if (segments > 1 && rows < 4 * threads && threads > 1) {  // few long rows: threads share a row
     std::vector<RowState> parts(static_cast<size_t>(rows * segments));

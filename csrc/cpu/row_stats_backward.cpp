@@ -7,7 +7,8 @@ constexpr int64_t kChunk = 2048;
 
 BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std::optional<Tensor>& reference_,
                            const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
-                           const std::optional<Tensor>& inverse, const Tensor* policy_grad_, const Tensor* reference_grad_)
+                           const std::optional<Tensor>& inverse, const Controls& controls, const Tensor* policy_grad_,
+                           const Tensor* reference_grad_)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
       fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0),
@@ -17,14 +18,13 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
       ids_per_row(token_ids && fields.logprob >= 0 ? token_ids->size(token_ids->dim() - 1) : 0),
       inv_temperature(inverse ? static_cast<const double*>(inverse->const_data_ptr()) : nullptr),
       per_row_temperature(inverse && inverse->numel() != 1) {
+  cut_rows(policy, reference, controls);
   if (policy_grad_) policy_grad.emplace(*policy_grad_, "policy gradient", policy_grad_->mutable_data_ptr());
   if (reference_grad_) reference_grad.emplace(*reference_grad_, "reference gradient", reference_grad_->mutable_data_ptr());
   STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns,
                   "state does not fit the policy");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
   STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
-  STD_TORCH_CHECK(!reference || (reference->count == policy.count && reference->length == policy.length),
-                  "policy and reference differ in shape");
   STD_TORCH_CHECK(!inverse || (inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous() &&
                                (inverse->numel() == 1 || inverse->numel() == policy.count)),
                   "inv_temperature: contiguous float64, one, or one per row");
@@ -92,19 +92,25 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   if (c.fields.divergence()) job.y = c.reference->row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
+  auto zero_from = [&](const Rows& gradient, int64_t column) {
+    memset(gradient.row(r, column), 0, static_cast<size_t>((gradient.length - column) * size_of(gradient.dtype)));
+  };
+  if (job.gx) zero_from(*c.policy_grad, job.n);
+  if (job.gy) zero_from(*c.reference_grad, job.n);
   // rows without an incoming gradient are exactly 0 and not read: they may hold anything
   if (job.gx && job.gradient.policy_zero() && !any_token) {
-    memset(job.gx, 0, static_cast<size_t>(job.n * size_of(dx)));
+    zero_from(*c.policy_grad, 0);
     job.gx = nullptr;
   }
   if (job.gy && job.gradient.reference_zero()) {
     // an infinite or NaN row reaches here only by its coefficients; NaN gradients compare unequal to 0
-    memset(job.gy, 0, static_cast<size_t>(job.n * size_of(dy)));
+    zero_from(*c.reference_grad, 0);
     job.gy = nullptr;
   }
   if (!job.gx && !job.gy) return;
 
-  if (s.policy_log_sum != s.policy_log_sum) {  // no distribution: no token of it may look like one that was merely masked
+  if (s.policy_log_sum != s.policy_log_sum ||
+      no_mass(c.fields, s)) {  // no distribution: no token of it may look like one that was merely masked
     for (int64_t i = 0; i < job.n; i++) {
       if (job.gx) store_double(job.gx, dx, i, NAN);
       if (job.gy) store_double(job.gy, dy, i, NAN);
@@ -143,13 +149,21 @@ static Tensor new_gradient(bool wanted, const Tensor& like, const char* name) {
 
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
                                               const std::optional<Tensor>& token_ids, const Tensor& state,
-                                              const std::vector<std::string>& fields,
-                                              const std::optional<Tensor>& inv_temperature, bool policy_grad,
-                                              bool reference_grad) {
+                                              const std::vector<std::string>& fields, std::optional<double> parameter,
+                                              const std::optional<Tensor>& inv_temperature, std::optional<int64_t> valid_vocab,
+                                              std::optional<double> softcap, bool policy_grad, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
   const Tensor gx = new_gradient(policy_grad, policy, "policy"),
                gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
-  run({grad, policy, reference, token_ids, state, fields, inv_temperature, policy_grad ? &gx : nullptr,
+  run({grad,
+       policy,
+       reference,
+       token_ids,
+       state,
+       fields,
+       inv_temperature,
+       {parameter, valid_vocab, softcap},
+       policy_grad ? &gx : nullptr,
        reference_grad ? &gy : nullptr});
   return {gx, gy};
 }
@@ -157,22 +171,32 @@ std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& 
 // The gradient replaces the policy's logits.
 Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optional<Tensor>& reference,
                            const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& fields,
-                           const std::optional<Tensor>& inv_temperature, bool reference_grad) {
+                           std::optional<double> parameter, const std::optional<Tensor>& inv_temperature,
+                           std::optional<int64_t> valid_vocab, std::optional<double> softcap, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
   const Tensor gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
-  run({grad, policy, reference, token_ids, state, fields, inv_temperature, &policy, reference_grad ? &gy : nullptr});
+  run({grad,
+       policy,
+       reference,
+       token_ids,
+       state,
+       fields,
+       inv_temperature,
+       {parameter, valid_vocab, softcap},
+       &policy,
+       reference_grad ? &gy : nullptr});
   return gy;
 }
 
 // Values, state and the policy's gradient for gradients known beforehand: the second read of a row finds it in the cache.
-std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, const Tensor& policy,
-                                                           const std::optional<Tensor>& reference,
-                                                           const std::vector<std::string>& fields,
-                                                           const std::optional<Tensor>& inv_temperature,
-                                                           const std::optional<Tensor>& mask) {
-  const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask);
+std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(
+    const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference, const std::vector<std::string>& fields,
+    std::optional<double> parameter, const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask,
+    std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
+  const Controls controls{parameter, valid_vocab, softcap};
+  const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask, controls);
   const Tensor gx = new_gradient(true, policy, "policy");
-  const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, &gx, nullptr);
+  const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, controls, &gx, nullptr);
   torch::stable::parallel_for(0, f.policy.count, grain_of(f.policy.length), [&](int64_t begin, int64_t end) {
     Widened wide;
     MixedRow room;

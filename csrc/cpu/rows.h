@@ -6,6 +6,13 @@
 
 namespace fusedkl {
 
+// What a call says of all its rows in plain numbers.
+struct Controls {
+  std::optional<double> parameter;     // beta or alpha of the divergence that has one
+  std::optional<int64_t> valid_vocab;  // only the first so many logits of a row exist
+  std::optional<double> softcap;       // logits are c tanh(x/c)
+};
+
 // Arguments of a forward call, checked, as pointers.
 struct ForwardCall {
   Rows policy;
@@ -21,7 +28,7 @@ struct ForwardCall {
 
   ForwardCall(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
               const std::vector<std::string>& names, const std::optional<Tensor>& inv_temperature,
-              const std::optional<Tensor>& mask);
+              const std::optional<Tensor>& mask, const Controls& controls);
 
   double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
   bool counted(int64_t r) const { return !mask || mask[r]; }
@@ -43,6 +50,16 @@ class Widened {
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
 void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
+bool no_mass(const Fields& fields, const RowState& s);
+
+// put(field's row of `values`, number) for all that a state holds: everything but the log-probabilities of tokens
+template <class Put>
+inline void row_values(const Fields& fields, const RowState& s, Put put) {
+  if (fields.forward_kl >= 0) put(fields.forward_kl, s.forward_kl);
+  if (fields.reverse_kl >= 0) put(fields.reverse_kl, s.reverse_kl);
+  if (fields.entropy >= 0) put(fields.entropy, s.entropy);
+  if (fields.logsumexp >= 0) put(fields.logsumexp, s.policy_max + s.policy_log_sum);
+}
 
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
@@ -63,10 +80,14 @@ struct BackwardCall {
 
   BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
                const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
-               const std::optional<Tensor>& inv_temperature, const Tensor* policy_grad, const Tensor* reference_grad);
+               const std::optional<Tensor>& inv_temperature, const Controls& controls, const Tensor* policy_grad,
+               const Tensor* reference_grad);
 
   double grad_at(int64_t field, int64_t r) const;
 };
+
+// The rows of a pair, cut to the logits that exist.
+void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls);
 
 void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room);
 
