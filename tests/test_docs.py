@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {file.name: file.read_text() for file in DOCUMENTS}
-FOLDERS = "fusedkl|csrc|kernels|tests|bench|demo|docs"
+FOLDERS = "fusedkl|csrc|kernels|tests|bench|demo|docs|examples"
 
 
 def examples(page: str) -> list[str]:
