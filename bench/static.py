@@ -19,6 +19,8 @@ import capture
 import sass
 import torch
 
+from fusedkl import reference
+
 V = 128256
 # What one warp pays for moving its centre is counted this many times per program.
 CENTRES = 2
@@ -26,7 +28,7 @@ CENTRES = 2
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU's data sheet: SMs, clock that it sustains (assumed), bandwidth, lanes per clock per SM."""
+    """A GPU's data sheet: SMs, clock it sustains (assumed), bandwidth, lanes per clock and SM."""
 
     name: str
     sms: int
@@ -120,17 +122,17 @@ def _forward(fields: tuple[str, ...], vocab: int = V) -> Callable[[], object]:
     from fusedkl.kernels import backend
 
     x, y = _rows(torch.bfloat16, vocab), _rows(torch.bfloat16, vocab)
-    return lambda: backend.row_stats(x, y, None, list(fields), None, None)
+    return lambda: backend.row_stats(x, y, None, list(fields), None, None, None, None, None)
 
 
 def _backward(fields: tuple[str, ...], both: bool = False) -> Callable[[], object]:
     from fusedkl.kernels import backend
 
     x, y = _rows(torch.bfloat16), _rows(torch.bfloat16)
-    state = torch.empty(4, backend.STATE_COLUMNS.value, dtype=torch.float64)
+    state = torch.empty(4, len(reference.STATE), dtype=torch.float64)
     grad = torch.empty(len(fields), 4)
     return lambda: backend.row_stats_backward(
-        grad, x, y, None, state, list(fields), None, True, both
+        grad, x, y, None, state, list(fields), None, None, None, None, True, both
     )
 
 
