@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formulas import FAR, LOG2E, NEAR, gap_coefficients, gap_polynomial
+from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
 from .layout import row_pointer, unspecialised, vectorised
 from .state import has, only
 
@@ -47,9 +47,18 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 
 @triton.jit
+def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
+    """weight 2^(logit slope - shift); ROBUST where the product may leave the range of float."""
+    if ROBUST:
+        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
+    else:
+        return tl.exp2(tl.fma(logit, slope, -shift)) * weight
+
+
+@triton.jit
 def _token(
     x, y, c, inv_t, series, FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr,
-    ACCURATE: tl.constexpr, PLAIN: tl.constexpr,
+    ACCURATE: tl.constexpr, PLAIN: tl.constexpr, ROBUST: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of tokens, in fp32; c: the row's constants in the order of NAMES."""
     FORWARD: tl.constexpr = has(FIELDS, "forward_kl")
@@ -60,21 +69,20 @@ def _token(
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    p = tl.exp2(tl.fma(x, slope, -c[6])) * (c[7] * scale)
+    p = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
     q = p
     if FORWARD or REVERSE or REFERENCE:
-        q = tl.exp2(tl.fma(y, slope, -c[11])) * (c[12] * scale)
+        q = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
     if FORWARD or REVERSE:
-        d = x - y
-        moved = _moved((d - c[0]) - c[1], p, q, inv_t, series, ACCURATE)
+        moved = _moved(difference(x, y, c[0], c[1], ACCURATE), p, q, inv_t, series, ACCURATE)
         if POLICY:
-            gx = moved if PLAIN else moved * c[16]
+            gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:
-                gx = tl.fma(p * c[17], _bounded(((d - c[2]) - c[3]) * inv_t), gx)
+                gx = tl.fma(p * c[17], _bounded(difference(x, y, c[2], c[3], ACCURATE) * inv_t), gx)
         if REFERENCE:
             gy = moved * c[20]
             if FORWARD:
-                gy = tl.fma(q * c[21], _bounded(((d - c[4]) - c[5]) * inv_t), gy)
+                gy = tl.fma(q * c[21], _bounded(difference(x, y, c[4], c[5], ACCURATE) * inv_t), gy)
     if POLICY and (MASS or has(FIELDS, "entropy")):
         gx += _alone(p, x, c[8], c[9], c[10], c[18], c[19], inv_t, has(FIELDS, "entropy"))
     if REFERENCE and (REF_MASS or has(FIELDS, "ref_entropy")):
@@ -132,7 +140,7 @@ def gradients(
         gy_row = vectorised(gy_row)
     whole = tl.maximum(tl.minimum(size, vocab - begin), 0) // BLOCK * BLOCK
     series = gap_coefficients(inv_t)
-    if action == 1.0:
+    if action == 1.0:  # other rows, and the end of this one, take the loop below
         for i in tl.range(0, whole, BLOCK):
             x = 0.0
             y = 0.0
@@ -140,14 +148,16 @@ def gradients(
                 x = tl.load(x_row + (i + lane)).to(tl.float32)
             if NEEDS_Y:
                 y = tl.load(y_row + (i + lane)).to(tl.float32)
-            gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN)
+            gx, gy = _token(
+                x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
+            )
             if POLICY:
                 tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty))
             if REFERENCE:
                 tl.store(gy_row + (i + lane), gy.to(reference_grad.dtype.element_ty))
     else:
         whole = whole * 0
-    read = tl.where(action == 1.0, vocab - begin, 0)
+    read = tl.where((action == 1.0) | (action == 3.0), vocab - begin, 0)
     fill = tl.where(action == 0.0, 0.0, float("nan"))
     for i in tl.range(whole, size, BLOCK):
         real = i + lane < read
@@ -157,7 +167,7 @@ def gradients(
             x = tl.load(x_row + (i + lane), mask=real, other=0.0).to(tl.float32)
         if NEEDS_Y:
             y = tl.load(y_row + (i + lane), mask=real, other=0.0).to(tl.float32)
-        gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN)
+        gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, True)
         other = tl.where(begin + i + lane < vocab, fill, 0.0)
         if POLICY:
             gx = tl.where(real, gx, other)

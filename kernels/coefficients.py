@@ -20,7 +20,7 @@ NAMES = (
     *("shift_y", "weight_y", "top_y", "log_sum_y", "entropy_y"),
     *("moved", "reverse", "mass_x", "information_x"),
     *("ref_moved", "ref_forward", "mass_y", "information_y"),
-    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN throughout
+    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, beyond fp32
 )
 CONSTANTS = tl.constexpr(len(NAMES))
 
@@ -138,5 +138,6 @@ def prepare(
         tl.store(out + (16 + i) * n, c[i].to(tl.float32), mask=live)
     none = (state[1] == float("-inf")) | (state[3] == float("-inf"))
     bad = none | (state[1] != state[1])
-    action = tl.where(gradients[6], tl.where(bad, 2.0, 1.0), 0.0)
+    beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
+    action = tl.where(gradients[6], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
     tl.store(out + 24 * n, action.to(tl.float32), mask=live)

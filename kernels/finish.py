@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .formulas import (
+    FAR,
     LN2,
     LOG2E,
     forward_from_sums,
@@ -169,8 +170,8 @@ def _pair_state(
         coarse = coarse * coarse * 3.5527136788005009e-15 > 2e-12 * tl.minimum(forward, 1.0)
         careful = careful | ((equal == 0) & (small == 0) & coarse)
     # neither row has a token here
-    none = (found == 0) & (total_x == 0.0)
-    careful = careful & ((none & (reach < 1e30)) == 0)
+    none = (found == 0) & (total_x == 0.0) & (reach <= -FAR)
+    careful = (careful | (found == 0)) & (none == 0)
     state = (
         p_max, p_sum, q_max, q_sum, centre, residual, forward, reverse, entropy, reference_entropy
     )  # fmt: skip
@@ -190,7 +191,7 @@ def _single_state(sums, n, inv_t, live):
     nan = tl.where((rest != rest) | (top == float("inf")), float("nan"), 0.0)
     state = (
         top * inv_t + nan, log_sum + nan, nothing[2], nothing[2], nothing[4], nothing[5],
-        nothing[6], nothing[7], log_sum + gap * inv_t / mass, nothing[9],
+        nothing[6], nothing[7], log_sum + gap * inv_t / mass + nan, nothing[9],
     )  # fmt: skip
     return select((mass == 0.0) & (rest == rest), nothing, state)
 

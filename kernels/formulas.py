@@ -54,7 +54,7 @@ def difference(x, y, high, low, EXACT: tl.constexpr):
         error = (x - (s - back)) - (y + back)
         return ((s - high) + error) - low
     else:
-        return s - high
+        return (s - high) - low
 
 
 @triton.jit

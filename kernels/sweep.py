@@ -40,7 +40,7 @@ def _terms(x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, E
     zy = tl.fma(y, slope, shift)
     wy = tl.exp2(zy)
     found = (x - y) - high
-    v = tl.minimum(difference(x, y, high, low, EXACT), FAR)
+    v = tl.minimum(difference(x, y, high, low if EXACT else 0.0, EXACT), FAR)
     zx = tl.fma(v, slope, zy)
     wx = tl.exp2(zx)
     t = wy * v
@@ -75,7 +75,8 @@ def _fresh(x, y, inv_t, EXACT: tl.constexpr):
 @triton.jit
 def top_exponent(top, anchor, high, low, slope, shift, EXACT: tl.constexpr):
     """log2 of the weight w e^u of the largest x."""
-    return tl.fma(difference(top, anchor, high, low, EXACT), slope, tl.fma(anchor, slope, shift))
+    below = difference(top, anchor, high, low if EXACT else 0.0, EXACT)
+    return tl.fma(below, slope, tl.fma(anchor, slope, shift))
 
 
 @triton.jit

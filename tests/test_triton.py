@@ -107,6 +107,24 @@ def test_a_row_of_a_large_vocabulary() -> None:
         assert oracle.relative_error(found, true) <= 1e-5
 
 
+@pytest.mark.parametrize("fields", [["forward_kl"], FIELDS], ids=["one", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gradients_of_rows_longer_than_a_block(dtype: torch.dtype, fields: list[str]) -> None:
+    """The loop without masks; shorter rows take the one for the end of a row."""
+    width = 2 * 2048 + 3
+    policy = 3 * torch.randn(2, width)
+    x, y = policy.to(dtype), (policy + 0.3 * torch.randn(2, width)).to(dtype)
+    y[0, 7] = x[0, 7] = -torch.inf
+    _, state = stats(x, y, fields)
+    grad = 2.0**12 * torch.randn(len(fields), 2)
+    common = (fields, None, None, None, None, True, fields != ["forward_kl"])
+    found = triton_backend.row_stats_backward(grad, x, y, None, state, *common)
+    true = reference_backend.row_stats_backward(grad, x.double(), y.double(), None, state, *common)
+    for a, b in zip(found, true, strict=True):
+        if a.numel():
+            assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype]
+
+
 def test_segments_depend_on_the_vocabulary_alone() -> None:
     for vocab in (1, 511, 512, 32768, 32769, 50257, 128256, 151936, 262144):
         sizes = choose(vocab, (torch.bfloat16, torch.bfloat16), 90)
