@@ -1,7 +1,7 @@
 """Compiles what a launcher launches, for a GPU that is not there.
 
-Inside `capture("cuda:90")` every Triton launch is compiled for that target and recorded, and nothing
-runs: tensors on the CPU go through the real launcher, its choice of sizes and Triton's own
+Inside `capture("cuda:90")` every Triton launch is compiled for that target and recorded, and
+nothing runs: tensors on the CPU go through the real launcher, its choice of sizes and Triton's own
 specialisation of arguments. Not usable where TRITON_INTERPRET=1.
 """
 

@@ -1,7 +1,7 @@
 """What GPU kernels cost, counted in their machine code; `--check` holds ours to their budgets.
 
-    python bench/static.py              our kernels, Inductor's for the same two lines, and
-                                        liger-kernel's, for sm_80, sm_90 and sm_100, as a table
+    python bench/static.py              our kernels for sm_80, sm_90 and sm_100, as a table, and
+                                        liger-kernel's, if that package is installed
     python bench/static.py --check      ours against the budgets; exit status 1 beyond one
 
 Nothing here runs on a GPU. A ceiling is what the busiest pipe of the SM leaves of the memory
@@ -11,6 +11,7 @@ bandwidth if everything overlaps: an upper bound, never a measurement (docs/gpu.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import capture
 import sass
 import torch
 
+from fusedkl import reference
+
 V = 128256
 # What one warp pays for moving its centre is counted this many times per program.
 CENTRES = 2
@@ -26,7 +29,7 @@ CENTRES = 2
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU's data sheet: SMs, clock that it sustains (assumed), bandwidth, lanes per clock per SM."""
+    """A GPU's data sheet: SMs, clock it sustains (assumed), bandwidth, lanes per clock and SM."""
 
     name: str
     sms: int
@@ -120,17 +123,17 @@ def _forward(fields: tuple[str, ...], vocab: int = V) -> Callable[[], object]:
     from fusedkl.kernels import backend
 
     x, y = _rows(torch.bfloat16, vocab), _rows(torch.bfloat16, vocab)
-    return lambda: backend.row_stats(x, y, None, list(fields), None, None)
+    return lambda: backend.row_stats(x, y, None, list(fields), None, None, None, None, None)
 
 
 def _backward(fields: tuple[str, ...], both: bool = False) -> Callable[[], object]:
     from fusedkl.kernels import backend
 
     x, y = _rows(torch.bfloat16), _rows(torch.bfloat16)
-    state = torch.empty(4, backend.STATE_COLUMNS.value, dtype=torch.float64)
+    state = torch.empty(4, len(reference.STATE), dtype=torch.float64)
     grad = torch.empty(len(fields), 4)
     return lambda: backend.row_stats_backward(
-        grad, x, y, None, state, list(fields), None, True, both
+        grad, x, y, None, state, list(fields), None, None, None, None, True, both
     )
 
 
@@ -145,6 +148,25 @@ def cases() -> list[Case]:
         Case("backward of forward_kl", "gradients", _backward(one), 6, centred=False),
         Case("backward of both, to both", "gradients", _backward(two, True), 8, centred=False),
     ]
+
+
+def peers() -> list[Case]:
+    """What others launch, from their own launchers: after the log-softmaxes, which come on top."""
+    if not importlib.util.find_spec("liger_kernel"):
+        return []
+    from liger_kernel.ops import kl_div
+
+    # their kernel does not compile for bfloat16 log-probabilities of the target
+    x = _rows(torch.float32)
+    forward = Case(
+        "liger-kernel kl_div, forward",
+        "_kldiv_kernel_forward",
+        lambda: kl_div.kldiv_forward_triton(x, x, True, "batchmean", 1e-10),
+        8,
+        load_bytes=8,
+        centred=False,
+    )
+    return [forward]
 
 
 def count(case: Case, architecture: int) -> Row:
@@ -216,9 +238,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = [count(case, architecture) for case in cases() for architecture in MACHINES]
     if not options.check:
-        import static_peers
-
-        rows += [static_peers.count(peer, a) for peer in static_peers.cases() for a in MACHINES]
+        rows += [count(case, architecture) for case in peers() for architecture in MACHINES]
         print(table(rows))
         return 0
     print(table(rows))

@@ -27,7 +27,7 @@ class Backend:
     summary: str
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
-    float64: bool = True  # whether logits may have that dtype
+    takes: frozenset[str] | None = None  # dtypes of logits and fields; None: all there are
 
 
 def _cpu_missing() -> str | None:
@@ -45,6 +45,15 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     if _CPU_MISSING is None and device is not None and device.type != "cpu":
         return f"the tensors are on {device.type}"
     return _CPU_MISSING
+
+
+_TRITON_TAKES = frozenset(
+    (
+        *("float32", "bfloat16", "float16"),
+        *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
+        *("ref_entropy", "ref_logsumexp", "ref_logprob"),
+    )
+)
 
 
 class _Triton:
@@ -81,7 +90,11 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
         Backend(
-            "triton", "Triton kernels, one pass over memory", _triton_why_not, _Triton(), False
+            "triton",
+            "Triton kernels, one pass over memory",
+            _triton_why_not,
+            _Triton(),
+            _TRITON_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
@@ -93,17 +106,26 @@ def kernels(name: str) -> Any:
     return BACKENDS[name].kernels
 
 
+def needs(*wanted: Tensor | str) -> tuple[str, ...]:
+    """The dtypes of some logits, and fields, as `resolve` takes them."""
+    return tuple(
+        str(each.dtype).removeprefix("torch.") if isinstance(each, Tensor) else each
+        for each in wanted
+    )
+
+
 def _unusable(
-    candidate: Backend, device: torch.device | None, dtypes: tuple[torch.dtype, ...]
+    candidate: Backend, device: torch.device | None, wanted: tuple[str, ...]
 ) -> str | None:
     reason = candidate.why_not(device)
-    if reason is None and not candidate.float64 and torch.float64 in dtypes:
-        return "it takes float32, bfloat16 and float16 logits; got float64"
+    if reason is None and candidate.takes is not None:
+        lacking = [name for name in wanted if name not in candidate.takes]
+        return f"it has no kernels for {lacking[0]}" if lacking else None
     return reason
 
 
-def resolve(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
-    """The name of the backend to run on logits of `dtypes`: the one asked for, or the first usable.
+def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] = ()) -> str:
+    """The name of the backend to run what `needs` says: the one asked for, or the first usable.
 
     An explicit name, by argument or by FUSEDKL_BACKEND, never falls back: if it cannot be used,
     that is a ValueError with the reason.
@@ -114,13 +136,13 @@ def resolve(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype
         source = ENVIRONMENT
     if backend is None:
         for name, candidate in BACKENDS.items():
-            if _unusable(candidate, device, dtypes) is None:
+            if _unusable(candidate, device, wanted) is None:
                 return name
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    reason = _unusable(BACKENDS[backend], device, dtypes)
+    reason = _unusable(BACKENDS[backend], device, wanted)
     if reason is not None:
         raise ValueError(f"{source}={backend!r} cannot be used: {reason}")
     return backend
@@ -162,12 +184,10 @@ class Explanation:
         return "\n".join([head, *(f"  {status}" for status in self.backends)])
 
 
-def _status(
-    device: torch.device | None, dtypes: tuple[torch.dtype, ...] = ()
-) -> tuple[BackendStatus, ...]:
+def _status(device: torch.device | None, wanted: tuple[str, ...] = ()) -> tuple[BackendStatus, ...]:
     found = []
     for backend in BACKENDS.values():
-        reason = _unusable(backend, device, dtypes)
+        reason = _unusable(backend, device, wanted)
         text = reason
         if text is None:
             isa = _instruction_set() if backend.name == "cpu" else None
@@ -201,10 +221,10 @@ def explain(
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = given[0].device if given else torch.device("cpu")
     subject = " and ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in given)
-    dtypes = tuple(t.dtype for t in given)
+    wanted = needs(*given)
     forced = os.environ.get(ENVIRONMENT)
     try:
-        chosen: str | None = resolve(backend, device, dtypes)
+        chosen: str | None = resolve(backend, device, wanted)
         why = "the first that can be used"
         if backend is not None:
             why = "asked for by backend="
@@ -213,5 +233,5 @@ def explain(
     except ValueError as error:
         chosen, why = None, str(error)
     return Explanation(
-        f"{subject or 'any tensors'} on {device}", chosen, why, _status(device, dtypes)
+        f"{subject or 'any tensors'} on {device}", chosen, why, _status(device, wanted)
     )

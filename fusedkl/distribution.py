@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, validation
-from .backends import resolve
+from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 
 
@@ -20,7 +20,7 @@ def _one_field(
     backend: str | None,
 ) -> Tensor:
     inverse = inverse_temperature(temperature, logits)
-    name = resolve(backend, logits.device, (logits.dtype,))
+    name = resolve(backend, logits.device, needs(logits, field))
     return autograd.row_stats(rows(logits), None, token_ids, (field,), None, inverse, backend=name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import autograd, divergences, reductions, reference, scalar_loss, validation
-from .backends import resolve
+from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 
 
@@ -85,7 +85,8 @@ def divergence(
     counted = reductions.counted_tokens(policy_logits, mask, labels, ignore_index)
     dtype = reference.result_dtype(policy_logits, reference_logits)
     weights = reductions.token_weights(policy_logits, weight, dtype)
-    name = resolve(backend, policy_logits.device, (policy_logits.dtype, reference_logits.dtype))
+    wanted = needs(policy_logits, reference_logits, *definition.fields)
+    name = resolve(backend, policy_logits.device, wanted)
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .coefficients import CONSTANTS, coefficients, row_gradients
-from .formulas import FAR, LOG2E, NEAR, gap, gap_coefficients, gap_polynomial
-from .layout import row_pointer, vectorised
-from .state import load_state
+from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
+from .layout import row_pointer, unspecialised, vectorised
+from .state import has, only
 
 # 16-bit gradients: expm1(u) = u + u^2/2 up to here, to 2e-4.
 NEAR_HALF = tl.constexpr(0.03125)
@@ -48,59 +47,70 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 
 @triton.jit
+def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
+    """weight 2^(logit slope - shift); ROBUST where the product may leave the range of float."""
+    if ROBUST:
+        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
+    else:
+        return tl.exp2(tl.fma(logit, slope, -shift)) * weight
+
+
+@triton.jit
 def _token(
     x, y, c, inv_t, series, FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr,
-    ACCURATE: tl.constexpr, PLAIN: tl.constexpr,
+    ACCURATE: tl.constexpr, PLAIN: tl.constexpr, ROBUST: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of tokens, in fp32; c: the row's constants in the order of NAMES."""
-    FORWARD: tl.constexpr = "forward_kl" in FIELDS
-    REVERSE: tl.constexpr = "reverse_kl" in FIELDS
-    MASS: tl.constexpr = "logsumexp" in FIELDS or "logprob" in FIELDS
-    REF_MASS: tl.constexpr = "ref_logsumexp" in FIELDS or "ref_logprob" in FIELDS
+    FORWARD: tl.constexpr = has(FIELDS, "forward_kl")
+    REVERSE: tl.constexpr = has(FIELDS, "reverse_kl")
+    MASS: tl.constexpr = has(FIELDS, "logsumexp") or has(FIELDS, "logprob")
+    REF_MASS: tl.constexpr = has(FIELDS, "ref_logsumexp") or has(FIELDS, "ref_logprob")
     slope = inv_t * LOG2E
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    p = tl.exp2(tl.fma(x, slope, -c[6])) * (c[7] * scale)
+    p = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
     q = p
     if FORWARD or REVERSE or REFERENCE:
-        q = tl.exp2(tl.fma(y, slope, -c[11])) * (c[12] * scale)
+        q = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
     if FORWARD or REVERSE:
-        d = x - y
-        moved = _moved((d - c[0]) - c[1], p, q, inv_t, series, ACCURATE)
+        moved = _moved(difference(x, y, c[0], c[1], ACCURATE), p, q, inv_t, series, ACCURATE)
         if POLICY:
-            gx = moved if PLAIN else moved * c[16]
+            gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:
-                gx = tl.fma(p * c[17], _bounded(((d - c[2]) - c[3]) * inv_t), gx)
+                gx = tl.fma(p * c[17], _bounded(difference(x, y, c[2], c[3], ACCURATE) * inv_t), gx)
         if REFERENCE:
             gy = moved * c[20]
             if FORWARD:
-                gy = tl.fma(q * c[21], _bounded(((d - c[4]) - c[5]) * inv_t), gy)
-    if POLICY and (MASS or "entropy" in FIELDS):
-        gx += _alone(p, x, c[8], c[9], c[10], c[18], c[19], inv_t, "entropy" in FIELDS)
-    if REFERENCE and (REF_MASS or "ref_entropy" in FIELDS):
-        gy += _alone(q, y, c[13], c[14], c[15], c[22], c[23], inv_t, "ref_entropy" in FIELDS)
+                gy = tl.fma(q * c[21], _bounded(difference(x, y, c[4], c[5], ACCURATE) * inv_t), gy)
+    if POLICY and (MASS or has(FIELDS, "entropy")):
+        gx += _alone(p, x, c[8], c[9], c[10], c[18], c[19], inv_t, has(FIELDS, "entropy"))
+    if REFERENCE and (REF_MASS or has(FIELDS, "ref_entropy")):
+        gy += _alone(q, y, c[13], c[14], c[15], c[22], c[23], inv_t, has(FIELDS, "ref_entropy"))
     return gx, gy
 
 
 @unspecialised
 def gradients(
     policy, reference, policy_grad, reference_grad, constants, inv_temperature,
-    n: tl.int64, inner: tl.int64, first: tl.int64, width: tl.int64, vocab: tl.int64, chunk: tl.int64, per_row: tl.int64,
+    n: tl.int64, inner: tl.int64, first: tl.int64, x_width: tl.int64, y_width: tl.int64,
+    vocab: tl.int64, chunk: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
     gx_outer: tl.int64, gx_inner: tl.int64, gy_outer: tl.int64, gy_inner: tl.int64,
     FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows first .. ; grid (rows, chunks). Logits from `vocab` on get exactly 0."""
-    NEEDS_X: tl.constexpr = POLICY or "forward_kl" in FIELDS or "reverse_kl" in FIELDS
-    NEEDS_Y: tl.constexpr = REFERENCE or "forward_kl" in FIELDS or "reverse_kl" in FIELDS
+    NEEDS_X: tl.constexpr = POLICY or has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl")
+    NEEDS_Y: tl.constexpr = REFERENCE or has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl")
     # with one term only, its coefficient may as well be in the weights
-    PLAIN: tl.constexpr = FIELDS == ("forward_kl",) and not REFERENCE
+    PLAIN: tl.constexpr = only(FIELDS, "forward_kl") and not REFERENCE
     local = tl.program_id(0).to(tl.int64)
     row = first + local
     begin = tl.program_id(1).to(tl.int64) * chunk
-    size = tl.minimum(chunk, width - begin)
+    x_size = tl.minimum(chunk, x_width - begin)
+    y_size = tl.minimum(chunk, y_width - begin)
+    size = tl.maximum(x_size if POLICY else 0, y_size if REFERENCE else 0)
     at = tl.where((per_row & 4) != 0, row, 0)
     inv_t = tl.load(inv_temperature + at, mask=(per_row & 2) != 0, other=1.0).to(tl.float32)
     column = constants + row
@@ -130,7 +140,7 @@ def gradients(
         gy_row = vectorised(gy_row)
     whole = tl.maximum(tl.minimum(size, vocab - begin), 0) // BLOCK * BLOCK
     series = gap_coefficients(inv_t)
-    if action == 1.0:
+    if action == 1.0:  # other rows, and the end of this one, take the loop below
         for i in tl.range(0, whole, BLOCK):
             x = 0.0
             y = 0.0
@@ -138,116 +148,34 @@ def gradients(
                 x = tl.load(x_row + (i + lane)).to(tl.float32)
             if NEEDS_Y:
                 y = tl.load(y_row + (i + lane)).to(tl.float32)
-            gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN)
+            gx, gy = _token(
+                x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
+            )
             if POLICY:
                 tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty))
             if REFERENCE:
                 tl.store(gy_row + (i + lane), gy.to(reference_grad.dtype.element_ty))
     else:
         whole = whole * 0
-    read = tl.where(action == 1.0, vocab - begin, 0)
+    read = tl.where((action == 1.0) | (action == 3.0), vocab - begin, 0)
     fill = tl.where(action == 0.0, 0.0, float("nan"))
     for i in tl.range(whole, size, BLOCK):
-        inside = i + lane < size
-        real = inside & (i + lane < read)
+        real = i + lane < read
         x = 0.0
         y = 0.0
         if NEEDS_X:
             x = tl.load(x_row + (i + lane), mask=real, other=0.0).to(tl.float32)
         if NEEDS_Y:
             y = tl.load(y_row + (i + lane), mask=real, other=0.0).to(tl.float32)
-        gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN)
+        gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, True)
         other = tl.where(begin + i + lane < vocab, fill, 0.0)
         if POLICY:
             gx = tl.where(real, gx, other)
-            tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty), mask=inside)
+            tl.store(
+                gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty), mask=i + lane < x_size
+            )
         if REFERENCE:
             gy = tl.where(real, gy, other)
-            tl.store(gy_row + (i + lane), gy.to(reference_grad.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _direct(grad, token_ids, row, n, k, token, line, live):
-    """Sum of the gradients of every log-probability asked for of `token`; first: none came earlier."""
-    total = tl.zeros(token.shape, tl.float64)
-    for j in range(k):
-        same = tl.load(token_ids + row * k + j) == token
-        g = tl.load(grad + (line + j) * n + row).to(tl.float64)
-        total += tl.where(same, g, 0.0)
-    return total
-
-
-@unspecialised
-def token_gradients(
-    policy, reference, grad, states, token_ids, inv_temperature, found,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, line: tl.int64, vocab: tl.int64, per_row: tl.int64,
-    x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
-    FIELDS: tl.constexpr, POLICY: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """found[n, k]: in float64, the gradient at each token whose log-probability was asked for.
-
-    Made before the sweep, which may overwrite the logits, and stored after it (`store_tokens`).
-    """
-    local = tl.program_id(0).to(tl.int64)
-    row = first + local
-    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.where((per_row & 4) != 0, row, 0)
-    inv_t = tl.load(inv_temperature + at, mask=(per_row & 2) != 0, other=1.0).to(tl.float64)
-    token = tl.load(token_ids + row * k + j, mask=j < k, other=-1)
-    inside = (token >= 0) & (token < vocab)
-    state = load_state(states, row, row >= 0)
-    c = coefficients(row_gradients(grad, row, n, k, row >= 0, FIELDS), state, inv_t)
-    x = 0.0
-    y = 0.0
-    log_p = 0.0
-    log_q = 0.0
-    if POLICY or PAIR:
-        x_row = row_pointer(policy, local, inner, x_outer, x_inner)
-        x = tl.load(x_row + token, mask=inside, other=0.0).to(tl.float64)
-        log_p = (x * inv_t - state[0]) - state[1]
-    if PAIR or not POLICY:
-        y_row = row_pointer(reference, local, inner, y_outer, y_inner)
-        y = tl.load(y_row + token, mask=inside, other=0.0).to(tl.float64)
-        log_q = (y * inv_t - state[2]) - state[3]
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
-    moved = p * 0.0
-    ratio = p * 0.0
-    if PAIR:
-        ratio = ((x - y) - state[4]) * inv_t - state[5]
-        moved = tl.where(
-            (q > 0.0) & (ratio < 1.0), q * (gap(tl.minimum(ratio, 1.0)) + ratio), p - q
-        )
-    if POLICY:
-        own = p * (c[2] + tl.where(c[3] != 0.0, c[3] * (log_p + state[8]), 0.0))
-        own += tl.where(c[1] != 0.0, c[1] * p * (ratio - state[7]), 0.0)
-        value = tl.where(p > 0.0, own, 0.0) + tl.where(c[0] != 0.0, c[0] * moved, 0.0)
-    else:
-        own = q * (c[6] + tl.where(c[7] != 0.0, c[7] * (log_q + state[9]), 0.0))
-        own += tl.where(c[5] != 0.0, c[5] * q * (ratio + state[6]), 0.0)
-        value = tl.where(q > 0.0, own, 0.0) + tl.where(c[4] != 0.0, c[4] * moved, 0.0)
-    value += _direct(grad, token_ids, row, n, k, token, line, inside) * inv_t
-    nan = tl.where(state[1] != state[1], float("nan"), 0.0)
-    tl.store(found + row * k + j, value + nan, mask=j < k)
-
-
-@unspecialised
-def store_tokens(
-    gradient, found, token_ids, constants,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64, g_outer: tl.int64, g_inner: tl.int64,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """found[n, k] into the gradient, each token once, unless the row's gradient is 0."""
-    local = tl.program_id(0).to(tl.int64)
-    row = first + local
-    if tl.load(constants + (CONSTANTS - 1) * n + row) == 0.0:
-        return
-    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(token_ids + row * k + j, mask=j < k, other=-1)
-    repeated = token < 0
-    for i in range(k):
-        repeated = repeated | ((tl.load(token_ids + row * k + i) == token) & (i < j))
-    value = tl.load(found + row * k + j, mask=j < k, other=0.0)
-    out = row_pointer(gradient, local, inner, g_outer, g_inner) + token
-    inside = (repeated == 0) & (token < vocab)
-    tl.store(out, value.to(gradient.dtype.element_ty), mask=inside)
+            tl.store(
+                gy_row + (i + lane), gy.to(reference_grad.dtype.element_ty), mask=i + lane < y_size
+            )

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .finish import store_row
 from .formulas import kl_terms, log1p
-from .layout import row_pointer
+from .layout import row_pointer, unspecialised
 from .sweep import COLUMNS
 
 
@@ -29,7 +29,8 @@ def _log_mass(ties, rest):
 @unspecialised
 def careful(
     policy, reference, parts, inv_temperature, token_ids, values, states,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64, segments: tl.int64, per_row: tl.int64,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64,
+    segments: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
     FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,10 @@ def careful(
     top_x = tl.max(largest_x, 0)
     top_y = tl.max(largest_y, 0)
     bad_row = (tl.sum(bad, 0) > 0.0) | (top_x == float("inf")) | (top_y == float("inf"))
-    bad_row = bad_row | (top_x == absent) | (top_y == absent)
+    none_x = top_x == absent
+    none_y = top_y == absent
+    top_x = tl.where(none_x, 0.0, top_x)
+    top_y = tl.where(none_y, 0.0, top_y)
 
     ties_x = zero
     ties_y = zero
@@ -75,8 +79,8 @@ def careful(
         down_y = tl.where(y == absent, 0.0, (top_y - y) * inv_t)
         weight_x = tl.where((x == absent) | (x == top_x), 0.0, tl.exp(-down_x))
         weight_y = tl.where((y == absent) | (y == top_y), 0.0, tl.exp(-down_y))
-        ties_x += (x == top_x).to(tl.float64)
-        ties_y += (y == top_y).to(tl.float64)
+        ties_x += ((x == top_x) & (x != absent)).to(tl.float64)
+        ties_y += ((y == top_y) & (y != absent)).to(tl.float64)
         rest_x += weight_x
         rest_y += weight_y
         gap_x += weight_x * down_x
@@ -85,8 +89,8 @@ def careful(
         only_y += ((y != absent) & (x == absent)).to(tl.float64)
     mass_x = tl.sum(ties_x, 0) + tl.sum(rest_x, 0)
     mass_y = tl.sum(ties_y, 0) + tl.sum(rest_y, 0)
-    p_sum = _log_mass(tl.sum(ties_x, 0), tl.sum(rest_x, 0))
-    q_sum = _log_mass(tl.sum(ties_y, 0), tl.sum(rest_y, 0))
+    p_sum = tl.where(none_x, absent, _log_mass(tl.sum(ties_x, 0), tl.sum(rest_x, 0)))
+    q_sum = tl.where(none_y, absent, _log_mass(tl.sum(ties_y, 0), tl.sum(rest_y, 0)))
     centre = top_x - top_y
     residual = p_sum - q_sum
 
@@ -118,5 +122,6 @@ def careful(
     )
     yes = vocab > 0
     store_row(
-        state, row, yes, yes, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, FIELDS
-    )
+        state, row, yes, yes, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, 1.0,
+        FIELDS, True,
+    )  # fmt: skip

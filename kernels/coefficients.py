@@ -1,7 +1,7 @@
 """What a gradient sweep needs of a row, made once per row in float64 and read as fp32.
 
-RowGradient of csrc/row_math.h, and the constants of its exponentials, as columns of a [CONSTANTS, n]
-tensor. A column named hi is followed by what the rounding of it left.
+RowGradient of csrc/row_math.h, and the constants of its exponentials, as columns of a
+[CONSTANTS, n] tensor. A column named hi is followed by what the rounding of it left.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .formulas import FAR, LN2, LOG2E
+from .layout import unspecialised
 from .state import load_state
 
 NAMES = (
@@ -19,7 +20,7 @@ NAMES = (
     *("shift_y", "weight_y", "top_y", "log_sum_y", "entropy_y"),
     *("moved", "reverse", "mass_x", "information_x"),
     *("ref_moved", "ref_forward", "mass_y", "information_y"),
-    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN throughout
+    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, beyond fp32
 )
 CONSTANTS = tl.constexpr(len(NAMES))
 
@@ -116,7 +117,7 @@ def prepare(
     grad, states, inv_temperature, constants, n: tl.int64, k: tl.int64, per_row: tl.int64,
     FIELDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """constants[CONSTANTS, n] from grad [R, n] and states [n, STATE_COLUMNS]; LANES rows a program."""
+    """constants[CONSTANTS, n] from grad [R, n] and the states; LANES rows a program."""
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = row < n
     at = tl.where((per_row & 4) != 0, row, 0)
@@ -135,5 +136,8 @@ def prepare(
     store_distribution(out + 11 * n, n, live, state[2], state[3], state[9], inv_t)
     for i in tl.static_range(8):
         tl.store(out + (16 + i) * n, c[i].to(tl.float32), mask=live)
-    action = tl.where(gradients[6], tl.where(state[1] != state[1], 2.0, 1.0), 0.0)
+    none = (state[1] == float("-inf")) | (state[3] == float("-inf"))
+    bad = none | (state[1] != state[1])
+    beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
+    action = tl.where(gradients[6], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
     tl.store(out + 24 * n, action.to(tl.float32), mask=live)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import row_pointer
+from .layout import row_pointer, unspecialised
 
 
 @triton.jit
@@ -15,7 +15,8 @@ def _exp(z):
 
 @unspecialised
 def log_softmax(
-    logits, out, inner: tl.int64, first: tl.int64, width: tl.int64, x_outer: tl.int64, x_inner: tl.int64,
+    logits, out, inner: tl.int64, first: tl.int64, width: tl.int64,
+    x_outer: tl.int64, x_inner: tl.int64,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[n, width] of rows first .. ; a program takes a row, twice from memory."""
@@ -48,7 +49,8 @@ def log_softmax(
 
 @unspecialised
 def log_softmax_backward(
-    grad, output, out, inner: tl.int64, first: tl.int64, width: tl.int64, g_outer: tl.int64, g_inner: tl.int64,
+    grad, output, out, inner: tl.int64, first: tl.int64, width: tl.int64,
+    g_outer: tl.int64, g_inner: tl.int64,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = grad - exp(output) sum(grad), of rows first ..; output and out are contiguous."""
@@ -89,9 +91,9 @@ def ordered_sum(
     tl.store(out, tl.sum(sums, 0).to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["gradient", "factor"])
+@unspecialised
 def scale_gradient(gradient, factor, size: tl.int64, BLOCK: tl.constexpr):
-    """gradient[size] *= factor[()], exactly 0 where the factor is; nothing is read where it is 1."""
+    """gradient[size] *= factor[()], exactly 0 where that is 0; nothing is read where it is 1."""
     by = tl.load(factor).to(tl.float32)
     if by == 1.0:
         return

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .formulas import (
+    FAR,
     LN2,
     LOG2E,
     forward_from_sums,
@@ -17,8 +18,8 @@ from .formulas import (
     merge,
     reverse_from_sums,
 )
-from .layout import is_half, row_pointer
-from .state import STATE_COLUMNS, empty, select, without_mass
+from .layout import is_half, row_pointer, unspecialised
+from .state import STATE_COLUMNS, empty, has, load_state, select, without_mass
 from .sweep import COLUMNS, top_exponent
 
 # |u| beyond which the exponent of a weight is no longer exact enough.
@@ -54,27 +55,39 @@ def log_prob(logits, token, inv_t, top, log_sum, vocab, live):
 
 
 @triton.jit
+def store_log_probs(out, logits, top, log_sum, token_ids, row, counted, live, n, k, vocab, inv_t):
+    """`log_prob` of every token asked for of a row, n apart."""
+    for j in range(k):
+        token = tl.load(token_ids + row * k + j, mask=live, other=-1)
+        found = log_prob(logits, token, inv_t, top, log_sum, vocab, live & counted)
+        found = tl.where(counted, found, 0.0)
+        tl.store(out + j * n, found.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def store_row(
-    state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t,
-    FIELDS: tl.constexpr,
+    state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, whole,
+    FIELDS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """The state and the values, in the order of FIELDS, of rows (a vector of them, or one)."""
+    """The state and the values, in the order of FIELDS, of rows (a vector of them, or one).
+
+    The state of a row without mass says so, as it may be a slice of a longer row; its values
+    are NaN.
+    """
     out = states + row * STATE_COLUMNS
     for i in tl.static_range(10):
         tl.store(out + i, tl.where(counted, state[i], 0.0), mask=live)
+    tl.store(out + 10, whole, mask=live)
+    state = without_mass(state, PAIR)
     at = values + row
+    tokens = (token_ids, row, counted, live, n, k, vocab, inv_t)
     for i in tl.static_range(len(FIELDS)):
-        if FIELDS[i] == "logprob" or FIELDS[i] == "ref_logprob":
-            first: tl.constexpr = 0 if FIELDS[i] == "logprob" else 2
-            logits = x_row if FIELDS[i] == "logprob" else y_row
-            for j in range(k):
-                token = tl.load(token_ids + row * k + j, mask=live, other=-1)
-                found = log_prob(
-                    logits, token, inv_t, state[first], state[first + 1], vocab, live & counted
-                )
-                found = tl.where(counted, found, 0.0)
-                tl.store(at, found.to(values.dtype.element_ty), mask=live)
-                at += n
+        if FIELDS[i] == "logprob":
+            store_log_probs(at, x_row, state[0], state[1], *tokens)
+            at += k * n
+        elif FIELDS[i] == "ref_logprob":
+            store_log_probs(at, y_row, state[2], state[3], *tokens)
+            at += k * n
         else:
             found = tl.where(counted, value_of(state, FIELDS[i]), 0.0)
             tl.store(at, found.to(values.dtype.element_ty), mask=live)
@@ -157,8 +170,8 @@ def _pair_state(
         coarse = coarse * coarse * 3.5527136788005009e-15 > 2e-12 * tl.minimum(forward, 1.0)
         careful = careful | ((equal == 0) & (small == 0) & coarse)
     # neither row has a token here
-    none = (found == 0) & (total_x == 0.0)
-    careful = careful & ((none & (reach < 1e30)) == 0)
+    none = (found == 0) & (total_x == 0.0) & (reach <= -FAR)
+    careful = (careful | (found == 0)) & (none == 0)
     state = (
         p_max, p_sum, q_max, q_sum, centre, residual, forward, reverse, entropy, reference_entropy
     )  # fmt: skip
@@ -177,8 +190,8 @@ def _single_state(sums, n, inv_t, live):
     nothing = empty(rest)
     nan = tl.where((rest != rest) | (top == float("inf")), float("nan"), 0.0)
     state = (
-        top * inv_t + nan, log_sum + nan, nothing[2], nothing[3], nothing[4], nothing[5],
-        nothing[6], nothing[7], log_sum + gap * inv_t / mass, nothing[9],
+        top * inv_t + nan, log_sum + nan, nothing[2], nothing[2], nothing[4], nothing[5],
+        nothing[6], nothing[7], log_sum + gap * inv_t / mass + nan, nothing[9],
     )  # fmt: skip
     return select((mass == 0.0) & (rest == rest), nothing, state)
 
@@ -186,14 +199,15 @@ def _single_state(sums, n, inv_t, live):
 @unspecialised
 def finish(
     policy, reference, parts, inv_temperature, mask, token_ids, values, states,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, rows: tl.int64, vocab: tl.int64, segments: tl.int64, per_row: tl.int64,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, rows: tl.int64, vocab: tl.int64,
+    segments: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
     FIELDS: tl.constexpr, PAIR: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """states[n, STATE_COLUMNS] and values[R, n] of rows first .. first + rows; LANES rows a program."""
-    REVERSE: tl.constexpr = "reverse_kl" in FIELDS
-    ENTROPY: tl.constexpr = "entropy" in FIELDS
-    REF_ENTROPY: tl.constexpr = "ref_entropy" in FIELDS
+    """states[n, STATE_COLUMNS], values[R, n] of `rows` rows from `first`; LANES a program."""
+    REVERSE: tl.constexpr = has(FIELDS, "reverse_kl")
+    ENTROPY: tl.constexpr = has(FIELDS, "entropy")
+    REF_ENTROPY: tl.constexpr = has(FIELDS, "ref_entropy")
     EXACT: tl.constexpr = not (is_half(policy) and is_half(reference))
     local = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = local < rows
@@ -217,22 +231,31 @@ def finish(
         # the first one as it is: merging with nothing would lose a NaN
         state = select((i == 0) | (inv_t != inv_t), part, merge(state, part, inv_t))
     tl.store(parts + segments * COLUMNS * n + row, (careful & counted).to(tl.float32), mask=live)
-    state = without_mass(state, PAIR)
     x_row = row_pointer(policy, local, inner, x_outer, x_inner)
     y_row = row_pointer(reference, local, inner, y_outer, y_inner)
     store_row(
-        state,
-        row,
-        counted,
-        live,
-        values,
-        states,
-        x_row,
-        y_row,
-        token_ids,
-        n,
-        k,
-        vocab,
-        inv_t,
-        FIELDS,
-    )
+        state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, 1.0,
+        FIELDS, PAIR,
+    )  # fmt: skip
+
+
+@unspecialised
+def merge_rows(
+    parts, inv_temperature, values, states,
+    n: tl.int64, count: tl.int64, per_row: tl.int64,
+    FIELDS: tl.constexpr, PAIR: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """states[n, STATE_COLUMNS] and values[R, n] of rows whose slices are parts[count, n, ..]."""
+    row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    live = row < n
+    at = tl.where((per_row & 4) != 0, row, 0)
+    inv_t = tl.load(inv_temperature + at, mask=live & ((per_row & 2) != 0), other=1.0)
+    inv_t = inv_t.to(tl.float64)
+    state = load_state(parts, row, live)
+    for i in range(1, count):
+        state = merge(state, load_state(parts + i * n * STATE_COLUMNS, row, live), inv_t)
+    whole = tl.load(parts + row * STATE_COLUMNS + 10, mask=live & (count == 1), other=0.0)
+    store_row(
+        state, row, live, live, values, states, values, values, values, n, 0, 0, inv_t, whole,
+        FIELDS, PAIR,
+    )  # fmt: skip

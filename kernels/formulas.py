@@ -54,7 +54,7 @@ def difference(x, y, high, low, EXACT: tl.constexpr):
         error = (x - (s - back)) - (y + back)
         return ((s - high) + error) - low
     else:
-        return s - high
+        return (s - high) - low
 
 
 @triton.jit
@@ -86,9 +86,9 @@ def log1p(z):
 
 
 @triton.jit
-def kl_terms(p, q, l):
-    """Summand of KL(q || p), with l = log(p/q): q g(l), and without cancelling where p is large."""
-    return tl.where(l > 1.0, (p - q) - q * l, q * gap(tl.minimum(l, 1.0)))
+def kl_terms(p, q, ratio):
+    """Summand of KL(q || p), ratio = log(p/q): q g(ratio), without cancelling where p is large."""
+    return tl.where(ratio > 1.0, (p - q) - q * ratio, q * gap(tl.minimum(ratio, 1.0)))
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def reverse_from_sums(s, c, m):
 
 @triton.jit
 def _log_shares(max_a, sum_a, max_b, sum_b):
-    """Of two masses with logs max + sum: the larger one's max and sum, the total's sum, both shares.
+    """Of two masses with logs max + sum: which is larger, log of the total in two parts, shares.
 
     Support is decided by sum = -inf, never by an exponential that may have underflowed.
     """
@@ -130,11 +130,11 @@ def _log_shares(max_a, sum_a, max_b, sum_b):
 
 
 @triton.jit
-def _kl_of_shares(p, q, kl, p_sum, q_sum, l):
+def _kl_of_shares(p, q, kl, p_sum, q_sum, ratio):
     """One segment's part of KL(q || p)."""
     has_q = q_sum > float("-inf")
     infinite = has_q & ((p_sum == float("-inf")) | (kl == float("inf")))
-    inside = tl.where(has_q, q * kl + kl_terms(p, q, l), p)
+    inside = tl.where(has_q, q * kl + kl_terms(p, q, ratio), p)
     return tl.where(infinite, float("inf"), inside)
 
 

@@ -1,7 +1,8 @@
-"""How kernels are launched: sizes as one pure function, and rows as the kernels take them."""
+"""How kernels are launched: sizes as one pure function; calls and rows as kernels take them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -19,7 +20,7 @@ class Launch(NamedTuple):
     block: int  # tokens of a trip of the gradient sweep
     warps: int  # of it
     chunk: int  # tokens of a row that one of its programs writes
-    maximum_registers: int | None
+    registers: int | None  # that a thread of the forward sweep may use at most
 
 
 # Registers are what limits how many loads of the one-warp sweep are in flight: width 128 is four
@@ -51,6 +52,75 @@ def architecture(device: torch.device) -> int:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# Rows of a program that gives each row one lane.
+LANES = 32
+PAIR_FIELDS = ("forward_kl", "reverse_kl", "ref_entropy", "ref_logsumexp", "ref_logprob")
+FIELDS = (*PAIR_FIELDS, "entropy", "logsumexp", "logprob")
+
+
+class Call:
+    """The arguments of row_stats and of its backward, as kernels take them."""
+
+    def __init__(
+        self, policy: Tensor, reference: Tensor | None, token_ids: Tensor | None,
+        fields: list[str], inv_temperature: Tensor | None, mask: Tensor | None,
+        valid_vocab: int | None, softcap: float | None,
+    ) -> None:  # fmt: skip
+        refuse(fields, softcap, policy, reference)
+        self.policy = policy
+        self.pair = any(name in PAIR_FIELDS for name in fields)
+        # the policy stands in for a reference that is not needed
+        self.other = reference if self.pair and reference is not None else policy
+        self.fields = tuple(fields)
+        self.rows = math.prod(policy.shape[:-1])
+        shortest = min(policy.shape[-1], self.other.shape[-1])
+        self.vocab = shortest if valid_vocab is None else valid_vocab
+        self.token_ids = token_ids
+        self.tokens = 0 if token_ids is None else token_ids.shape[1]
+        self.inv_temperature = inv_temperature
+        self.mask = mask
+        # what there is: 1 a mask, 2 a 1/T, 4 one 1/T for each row
+        self.given = 0 if mask is None else 1
+        if inv_temperature is not None:
+            self.given |= 2 | (4 if inv_temperature.numel() > 1 else 0)
+
+    def lines(self) -> int:
+        """R of values [R, N]."""
+        return sum(self.tokens if name.endswith("logprob") else 1 for name in self.fields)
+
+    def line_of(self, name: str) -> int:
+        """The first of them that belongs to a field."""
+        before = self.fields[: self.fields.index(name)]
+        return sum(self.tokens if field.endswith("logprob") else 1 for field in before)
+
+    def sizes(self) -> Launch:
+        """`choose` for these logits."""
+        dtypes = (self.policy.dtype, self.other.dtype)
+        return choose(self.vocab, dtypes, architecture(self.policy.device))
+
+    def pointers(self, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """1/T, the mask as bytes, the token ids; a float64 tensor stands in for what is not there.
+
+        With its dtype made the right one: no kernel is compiled twice for what may be absent.
+        """
+        inverse = stand_in if self.inv_temperature is None else self.inv_temperature
+        counted = stand_in if self.mask is None else self.mask.contiguous()
+        ids = stand_in if self.token_ids is None else self.token_ids
+        return inverse, counted.view(torch.uint8), ids.view(torch.int64)
+
+
+def refuse(fields: list[str], softcap: float | None, *logits: Tensor | None) -> None:
+    """A TypeError or ValueError for what these kernels do not take."""
+    for t in logits:
+        if t is not None and t.dtype == torch.float64:
+            raise TypeError(
+                'backend="triton" takes float32, bfloat16 and float16 logits; got float64'
+            )
+    missing = [name for name in fields if name not in FIELDS]
+    if missing or softcap is not None:
+        raise ValueError(f'backend="triton" has no {missing[0] if missing else "softcap"} yet')
 
 
 class Piece(NamedTuple):
@@ -85,8 +155,8 @@ def _collapsed(tensors: list[Tensor]) -> tuple[list[int], list[list[int]]]:
 def pieces(tensors: list[Tensor]) -> Iterator[Piece]:
     """Rows of [..., V] tensors of the same leading dims, as few pieces as their strides allow.
 
-    Two levels of strides cover whatever a slice of [batch, sequence, vocabulary] can be; more levels
-    take one piece for each step of the outermost dims.
+    Two levels of strides cover whatever a slice of [batch, sequence, vocabulary] can be; more of
+    them take one piece for each step of the outermost dims.
     """
     sizes, strides = _collapsed(tensors)
 
@@ -100,7 +170,7 @@ def pieces(tensors: list[Tensor]) -> Iterator[Piece]:
                 pair[0] * pair[1],
                 pair[1],
                 tensors,
-                [((0, 0) + tuple(s))[-2:] for s in strides],
+                [(0, 0, *s)[-2:] for s in strides],
             )
             return
         below = 1

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def unspecialised(function: Callable[..., None]) -> Any:
+    """A kernel that is compiled once for its dtypes and constexprs, whatever the other arguments.
+
+    Triton by itself compiles again where an integer is 1, or it or a pointer a multiple of 16.
+    """
+    names = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 @triton.jit
@@ -20,14 +37,14 @@ def misalignment(pointer):
 
 @triton.jit
 def vectorised(pointer):
-    """The same pointer, as one the compiler knows to be a multiple of 16 bytes: it must be one."""
+    """The same pointer, as one the compiler knows to be a multiple of 16 bytes: it must be."""
     whole = (pointer.to(tl.int64, bitcast=True) & -16).to(pointer.dtype, bitcast=True)
     return tl.multiple_of(whole, 16)
 
 
 @triton.jit
 def is_half(pointer):
-    """Whether logits have 16 bits. A tile of them is held as even and odd tokens, 32 bits a load."""
+    """Whether logits have 16 bits. A tile of them is held as even and odd tokens."""
     return pointer.dtype.element_ty.primitive_bitwidth == 16
 
 

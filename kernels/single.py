@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .formulas import FAR, LOG2E
-from .layout import load_each, load_words, row_pointer, vectorised
+from .layout import load_each, load_words, row_pointer, unspecialised, vectorised
 from .sweep import COLUMNS
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -14,7 +14,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _tile(state, x0, x1, slope, ENTROPY: tl.constexpr):
-    """rest, gap [width] over the tokens below the largest logit, that logit, and how often it is."""
+    """rest, gap [width] over tokens below the largest logit; that logit; how often it is there."""
     rest, gap, top, ties = state
     event = tl.max(tl.maximum(x0, x1), 0) >= top
     cold = tl.max(event.to(tl.int32), 0) > 0

@@ -1,11 +1,26 @@
-"""RowState (csrc/row_math.h) as a tuple of ten float64 tensors, in the order of the state's columns."""
+"""RowState of csrc/row_math.h as ten float64 tensors, in the order of the state's columns.
+
+The eleventh column, `whole`, is 1 for a row and 0 for one merged from slices: no kernel reads it.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-STATE_COLUMNS = tl.constexpr(10)
+STATE_COLUMNS = tl.constexpr(11)
+
+
+@triton.constexpr_function
+def has(fields, name):
+    """Whether a field is asked for, when a kernel is compiled."""
+    return any(getattr(field, "value", field) == name for field in fields)
+
+
+@triton.constexpr_function
+def only(fields, name):
+    """Whether it is the only one."""
+    return len(fields) == 1 and getattr(fields[0], "value", fields[0]) == name
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A program is one warp with one segment of one row. Its running numbers:
 
-    anchor, shift   weights are w = 2^(y slope + shift), slope = log2(e)/T, shift = -anchor slope: an
-                    early large y, replaced when a token exceeds it by JUMP nats
+    anchor, shift   weights are w = 2^(y slope + shift), slope = log2(e)/T, shift = -anchor slope:
+                    an early large y, replaced when a token exceeds it by JUMP nats
     high, low       the centre c, the w-weighted mean of x - y over the tile the anchor is from
     s, sx           sum w,  sum w e^u                  (less the ties, where an entropy is wanted)
     a, b, c         sum w v,  sum w g(u),  sum w k(u)  (v = T u)
@@ -11,8 +11,8 @@ A program is one warp with one segment of one row. Its running numbers:
     top, ties       the largest x, and how often: a peaked row's entropy is what is beside it
     reach           largest v: beyond FAREST nats a weight is no longer known well enough
 
-Nothing large is subtracted anywhere, so small divergences keep their digits (row_math.h). A sum that
-overflowed or met a token that one row lacks is not finite, and merge.py then sends the row to
+Nothing large is subtracted anywhere, so small divergences keep their digits (row_math.h). A sum
+that overflowed or met a token that one row lacks is not finite, and merge.py then sends the row to
 careful.py. Tokens that both rows lack have weight 0 and v = FAR.
 """
 
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
-from .layout import is_half, load_each, load_words, row_pointer, vectorised
+from .layout import is_half, load_each, load_words, row_pointer, unspecialised, vectorised
 
 # What a segment leaves behind, one float each, for merge.py.
 SUMS = (
@@ -40,7 +40,7 @@ def _terms(x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, E
     zy = tl.fma(y, slope, shift)
     wy = tl.exp2(zy)
     found = (x - y) - high
-    v = tl.minimum(difference(x, y, high, low, EXACT), FAR)
+    v = tl.minimum(difference(x, y, high, low if EXACT else 0.0, EXACT), FAR)
     zx = tl.fma(v, slope, zy)
     wx = tl.exp2(zx)
     t = wy * v
@@ -75,7 +75,8 @@ def _fresh(x, y, inv_t, EXACT: tl.constexpr):
 @triton.jit
 def top_exponent(top, anchor, high, low, slope, shift, EXACT: tl.constexpr):
     """log2 of the weight w e^u of the largest x."""
-    return tl.fma(difference(top, anchor, high, low, EXACT), slope, tl.fma(anchor, slope, shift))
+    below = difference(top, anchor, high, low if EXACT else 0.0, EXACT)
+    return tl.fma(below, slope, tl.fma(anchor, slope, shift))
 
 
 @triton.jit
@@ -236,7 +237,7 @@ def sweep_pair(
         state = _tile(
             state, x0, y0, x1, y1, inv_t, coefficients, REVERSE, ENTROPY, REF_ENTROPY, EXACT
         )
-    s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y = state
+    s, sx, a, b, c, hx, hy, reach, anchor, _, high, low, top, ties_x, ties_y = state
     out = parts + part * COLUMNS * n + row
     tl.store(out, tl.sum(s, 0))
     tl.store(out + n, tl.sum(sx, 0))

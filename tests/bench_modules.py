@@ -33,6 +33,7 @@ def _load() -> dict[str, ModuleType]:
 
 
 _MODULES = _load()
+capture = _MODULES["capture"]
 cases = _MODULES["cases"]
 contenders = _MODULES["contenders"]
 families = _MODULES["families"]
@@ -43,5 +44,7 @@ limits = _MODULES["limits"]
 memory = _MODULES["memory"]
 oracle_f64 = _MODULES["oracle_f64"]
 report = _MODULES["report"]
+sass = _MODULES["sass"]
 speed = _MODULES["speed"]
+static = _MODULES["static"]
 timing = _MODULES["timing"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +16,9 @@ from fusedkl.backends import BACKENDS
 # Triton is either interpreted or compiled in a process: `make test` runs the suite of values once
 # more with TRITON_INTERPRET=1, for this backend alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
+# Minutes each under the interpreter, which takes tens of milliseconds for a tile.
+LONG = ("long_rows", "long_half_row", "any_number_of_threads", "rounds_once", "layout_does_not")
+if INTERPRETED and importlib.util.find_spec("triton"):
     import triton_interpreter
 
     triton_interpreter.mend()
@@ -24,6 +28,26 @@ def pytest_configure(config: pytest.Config) -> None:
     """The interpreter's maximum of a tile that holds nothing but NaN."""
     if INTERPRETED:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
+
+
+def _in_default_tier(item: pytest.Item) -> bool:
+    name = item.nodeid
+    # every fourth of the hundreds of combinations, the same ones each time
+    thinned = "test_divergence[" in name or "test_one_distribution[" in name
+    return not any(part in name for part in LONG) and (
+        not thinned or zlib.crc32(name.encode()) % 4 == 0
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the interpreter, only tests of the backend; all of them if `-m ""` says so."""
+    if INTERPRETED:
+        kept = [
+            item for item in items if "[triton" in item.nodeid or "test_triton.py" in item.nodeid
+        ]
+        if config.option.markexpr:
+            kept = [item for item in kept if _in_default_tier(item)]
+        items[:] = kept
 
 
 @pytest.fixture(params=[name for name in BACKENDS if (name == "triton") == INTERPRETED])

@@ -1,0 +1,100 @@
+"""Gradients of log-probabilities at the very tokens that were asked for."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .coefficients import CONSTANTS, coefficients, row_gradients
+from .formulas import gap
+from .layout import row_pointer, unspecialised
+from .state import load_state
+
+
+@triton.jit
+def _direct(grad, token_ids, row, n, k, token, line, live):
+    """Sum of the gradients of all log-probabilities asked for of `token`."""
+    total = tl.zeros(token.shape, tl.float64)
+    for j in range(k):
+        same = tl.load(token_ids + row * k + j) == token
+        g = tl.load(grad + (line + j) * n + row).to(tl.float64)
+        total += tl.where(same, g, 0.0)
+    return total
+
+
+@unspecialised
+def token_gradients(
+    policy, reference, grad, states, token_ids, inv_temperature, found,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, line: tl.int64, vocab: tl.int64,
+    per_row: tl.int64,
+    x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
+    FIELDS: tl.constexpr, POLICY: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """found[n, k]: in float64, the gradient at each token whose log-probability was asked for.
+
+    Made before the sweep, which may overwrite the logits, and stored after it (`store_tokens`).
+    """
+    local = tl.program_id(0).to(tl.int64)
+    row = first + local
+    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.where((per_row & 4) != 0, row, 0)
+    inv_t = tl.load(inv_temperature + at, mask=(per_row & 2) != 0, other=1.0).to(tl.float64)
+    token = tl.load(token_ids + row * k + j, mask=j < k, other=-1)
+    inside = (token >= 0) & (token < vocab)
+    state = load_state(states, row, row >= 0)
+    c = coefficients(row_gradients(grad, row, n, k, row >= 0, FIELDS), state, inv_t)
+    x = 0.0
+    y = 0.0
+    log_p = 0.0
+    log_q = 0.0
+    if POLICY or PAIR:
+        x_row = row_pointer(policy, local, inner, x_outer, x_inner)
+        x = tl.load(x_row + token, mask=inside, other=0.0).to(tl.float64)
+        log_p = (x * inv_t - state[0]) - state[1]
+    if PAIR or not POLICY:
+        y_row = row_pointer(reference, local, inner, y_outer, y_inner)
+        y = tl.load(y_row + token, mask=inside, other=0.0).to(tl.float64)
+        log_q = (y * inv_t - state[2]) - state[3]
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    moved = p * 0.0
+    ratio = p * 0.0
+    if PAIR:
+        ratio = ((x - y) - state[4]) * inv_t - state[5]
+        moved = tl.where(
+            (q > 0.0) & (ratio < 1.0), q * (gap(tl.minimum(ratio, 1.0)) + ratio), p - q
+        )
+    if POLICY:
+        own = p * (c[2] + tl.where(c[3] != 0.0, c[3] * (log_p + state[8]), 0.0))
+        own += tl.where(c[1] != 0.0, c[1] * p * (ratio - state[7]), 0.0)
+        value = tl.where(p > 0.0, own, 0.0) + tl.where(c[0] != 0.0, c[0] * moved, 0.0)
+    else:
+        own = q * (c[6] + tl.where(c[7] != 0.0, c[7] * (log_q + state[9]), 0.0))
+        own += tl.where(c[5] != 0.0, c[5] * q * (ratio + state[6]), 0.0)
+        value = tl.where(q > 0.0, own, 0.0) + tl.where(c[4] != 0.0, c[4] * moved, 0.0)
+    value += _direct(grad, token_ids, row, n, k, token, line, inside) * inv_t
+    nan = tl.where(state[1] != state[1], float("nan"), 0.0)
+    tl.store(found + row * k + j, value + nan, mask=j < k)
+
+
+@unspecialised
+def store_tokens(
+    gradient, found, token_ids, constants,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64,
+    g_outer: tl.int64, g_inner: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """found[n, k] into the gradient, each token once, unless the row's gradient is 0."""
+    local = tl.program_id(0).to(tl.int64)
+    row = first + local
+    if tl.load(constants + (CONSTANTS - 1) * n + row) == 0.0:
+        return
+    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(token_ids + row * k + j, mask=j < k, other=-1)
+    repeated = token < 0
+    for i in range(k):
+        repeated = repeated | ((tl.load(token_ids + row * k + i) == token) & (i < j))
+    value = tl.load(found + row * k + j, mask=j < k, other=0.0)
+    out = row_pointer(gradient, local, inner, g_outer, g_inner) + token
+    inside = (repeated == 0) & (token < vocab)
+    tl.store(out, value.to(gradient.dtype.element_ty), mask=inside)
