@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, reference_backend
+from . import _library, cuda_library, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -25,6 +25,7 @@ class Backend:
     summary: str
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
+    gradient_ahead: bool = False  # whether one visit to a row gives both, see scalar_loss.py
 
 
 def _cpu_missing() -> str | None:
@@ -55,7 +56,10 @@ _COMPILED = SimpleNamespace(**{name: getattr(torch.ops.fusedkl, f"_{name}") for 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
+        Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED, True),
+        Backend(
+            "cuda", "CUDA C++ kernels, one pass over memory", cuda_library.why_not, _COMPILED, True
+        ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
 }
