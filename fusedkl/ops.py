@@ -17,6 +17,7 @@ fusedkl::merge_states(parts [P, N, S], fields, inv_temperature?) -> values [R, N
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -30,27 +31,25 @@ from .backends import kernels
 STATE_COLUMNS = len(reference.STATE)
 
 
-def _implement(name: str) -> None:
-    def implementation(*args: Any) -> Any:
-        *rest, backend = args
-        if name == "row_stats":
-            validation.row_stats_contents(*rest)
-        elif name == "merge_states":
-            validation.merge_states(*rest)
-        elif name == "row_stats_with_gradient":
-            _, policy, other, *others = rest
-            validation.row_stats_contents(policy, other, None, *others)
-        result = getattr(kernels(backend), name)(*rest)
-        if name == "row_stats_backward_":
-            # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
-            torch.autograd.graph.increment_version(args[1])
-        return result
-
-    LIB.impl(name, implementation, "CompositeExplicitAutograd")
+def run(name: str, *args: Any) -> Any:
+    """What operator `name` does: check the contents, look the backend up, call its kernel."""
+    *rest, backend = args
+    if name == "row_stats":
+        validation.row_stats_contents(*rest)
+    elif name == "merge_states":
+        validation.merge_states(*rest)
+    elif name == "row_stats_with_gradient":
+        _, policy, other, *others = rest
+        validation.row_stats_contents(policy, other, None, *others)
+    result = getattr(kernels(backend), name)(*rest)
+    if name == "row_stats_backward_":
+        # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
+        torch.autograd.graph.increment_version(args[1])
+    return result
 
 
 for _name in OPERATORS:
-    _implement(_name)
+    LIB.impl(_name, functools.partial(run, _name), "CompositeExplicitAutograd")
 
 
 def _row_stats_fake(

@@ -136,12 +136,6 @@ def row_sum(x: Tensor) -> Tensor:
     return total
 
 
-def gap(u: Tensor) -> Tensor:
-    """g(u) = expm1(u) - u."""
-    out: Tensor = _Gap.apply(u)
-    return out
-
-
 class Softmax(NamedTuple):
     """Rows about their largest logit, [n, V] and [n, 1]. A bad row holds harmless numbers."""
 
