@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
 from pathlib import Path
 
 import cuda_on_cpu
@@ -25,9 +24,7 @@ QUICK = {("bf16", target) for target in TARGETS} | {("rows", "90a")}
 @functools.cache
 def compiled(source: str, target: str) -> tuple[Path, str]:
     """The cubin and what ptxas said; built once per content of csrc."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc: install the CUDA toolkit, or the packages of `make cuda-tools`")
+    nvcc = cuda_on_cpu.nvcc()
     folder = ROOT / "build" / "cuda_static" / cuda_on_cpu.digest(ROOT / "csrc", [target])
     cubin, log = folder / f"{source}.{target}.cubin", folder / f"{source}.{target}.txt"
     if not log.is_file():

@@ -36,20 +36,30 @@ FLAGS = (
 )
 
 
+def _homes() -> list[Path]:
+    """Where a CUDA toolkit may be: as the environment says, on the path, or the PyPI packages."""
+    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    found = shutil.which("nvcc")
+    on_path = [Path(found).resolve().parents[1]] if found else []
+    packages = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
+    return [*named, *on_path, Path("/usr/local/cuda"), packages]
+
+
+def _first(*files: str) -> Path:
+    for home in _homes():
+        if all((home / file).is_file() for file in files):
+            return home
+    pytest.skip("no CUDA toolkit: install one, or the packages of `make cuda-tools`")
+
+
 def cuda_include() -> Path:
-    """The folder of CUDA's headers: of the toolkit, or of the packages on PyPI."""
-    nvcc = shutil.which("nvcc")
-    candidates = [
-        Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
-    ]
-    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
-    candidates += [Path("/usr/local/cuda")]
-    candidates += [Path(torch.__file__).parents[1] / "nvidia" / "cu13"]
-    for home in candidates:
-        include = home / "include"
-        if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
-            return include
-    pytest.skip("no CUDA headers: install the CUDA toolkit, or the packages of `make cuda-tools`")
+    """The folder of CUDA's headers."""
+    return _first("include/cuda_bf16.h", "include/crt/host_defines.h") / "include"
+
+
+def nvcc() -> Path:
+    """The compiler."""
+    return _first("bin/nvcc") / "bin" / "nvcc"
 
 
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
