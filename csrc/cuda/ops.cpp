@@ -69,6 +69,8 @@ class Backward {
                     "grad does not fit the fields");
     STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::Double,
                     "grad must be float32 or float64");
+    STD_TORCH_CHECK(!gy || (c.at.ref_entropy < 0 && c.at.ref_logsumexp < 0 && c.at.ref_logprob < 0),
+                    "the cuda backend has no gradient of ref_entropy, ref_logsumexp and ref_logprob to the reference");
     args.in = c.in;
     if (gx) args.gx = layout_of(Rows(*gx, "policy gradient", gx->mutable_data_ptr()), "policy gradient");
     if (gy) args.gy = layout_of(Rows(*gy, "reference gradient", gy->mutable_data_ptr()), "reference gradient");
