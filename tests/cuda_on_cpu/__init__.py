@@ -131,8 +131,9 @@ def operators() -> SimpleNamespace:
 @contextlib.contextmanager
 def registered() -> Iterator[str]:
     """The kernels as a backend of the public functions, by its name, while this lasts."""
-    kernels = operators()
-    BACKENDS[NAME] = Backend(NAME, "CUDA kernels on the CPU", lambda device: None, kernels, True)
+    BACKENDS[NAME] = Backend(
+        NAME, "CUDA on the CPU", lambda device: None, operators(), gradient_ahead=True
+    )
     try:
         yield NAME
     finally:
