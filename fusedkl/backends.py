@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, reference_backend
+from . import _library, cuda_library, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -28,6 +28,7 @@ class Backend:
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
     takes: frozenset[str] | None = None  # dtypes of logits and fields; None: all there are
+    gradient_ahead: bool = False  # whether one visit to a row gives both, see scalar_loss.py
 
 
 def _cpu_missing() -> str | None:
@@ -88,7 +89,20 @@ _COMPILED = SimpleNamespace(**{name: getattr(torch.ops.fusedkl, f"_{name}") for 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
+        Backend(
+            "cpu",
+            "compiled C++ kernels, one pass over memory",
+            _cpu_why_not,
+            _COMPILED,
+            gradient_ahead=True,
+        ),
+        Backend(
+            "cuda",
+            "CUDA C++ kernels, one pass over memory",
+            cuda_library.why_not,
+            _COMPILED,
+            gradient_ahead=True,
+        ),
         Backend(
             "triton",
             "Triton kernels, one pass over memory",

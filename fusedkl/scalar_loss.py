@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autograd import batched, call, composed_gradients, recorded
+from .backends import BACKENDS
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -92,7 +93,13 @@ class _ScalarLoss(torch.autograd.Function):
 
 
 def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
-    """Whether gradient * factor is right where it is 0, and rounds nothing that matters."""
+    """Whether gradient * factor is right where it is 0, and rounds nothing that matters.
+
+    On a GPU nobody looks: the host would wait for the device. The product is right there, rounded
+    twice where the factor is neither 1 nor a power of two.
+    """
+    if gradient.device.type != "cpu":
+        return True
     by = float(factor)
     if gradient.dtype != torch.bfloat16:  # digits to spare
         return math.isfinite(by)
@@ -104,10 +111,9 @@ def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, ba
 
     float16 gradients must be scaled before their only rounding, so they cannot be made ahead of
     the loss scale. A graph being traced or transformed takes the plain operators, and so does the
-    reference backend, whose sweeps are not of the kind that gains. On the CPU only: elsewhere
-    backward must not look at the factor.
+    reference backend, whose sweeps are not of the kind that gains.
     """
-    if backend != "cpu":
+    if not BACKENDS[backend].gradient_ahead:
         return False
     if not torch.is_grad_enabled() or not policy.requires_grad or reference_.requires_grad:
         return False

@@ -5,6 +5,7 @@
 #include "shim.h"
 #else
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 #endif
 #include <math.h>
 #include <stdint.h>
@@ -107,6 +108,43 @@ FUSEDKL_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char fusedkl_dynamic[];
   return fusedkl_dynamic;
 #endif
+}
+
+// The blocks that can read each other's shared memory; one block where the device has no clusters.
+class Cluster {
+ public:
+#if defined(FUSEDKL_ON_CPU)
+  int size() const { return shim::cluster_size(); }
+  int rank() const { return shim::cluster_rank(); }
+  void sync() const { shim::barrier(-1, true); }
+  template <class T>
+  const T* peer(T* own, int rank) const {
+    return shim::peer(own, rank);
+  }
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  FUSEDKL_DEVICE int size() const { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+  FUSEDKL_DEVICE int rank() const { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+  FUSEDKL_DEVICE void sync() const { cooperative_groups::this_cluster().sync(); }
+  template <class T>
+  FUSEDKL_DEVICE const T* peer(T* own, int rank) const {
+    return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+  }
+#else
+  FUSEDKL_DEVICE int size() const { return 1; }
+  FUSEDKL_DEVICE int rank() const { return 0; }
+  FUSEDKL_DEVICE void sync() const { __syncthreads(); }
+  template <class T>
+  FUSEDKL_DEVICE const T* peer(T* own, int) const {
+    return own;
+  }
+#endif
+};
+
+// 16 bytes from global to shared memory, there after wait_for_copies() and a barrier
+FUSEDKL_DEVICE void copy_async(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+FUSEDKL_DEVICE void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 FUSEDKL_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }

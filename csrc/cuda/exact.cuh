@@ -44,7 +44,8 @@ FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DT
   max_y = block_max(max_y, room);
   if (block_max(invalid, room) != 0) return nan_state();
   leader = block_max(leader, room);  // the first token with a finite difference
-  const double origin = leader > -n ? load_any(x, dx, static_cast<int64_t>(-leader)) - load_any(y, dy, static_cast<int64_t>(-leader)) : 0;
+  const double origin =
+      leader > -n ? load_any(x, dx, static_cast<int64_t>(-leader)) - load_any(y, dy, static_cast<int64_t>(-leader)) : 0;
 
   EntropySums ex, ey;
   double mean = 0;
@@ -86,10 +87,20 @@ FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DT
   return s;
 }
 
+// The numbers of a row that need its state alone.
+template <class Put>
+FUSEDKL_DEVICE void put_numbers(const ValueRows& at, const RowState& s, const Put& put) {
+  if (at.forward_kl >= 0) put(at.forward_kl, s.forward_kl);
+  if (at.reverse_kl >= 0) put(at.reverse_kl, s.reverse_kl);
+  if (at.entropy >= 0) put(at.entropy, s.entropy);
+  if (at.ref_entropy >= 0) put(at.ref_entropy, s.reference_entropy);
+  if (at.logsumexp >= 0) put(at.logsumexp, s.policy_max + s.policy_log_sum);
+  if (at.ref_logsumexp >= 0) put(at.ref_logsumexp, s.reference_max + s.reference_log_sum);
+}
+
 FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState& s, bool counted) {
   const Inputs& in = a.in;
   auto put = [&](int64_t row, double v) {
-    if (row < 0) return;
     if (a.f64) static_cast<double*>(a.values)[row * in.rows + r] = v;
     else static_cast<float*>(a.values)[row * in.rows + r] = static_cast<float>(v);
   };
@@ -98,14 +109,7 @@ FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState&
     for (int64_t i = first; i < a.row_count; i += step) put(i, 0);
     return;
   }
-  if (first == 0) {
-    put(a.at.forward_kl, s.forward_kl);
-    put(a.at.reverse_kl, s.reverse_kl);
-    put(a.at.entropy, s.entropy);
-    put(a.at.ref_entropy, s.reference_entropy);
-    put(a.at.logsumexp, s.policy_max + s.policy_log_sum);
-    put(a.at.ref_logsumexp, s.reference_max + s.reference_log_sum);
-  }
+  if (first == 0) put_numbers(a.at, s, put);
   const double inv_t = in.inv_t(r);
   for (int64_t k = first; k < a.ids_per_row; k += step) {
     const int64_t id = a.ids[r * a.ids_per_row + k];
@@ -114,36 +118,9 @@ FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState&
     if (a.at.logprob >= 0)
       put(a.at.logprob + k, here ? (load_any(in.x.row(r), in.dx, id) * inv_t - s.policy_max) - s.policy_log_sum : outside);
     if (a.at.ref_logprob >= 0)
-      put(a.at.ref_logprob + k, here ? (load_any(in.y.row(r), in.dy, id) * inv_t - s.reference_max) - s.reference_log_sum : outside);
+      put(a.at.ref_logprob + k,
+          here ? (load_any(in.y.row(r), in.dy, id) * inv_t - s.reference_max) - s.reference_log_sum : outside);
   }
-}
-
-static __global__ void __launch_bounds__(kFinishThreads, 2) finish_kernel(FinishArgs a) {
-  __shared__ double room[kFinishWarps];
-  __shared__ __align__(8) unsigned char result[sizeof(RowState)];
-  const Inputs& in = a.in;
-  const int64_t r = blockIdx.x;
-  const bool counted = in.counted(r);
-  RowState* const parts = a.parts + r * in.cut.count;
-  for (int i = 0; i < in.cut.count && counted; i++) {
-    if (!a.f64 && !is_left_to_exact(parts[i])) continue;
-    const RowState s = exact_segment(in.x.row(r) + in.begin(i) * bytes_of(in.dx), in.dx,
-                                     in.y.row(r) + in.begin(i) * bytes_of(in.dy), in.dy, in.length_of(i), in.inv_t(r), room);
-    __syncthreads();  // everyone has seen that this segment was left
-    if (threadIdx.x == 0) parts[i] = s;
-  }
-  RowState& s = *reinterpret_cast<RowState*>(result);
-  if (threadIdx.x == 0) {
-    s = RowState{};
-    if (counted) {
-      s = merge(parts, in.cut.count, in.inv_t(r));
-      // a row without any mass is no distribution
-      if (s.policy_log_sum == -INFINITY || s.reference_log_sum == -INFINITY) s = nan_state();
-    }
-    a.state[r] = s;
-  }
-  __syncthreads();
-  write_values(a, r, s, counted);
 }
 
 }  // namespace gpu

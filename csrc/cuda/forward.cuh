@@ -7,22 +7,24 @@ namespace fusedkl {
 namespace gpu {
 
 constexpr int kForwardWarps = 4, kForwardThreads = kForwardWarps * kWarp;
-constexpr int kSlots = 16;  // stretches of a warp; a segment that needs more is left to the exact kernel
-constexpr float kJump = 4.f;                   // nats by which a token may exceed the anchor's exponent
+constexpr int kSlots = 16;    // stretches of a warp; a segment that needs more is left to the exact kernel
+constexpr float kJump = 4.f;  // nats by which a token may exceed the anchor's exponent
 
-// What the registers of a sweep allow; 48 KiB of loads in flight per multiprocessor at 6.
+// What the registers of a sweep allow; 40 KiB of loads in flight per multiprocessor at 5.
 template <int MODE>
-constexpr int kBlocksPerSm = MODE < kEntropy ? 6 : 5;
+constexpr int kBlocksPerSm = MODE < kEntropy ? 5 : 4;
 
-// One warp's pass over its share of a segment.
-template <int MODE, DType X, DType Y, bool SHIFTED>
+// Four warps work on a segment together; a block is one such team, or several.
+FUSEDKL_DEVICE int team_thread() { return static_cast<int>(threadIdx.x) % kForwardThreads; }
+
+// One warp's pass over its share of a segment, which it has in common with the other warps of its team.
+template <int MODE, DType X, DType Y, class View>
 class WarpSweep {
  public:
   static constexpr int kVectors = kExactDifference<X, Y> ? 1 : 2;  // chunks per lane and tile
   static constexpr bool kTops = (MODE & (kEntropy | kReferenceEntropy)) != 0;
 
-  FUSEDKL_DEVICE WarpSweep(const SegmentView<X, Y, SHIFTED>& view, const Temperature& t, Stretch* slots)
-      : view_(view), t_(t), slots_(slots) {}
+  FUSEDKL_DEVICE WarpSweep(const View& view, const Temperature& t, Stretch* slots) : view_(view), t_(t), slots_(slots) {}
 
   // Twice where tokens are absent from both rows: the hot loop has no test for them, and its sums are NaN then.
   FUSEDKL_DEVICE void run() {
@@ -46,7 +48,7 @@ class WarpSweep {
  private:
   FUSEDKL_DEVICE int tiles() {
     int base = 0;
-    const int lane = static_cast<int>(threadIdx.x);
+    const int lane = team_thread();
 #pragma unroll 1
     for (; base + kForwardThreads * kVectors <= view_.chunks; base += kForwardThreads * kVectors) {
       Chunk<X> cx[kVectors];
@@ -80,7 +82,7 @@ class WarpSweep {
 
   // What the tiles left, and the ragged ends: with every token checked.
   FUSEDKL_DEVICE void rest(int base) {
-    const int lane = static_cast<int>(threadIdx.x), first = warp_id() * kWarp;
+    const int lane = team_thread(), first = lane / kWarp * kWarp;
 #pragma unroll 1
     for (bool ragged = false;; base += kForwardThreads) {
       if (base + first >= view_.chunks) {
@@ -160,7 +162,7 @@ class WarpSweep {
     used_++;
   }
 
-  const SegmentView<X, Y, SHIFTED>& view_;
+  const View& view_;
   const Temperature& t_;
   Stretch* const slots_;
   Anchor anchor_;
@@ -177,7 +179,8 @@ FUSEDKL_DEVICE Part gather_stretches(const Stretch* slots, const int* used, cons
   Part all = no_part();
 #pragma unroll 1
   for (int first = 0;; first += kTaken) {
-    Part p = slot < kTaken && first + slot < count ? part_of<MODE>(slots[lane_id() / kLanes * kSlots + first + slot], t) : no_part();
+    Part p =
+        slot < kTaken && first + slot < count ? part_of<MODE>(slots[lane_id() / kLanes * kSlots + first + slot], t) : no_part();
     if (lane_id() == kWarp - 1) p = all;
     all = gather<MODE>(p, t);
     if (!__any_sync(kAllLanes, first + kTaken < count)) return all;
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kForwardThreads, kBlocksPerSm<MODE>) forward_k
   const Temperature t(in.inv_t(row));
   const SegmentView<X, Y, SHIFTED> view(in.x.row(row) + in.begin(segment) * kSizeOf<X>,
                                         in.y.row(row) + in.begin(segment) * kSizeOf<Y>, in.length_of(segment));
-  WarpSweep<MODE, X, Y, SHIFTED> sweep(view, t, slots + warp_id() * kSlots);
+  WarpSweep<MODE, X, Y, SegmentView<X, Y, SHIFTED>> sweep(view, t, slots + warp_id() * kSlots);
   sweep.run();
   if (lane_id() == 0) used[warp_id()] = sweep.bad() ? -1 : sweep.used();
   __syncthreads();
@@ -204,7 +207,7 @@ __global__ void __launch_bounds__(kForwardThreads, kBlocksPerSm<MODE>) forward_k
   bool bad = !(t.inverse < 2e3 && t.inverse > 5e-4);  // powers of 1/T in the coefficients would leave fp32
   for (int w = 0; w < kForwardWarps; w++) bad |= used[w] < 0;
   const RowState state = bad ? left_to_exact() : state_of<MODE, X, Y>(gather_stretches<MODE>(slots, used, t), t);
-  if (lane_id() == 0) args.parts[row * in.cut.count + segment] = state;
+  if (lane_id() == 0) args.parts[blockIdx.x] = state;  // not from row and segment: they would live through the sweep
 }
 
 // The smallest set of sums that has all that was asked for. Mixed dtypes know one set: fewer kernels to build.

@@ -40,7 +40,7 @@ FUSEDKL_DEVICE F2 forward_pair(const GradientFrame& f, F2 x, F2 y) {
   }
   series = q * (v * fma2(series, v, both(i1)));
   const F2 apart = fma2(p, both(f.p.weight * f.forward), both(0.f) - q);
-  return choose_near(v, (kFine ? 0.5f : 0x1p-6f) / f.inv_t, series, apart);
+  return choose_near(v, (kFine ? 0.5f : 0x1p-6f) * f.t, series, apart);
 }
 
 FUSEDKL_DEVICE float bounded(float v) { return v != v ? v : fminf(fmaxf(v, -FLT_MAX), FLT_MAX); }
@@ -69,8 +69,8 @@ FUSEDKL_DEVICE void general_token(const GradientFrame& f, float x, float y, floa
 }
 
 // Calls body(x, y, first element, how many) for the chunks and the ragged elements of a view.
-template <DType X, DType Y, bool SHIFTED, class Body>
-FUSEDKL_DEVICE void for_each_chunk(const SegmentView<X, Y, SHIFTED>& view, const Body& body) {
+template <DType X, DType Y, class View, class Body>
+FUSEDKL_DEVICE void for_each_chunk(const View& view, const Body& body) {
   const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
 #pragma unroll 1
   for (int i = first; i < view.chunks; i += step) body(view.policy(i), view.reference(i), view.head + i * kChunk, kChunk);
@@ -105,9 +105,34 @@ FUSEDKL_DEVICE void store_chunk(char* base, int at, const Chunk<D>& c, int count
   }
 }
 
+// The sweep itself; PLAIN: the policy's gradient of forward KL alone.
+template <bool PLAIN, DType X, DType Y, class View>
+FUSEDKL_DEVICE void write_gradients(const GradientFrame& f, const View& view, char* gx, char* gy) {
+  for_each_chunk<X, Y>(view, [&](const Chunk<X>& cx, const Chunk<Y>& cy, int at, int count) {
+    Chunk<X> ox;
+    Chunk<Y> oy;
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; i++) {
+      const F2 x = pair_of(cx, i), y = pair_of(cy, i);
+      if constexpr (PLAIN) {
+        set_pair(ox, i, forward_pair<X, Y>(f, x, y));
+      } else {
+        F2 vx, vy;
+        general_token<X, Y>(f, x.x, y.x, vx.x, vy.x);
+        general_token<X, Y>(f, x.y, y.y, vx.y, vy.y);
+        set_pair(ox, i, vx);
+        set_pair(oy, i, vy);
+      }
+    }
+    if (PLAIN || gx) store_chunk<X>(gx, at, ox, count);
+    if (!PLAIN && gy) store_chunk<Y>(gy, at, oy, count);
+  });
+}
+
 // [begin, end) of a row's gradient set to one number
 FUSEDKL_DEVICE void fill(char* row, DType d, int64_t begin, int64_t end, float v) {
-  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x); i < end; i += static_cast<int64_t>(blockDim.x)) store_any(row, d, i, v);
+  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x); i < end; i += static_cast<int64_t>(blockDim.x))
+    store_any(row, d, i, v);
 }
 
 // PLAIN: the policy's gradient of forward KL alone. Blocks share a row; what a block reads it reads before it writes there.
@@ -131,25 +156,7 @@ __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kern
   const GradientFrame f = frame;
   const SegmentView<X, Y, SHIFTED> view(a.in.x.row(r) + begin * kSizeOf<X>, a.in.y.row(r) + begin * kSizeOf<Y>,
                                         static_cast<int>(end - begin));
-  for_each_chunk<X, Y, SHIFTED>(view, [&](const Chunk<X>& cx, const Chunk<Y>& cy, int at, int count) {
-    Chunk<X> ox;
-    Chunk<Y> oy;
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; i++) {
-      const F2 x = pair_of(cx, i), y = pair_of(cy, i);
-      if constexpr (PLAIN) {
-        set_pair(ox, i, forward_pair<X, Y>(f, x, y));
-      } else {
-        F2 vx, vy;
-        general_token<X, Y>(f, x.x, y.x, vx.x, vy.x);
-        general_token<X, Y>(f, x.y, y.y, vx.y, vy.y);
-        set_pair(ox, i, vx);
-        set_pair(oy, i, vy);
-      }
-    }
-    if (PLAIN || sweep_x) store_chunk<X>(gx + begin * kSizeOf<X>, at, ox, count);
-    if (!PLAIN && sweep_y) store_chunk<Y>(gy + begin * kSizeOf<Y>, at, oy, count);
-  });
+  write_gradients<PLAIN, X, Y>(f, view, sweep_x ? gx + begin * kSizeOf<X> : nullptr, sweep_y ? gy + begin * kSizeOf<Y> : nullptr);
   if (PLAIN || a.at.logprob < 0 || !sweep_x) return;
   __syncthreads();
   const int64_t* const ids = a.ids + r * a.ids_per_row;

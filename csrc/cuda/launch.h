@@ -42,7 +42,7 @@ struct GradientFrame {
   };
   int fate;  // see gradient.cuh
   bool policy, reference;
-  float slope, inv_t;
+  float slope, inv_t, t;
   Weigh p, q;
   TwoFloats ratio;                           // T D: l = ((x - y) - ratio)/T
   TwoFloats above_p, above_q;                // means of x - y: T (l - R) = (x - y) - above_p, T (l + F) = (x - y) - above_q
@@ -53,7 +53,7 @@ struct GradientFrame {
 
 struct GradientArgs {
   Inputs in;
-  RowLayout gx, gy;         // without data where not wanted
+  RowLayout gx, gy;          // without data where not wanted
   int64_t total_x, total_y;  // their lengths; beyond `in.length` they are 0
   const RowState* state;
   const void* grad;  // of the values, float or double
@@ -64,6 +64,27 @@ struct GradientArgs {
   int64_t ids_per_row;
   struct GradientFrame* frames;  // [rows], filled by the first launch for the second
   double* tokens;                // [rows, ids_per_row] likewise
+  const bool* done;              // rows whose gradient is written already; may be null
+};
+
+// Value and gradient in one launch; see cluster.cuh.
+struct ClusterArgs {
+  Inputs in;
+  GradientArgs gradient;
+  RowState* parts;  // [rows]
+  bool* done;       // [rows]
+  int blocks;       // of a cluster
+  int slice;        // elements of a row in each
+};
+
+struct MergeArgs {
+  const RowState* parts;   // [count, rows]
+  RowState *room, *state;  // [rows, count], [rows]
+  int64_t count, rows;
+  double* values;
+  ValueRows at;
+  const double* inv_temperature;
+  bool per_row_temperature, with_reference;
 };
 
 struct LogSoftmaxArgs {
@@ -98,6 +119,11 @@ bool launch_prepare(const GradientArgs& args, Stream stream);
 template <DType X, DType Y>
 bool launch_gradient(const GradientArgs& args, bool plain, bool shifted, Stream stream);
 
+// The blocks of a cluster and the slice of each for rows of this length; 0 blocks where this device cannot hold them on chip.
+ClusterArgs cluster_for(int64_t length, int64_t bytes_per_pair);
+template <DType D>
+bool launch_cluster(const ClusterArgs& args, bool plain, Stream stream);
+bool launch_merge(const MergeArgs& args, Stream stream);
 bool launch_log_softmax(const LogSoftmaxArgs& args, Stream stream);
 bool launch_log_softmax_backward(const LogSoftmaxArgs& args, Stream stream);
 bool launch_ordered_sum(const SumArgs& args, Stream stream);
@@ -105,15 +131,29 @@ bool launch_scale(const ScaleArgs& args, Stream stream);
 
 #if defined(FUSEDKL_DEVICE)  // after device.cuh
 template <class Args>
-bool launch(void (*kernel)(Args), int64_t blocks, int threads, Stream stream, const Args& args, size_t shared_bytes = 0) {
+bool launch(void (*kernel)(Args), int64_t blocks, int threads, Stream stream, const Args& args, size_t shared_bytes = 0,
+            int cluster = 1) {
   if (blocks == 0) return true;
 #if defined(FUSEDKL_ON_CPU)
   (void)stream;
-  shim::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, 1, args);
+  shim::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, cluster, args);
   return true;
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
-  return cudaPeekAtLastError() == cudaSuccess;
+  if (shared_bytes > 48 * 1024 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
+    return false;
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = static_cast<unsigned>(cluster);
+  shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess;
 #endif
 }
 #endif

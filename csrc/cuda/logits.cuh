@@ -122,7 +122,8 @@ FUSEDKL_DEVICE float max_of(const Chunk<D> (&c)[N]) {
 // One segment of a row, or of a pair of rows: a few ragged elements at its ends, chunks of 8 in between.
 // The policy's chunks lie on 16 bytes. The reference's do if both rows are misaligned alike; else (SHIFTED) its vectors are put
 // together from two aligned ones. No load leaves the segment.
-template <DType X, DType Y, bool SHIFTED>
+// SHARED: the segment is a copy in shared memory, at the same alignment.
+template <DType X, DType Y, bool SHIFTED, bool SHARED = false>
 struct SegmentView {
   const char *x, *y;  // first element
   int length;
@@ -156,7 +157,7 @@ struct SegmentView {
     const uint4* const v = reinterpret_cast<const uint4*>(x + head * kSizeOf<X>) + static_cast<int64_t>(i) * (kWordsOf<X> / 4);
 #pragma unroll
     for (int j = 0; j < kWordsOf<X> / 4; j++) {
-      const uint4 a = __ldcs(v + j);
+      const uint4 a = SHARED ? v[j] : __ldcs(v + j);
       memcpy(&c.word[4 * j], &a, 16);
     }
     return c;
@@ -169,7 +170,7 @@ struct SegmentView {
     if constexpr (!SHIFTED) {
 #pragma unroll
       for (int j = 0; j < kWordsOf<Y> / 4; j++) {
-        const uint4 a = __ldcs(v + j);
+        const uint4 a = SHARED ? v[j] : __ldcs(v + j);
         memcpy(&c.word[4 * j], &a, 16);
       }
     } else {

@@ -5,8 +5,8 @@
 namespace fusedkl {
 namespace gpu {
 
-#define FUSEDKL_PAIR(X, Y)                                                                      \
-  template bool launch_forward<DType::X, DType::Y>(const ForwardArgs&, int, bool, Stream);      \
+#define FUSEDKL_PAIR(X, Y)                                                                 \
+  template bool launch_forward<DType::X, DType::Y>(const ForwardArgs&, int, bool, Stream); \
   template bool launch_gradient<DType::X, DType::Y>(const GradientArgs&, bool, bool, Stream);
 FUSEDKL_PAIR(bf16, f16)
 FUSEDKL_PAIR(bf16, f32)

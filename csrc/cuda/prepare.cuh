@@ -13,7 +13,7 @@ struct RowPlan {
   int fate;
   bool policy, reference;  // else the gradient is zero, and the row not read for it
   bool refine;
-  double mean_p, mean_q;
+  double mean_p, mean_q;  // means of (x - y) - centre under p and q
 };
 
 // Logits, divergences or a temperature that fp32 arithmetic has no room for.
@@ -29,9 +29,8 @@ FUSEDKL_DEVICE double grad_at(const GradientArgs& a, int64_t field, int64_t r) {
   return a.grad_f64 ? static_cast<const double*>(a.grad)[i] : static_cast<const float*>(a.grad)[i];
 }
 
-FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r) {
+FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState& s) {
   RowPlan plan{};
-  const RowState& s = a.state[r];
   const double inv_t = a.in.inv_t(r);
   double logprobs = 0;
   bool token = false;
@@ -51,10 +50,12 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r) {
   plan.fate = wide ? kExact : s.policy_log_sum != s.policy_log_sum ? kInvalid : beyond_float(s, inv_t) ? kExact : kSweep;
   // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
   const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
-  plan.mean_p = s.centre + (s.residual + R) * t;
-  plan.mean_q = s.centre + (s.residual - F) * t;
-  // where the differences lie close together far from 0, l - R and l + F must be right to their spread
-  plan.refine = plan.fate == kSweep && (plan.g.reverse != 0 || plan.g.ref_forward != 0) && F + R > 0.02;
+  plan.mean_p = (s.residual + R) * t;
+  plan.mean_q = (s.residual - F) * t;
+  // where the differences lie close together far from 0, l - R and l + F must be right to their spread; the mean over a slice
+  // would be another mean
+  plan.refine = s.whole != 0 && plan.fate == kSweep && F + R > 0.02 &&
+                ((plan.policy && plan.g.reverse != 0) || (plan.reference && plan.g.ref_forward != 0));
   return plan;
 }
 
@@ -66,14 +67,16 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
   f.reference = plan.reference;
   f.slope = static_cast<float>(kLog2e * inverse);
   f.inv_t = static_cast<float>(inverse);
+  f.t = static_cast<float>(t);
   auto weigh = [&](double max, double log_sum) {
     const double exponent = max * t * f.slope;
     const float shift = static_cast<float>(exponent);
     return GradientFrame::Weigh{shift, static_cast<float>(exp2(shift - exponent) * exp(-log_sum))};
   };
-  auto split = [](double v) {
-    const float high = static_cast<float>(v);
-    return GradientFrame::TwoFloats{high, is_finite(v) ? static_cast<float>(v - high) : 0.f};
+  // of a number in two parts: where it is nearly the top token's own difference, one double has too few digits
+  auto split = [](double base, double rest) {
+    const float high = static_cast<float>(base + rest);
+    return GradientFrame::TwoFloats{high, is_finite(base + rest) ? static_cast<float>((base - high) + rest) : 0.f};
   };
   auto log_of = [&](double max, double log_sum, float& about, float& rest) {
     about = static_cast<float>(max * t);
@@ -81,9 +84,9 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
   };
   f.p = weigh(s.policy_max, s.policy_log_sum);
   f.q = weigh(s.reference_max, s.reference_log_sum);
-  f.ratio = split(s.centre + s.residual * t);
-  f.above_p = split(plan.mean_p);
-  f.above_q = split(plan.mean_q);
+  f.ratio = split(s.centre, s.residual * t);
+  f.above_p = split(s.centre, plan.mean_p);
+  f.above_q = split(s.centre, plan.mean_q);
   log_of(s.policy_max, s.policy_log_sum, f.max_x, f.log_sum_x);
   log_of(s.reference_max, s.reference_log_sum, f.max_y, f.log_sum_y);
   f.entropy = static_cast<float>(s.entropy);
@@ -100,6 +103,7 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
 // Means of x - y under p and q, measured once more about what the state has.
 FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan, const GradientFrame& f, double* room) {
   const char *const x = a.in.x.row(r), *const y = a.in.y.row(r);
+  const double centre = a.state[r].centre;
   float weight_p = 0, weight_q = 0, moment_p = 0, moment_q = 0;
   for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
     const double u = load_any(x, a.in.dx, i), v = load_any(y, a.in.dy, i);
@@ -108,8 +112,8 @@ FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan
     const float q = exp2_fast(fmaf(static_cast<float>(v), f.slope, -f.q.shift));
     weight_p += p;
     weight_q += q;
-    moment_p = fmaf(p, static_cast<float>((u - v) - plan.mean_p), moment_p);
-    moment_q = fmaf(q, static_cast<float>((u - v) - plan.mean_q), moment_q);
+    moment_p = fmaf(p, static_cast<float>(((u - v) - centre) - plan.mean_p), moment_p);
+    moment_q = fmaf(q, static_cast<float>(((u - v) - centre) - plan.mean_q), moment_q);
   }
   const double p = block_sum(weight_p, room), q = block_sum(weight_q, room);
   const double shift_p = block_sum(moment_p, room), shift_q = block_sum(moment_q, room);
@@ -154,21 +158,6 @@ FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, i
     const double v = a.tokens[r * a.ids_per_row + k];
     if (v == v) store_any(gx, a.in.dx, a.ids[r * a.ids_per_row + k], v);
   }
-}
-
-static __global__ void __launch_bounds__(kFinishThreads, 2) prepare_kernel(GradientArgs a) {
-  __shared__ double room[kFinishWarps];
-  const int64_t r = blockIdx.x;
-  RowPlan plan = plan_of(a, r);
-  const double inv_t = a.in.inv_t(r);
-  if (plan.refine) refine_means(a, r, plan, frame_of(plan, a.state[r], inv_t), room);
-  if (a.at.logprob >= 0)
-    for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x))
-      a.tokens[r * a.ids_per_row + k] = token_gradient(a, plan, r, k);
-  if (threadIdx.x == 0) a.frames[r] = frame_of(plan, a.state[r], inv_t);
-  if (plan.fate != kExact) return;
-  __syncthreads();  // the tokens are read, and written by other threads
-  exact_gradient(a, plan, r);
 }
 
 }  // namespace gpu

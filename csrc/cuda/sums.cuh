@@ -14,8 +14,12 @@ namespace gpu {
 struct Temperature {
   double inverse;
   float inv_t, slope;
+  float near;  // |x - y - centre| up to which the polynomial holds: T/2
   FUSEDKL_DEVICE explicit Temperature(double inv)
-      : inverse(inv), inv_t(static_cast<float>(inv)), slope(static_cast<float>(kLog2e * inv)) {}
+      : inverse(inv),
+        inv_t(static_cast<float>(inv)),
+        slope(static_cast<float>(kLog2e * inv)),
+        near(0.5f / static_cast<float>(inv)) {}
 };
 
 // Per lane, two tokens side by side. With kEntropy, policy excludes the tokens equal to the largest one, and policy_log is
@@ -27,9 +31,9 @@ struct LaneSums {
 
 // The same in all lanes.
 struct Anchor {
-  float exponent = -INFINITY;     // in powers of 2
-  float centre = 0, fine = 0;     // of x - y, in two floats (one for 16-bit logits)
-  float policy_top = -INFINITY;   // largest logits so far; only where an entropy wants them
+  float exponent = -INFINITY;    // in powers of 2
+  float centre = 0, fine = 0;    // of x - y, in two floats (one for 16-bit logits)
+  float policy_top = -INFINITY;  // largest logits so far; only where an entropy wants them
   float reference_top = -INFINITY;
 };
 
@@ -53,7 +57,7 @@ constexpr float kSeries = kPoly4[J];
 // Constants of a warp's tiles, splatted. The temperature is in the coefficients: g(u) = v^2 sum_j (c_j / T^(j+2)) v^j.
 struct TileFrame {
   F2 slope, minus_exponent, centre, fine, inv_t, coefficient[5];
-  float near;  // |v| up to which the polynomial holds: T/2
+  float near;
 
   FUSEDKL_DEVICE TileFrame(const Temperature& t, const Anchor& anchor) {
     slope = both(t.slope);
@@ -67,7 +71,7 @@ struct TileFrame {
     coefficient[2] = both(kSeries<2> * i4);
     coefficient[3] = both(kSeries<3> * (i4 * i1));
     coefficient[4] = both(kSeries<4> * (i4 * i2));
-    near = 0.5f / t.inv_t;
+    near = t.near;
   }
 };
 

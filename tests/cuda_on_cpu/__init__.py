@@ -31,23 +31,35 @@ OPERATOR_SOURCES = ("bf16.cu", "f16.cu", "f32.cu", "mixed.cu", "rows.cu", "ops.c
 
 # Vectors are read through pointers of another type, as devices allow and C++ does not.
 FLAGS = (
-    "-std=c++20 -g1 -fno-strict-aliasing -ffp-contract=off -pthread -DFUSEDKL_ON_CPU "
-    "-Wall -Werror -Wno-unknown-pragmas"
-).split()
+    *("-std=c++20", "-g1", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFUSEDKL_ON_CPU"),
+)
+
+
+def _homes() -> list[Path]:
+    """Where a CUDA toolkit may be: as the environment says, on the path, or the PyPI packages."""
+    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    found = shutil.which("nvcc")
+    on_path = [Path(found).resolve().parents[1]] if found else []
+    packages = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
+    return [*named, *on_path, Path("/usr/local/cuda"), packages]
+
+
+def _first(*files: str) -> Path:
+    for home in _homes():
+        if all((home / file).is_file() for file in files):
+            return home
+    pytest.skip("no CUDA toolkit: install one, or the packages of `make cuda-tools`")
 
 
 def cuda_include() -> Path:
-    """The folder of CUDA's headers: of the toolkit, or of the packages on PyPI."""
-    nvcc = shutil.which("nvcc")
-    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
-    candidates += [Path("/usr/local/cuda")]
-    candidates += [Path(torch.__file__).parents[1] / "nvidia" / "cu13"]
-    for home in candidates:
-        include = home / "include"
-        if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
-            return include
-    pytest.skip("no CUDA headers: install the CUDA toolkit, or the packages of `make cuda-tools`")
+    """The folder of CUDA's headers."""
+    return _first("include/cuda_bf16.h", "include/crt/host_defines.h") / "include"
+
+
+def nvcc() -> Path:
+    """The compiler."""
+    return _first("bin/nvcc") / "bin" / "nvcc"
 
 
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
@@ -63,7 +75,7 @@ def run(command: Sequence[str | Path], **options: object) -> subprocess.Complete
     return done
 
 
-def _digest(csrc: Path, flags: Sequence[str]) -> str:
+def digest(csrc: Path, flags: Sequence[str]) -> str:
     digest = hashlib.sha256(" ".join([*flags, torch.__version__]).encode())
     for folder in (csrc / "cuda", csrc / "cpu", csrc, HERE):
         for file in sorted(folder.glob("*.*")):
@@ -78,7 +90,7 @@ def build(
     """Compiles what has changed; returns the library or program."""
     include = ["-isystem", str(cuda_include()), f"-I{HERE}", f"-I{csrc}"]
     everything = [*FLAGS, *flags, *include]
-    folder = ROOT / "build" / NAME / _digest(csrc, [*everything, *map(str, sources)])
+    folder = ROOT / "build" / NAME / digest(csrc, [*everything, *map(str, sources)])
     target = folder / output
     if target.is_file():
         return target
@@ -119,7 +131,9 @@ def operators() -> SimpleNamespace:
 @contextlib.contextmanager
 def registered() -> Iterator[str]:
     """The kernels as a backend of the public functions, by its name, while this lasts."""
-    BACKENDS[NAME] = Backend(NAME, "CUDA kernels on the CPU", lambda device: None, operators())
+    BACKENDS[NAME] = Backend(
+        NAME, "CUDA on the CPU", lambda device: None, operators(), gradient_ahead=True
+    )
     try:
         yield NAME
     finally:

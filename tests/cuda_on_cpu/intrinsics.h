@@ -32,3 +32,18 @@ template <class T>
 inline void __stcs(T* p, T v) {
   *p = v;
 }
+
+// A copy lands at the wait and not before: without one, what is read is NaN.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  auto& groups = shim::self().copies;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from, bytes});
+}
+inline void __pipeline_commit() { shim::self().copies.emplace_back(); }
+inline void __pipeline_wait_prior(size_t left) {
+  auto& groups = shim::self().copies;
+  while (groups.size() > left + 1) {
+    for (const shim::Copy& c : groups.front()) std::memcpy(c.to, c.from, c.bytes);
+    groups.erase(groups.begin());
+  }
+}

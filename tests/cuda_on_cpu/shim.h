@@ -262,6 +262,19 @@ SHIM_UNCHECKED inline void run(Block& b) {
   if (b.cluster) b.cluster->wait();
 }
 
+inline int cluster_size() { return block->cluster ? static_cast<int>(block->cluster->blocks.size()) : 1; }
+inline int cluster_rank() { return static_cast<int>(block->rank); }
+// Dynamic shared memory of another block of the cluster.
+template <class T>
+inline T* peer(T* own, int rank) {
+  if (rank < 0 || rank >= cluster_size()) fail("no block of this rank in the cluster", rank);
+  if (!block->cluster) return own;
+  if (rank != cluster_rank()) block->peer_used_at = block->cluster_barriers + 1;
+  const std::ptrdiff_t offset = reinterpret_cast<char*>(own) - block->dynamic.data();
+  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(block->dynamic.size())) fail("not dynamic shared memory", rank);
+  return reinterpret_cast<T*>(block->cluster->blocks[static_cast<size_t>(rank)]->dynamic.data() + offset);
+}
+
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block->dynamic.data()); }
 
 template <class Args>

@@ -1,0 +1,35 @@
+"""The compiled CUDA kernels, a library of their own that a PyTorch without CUDA never loads."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _library
+from ._library import OPERATORS
+
+
+def _load() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    found = _library.find("_C_cuda")
+    if found is None:
+        return (
+            "the compiled library fusedkl/_C_cuda is not there: it is built where a GPU and nvcc "
+            "are found, or with FUSEDKL_BUILD_CUDA=1"
+        )
+    reason = _library.load(found)
+    if reason is not None:
+        return reason
+    absent = [name for name in OPERATORS if not _library.has_kernel(f"_{name}", "CUDA")]
+    return f"the compiled library has no CUDA kernel for {', '.join(absent)}" if absent else None
+
+
+# Asked once: the choice of a backend is traced by torch.compile, loading a library is not.
+_MISSING = _load()
+
+
+def why_not(device: torch.device | None) -> str | None:
+    """None if the CUDA kernels can be used (on this device), else the reason in words."""
+    if _MISSING is None and device is not None and device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    return _MISSING
