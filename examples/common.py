@@ -165,12 +165,17 @@ def answers(logits: Tensor, tokens: int) -> Tensor:
 
 
 def arguments(
-    description: str | None, argv: list[str] | None, *, steps: int, model: bool = True
+    description: str | None,
+    argv: list[str] | None,
+    *,
+    steps: int,
+    model: bool = True,
+    models: tuple[str, ...] = ("tiny", "smollm2"),
 ) -> argparse.Namespace:
     """The options that all recipes have."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     if model:
-        parser.add_argument("--model", choices=("tiny", "smollm2"), default="smollm2")
+        parser.add_argument("--model", choices=models, default="smollm2")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
