@@ -130,3 +130,25 @@ def test_a_leaf_shares_its_memory_with_its_inplace_gradient() -> None:
 
     assert peak(run) < SMALL
     assert leaf.grad is not None and leaf.grad.data_ptr() == leaf.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_sparse_teacher_allocates_numbers_per_token_and_the_gradient(dtype: torch.dtype) -> None:
+    policy, reference, options = inputs(dtype)
+    policy.requires_grad_()
+    log_q, ids = reference.float().log_softmax(-1).topk(16, -1)
+    outcomes = 8 * log_q.shape[0] * log_q.shape[1] * 17  # one float64 for each
+
+    def loss() -> Tensor:
+        return fusedkl.topk_divergence(
+            policy, ids, log_q, mask=options["mask"], temperature=options["temperature"],
+            reduction="mean",
+        )  # fmt: skip
+
+    assert peak(loss) <= 16 * outcomes + SMALL
+    value = loss()
+    gradient = policy.numel() * policy.element_size()
+    assert peak(value.backward) <= 2 * gradient + 16 * outcomes  # and the slice's into the whole
+    plain = policy.detach().contiguous().requires_grad_()
+    value = fusedkl.topk_divergence(plain, ids, log_q, reduction="mean")
+    assert peak(value.backward) <= gradient + 16 * outcomes
