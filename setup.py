@@ -130,7 +130,7 @@ def native_build() -> dict[str, object]:
 
 
 setup(
-    packages=["fusedkl", "fusedkl.inductor", "fusedkl.kernels"],
+    packages=["fusedkl", "fusedkl.inductor", "fusedkl.integrations", "fusedkl.kernels"],
     package_dir={"fusedkl.kernels": "kernels"},
     **({} if NO_EXT else native_build()),
 )

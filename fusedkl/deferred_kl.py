@@ -15,14 +15,13 @@ from .backends import resolve
 from .deferred import SPECIAL, Plan, plan_of
 from .layout import rows
 
-__all__ = ["fused_kl_div", "softmax_of"]
+__all__ = ["SMALLEST", "fused_kl_div", "softmax_of"]
 
 # Below this many logits a fused call gains less than its fixed cost.
 SMALLEST = 1 << 14
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FIELDS = ("forward_kl",)
 
 
@@ -41,12 +40,9 @@ def _compiled(device: torch.device) -> bool:
 
 def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
     return (
-        type(x) in _PLAIN
-        and dim is not None
-        and not kl_div_ops.observed()  # before all that a tracer or a mode would record
-        and torch._C._len_torch_function_stack() == 0
+        dim is not None
+        and not kl_div_ops.observed()
         and dim in (-1, x.dim() - 1)
-        and x.numel() >= SMALLEST
         and x.dtype in _DTYPES
         # A narrower type rounds the logits first, and float64 asks for more than float32 logits
         # are read with.
@@ -59,8 +55,8 @@ def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
 
 
 def softmax_of(name: str, x: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor | None:
-    """log_softmax or softmax of x, deferred; None where torch's own must run."""
-    if torch.compiler.is_compiling() or not _deferrable(x, dim, dtype):
+    """log_softmax or softmax of a plain tensor, deferred; None where torch's own must run."""
+    if not _deferrable(x, dim, dtype):
         return None
     compute = _COMPUTE[name, dtype]
     device = x.device.type

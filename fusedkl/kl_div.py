@@ -33,9 +33,18 @@ _MEAN_WARNING = (
 )
 _REDUCTION = {"mean": 1, "sum": 2, "batchmean": 2}  # at::Reduction
 
+# Fewer elements than this are torch's; not 0 while patch() is active.
+_least = 0
+
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def fuse_from(elements: int) -> None:
+    """Leave `kl_div` of fewer elements to torch, so that small ones cost no more than before."""
+    global _least
+    _least = elements
 
 
 def _fusable(input: Tensor, target: Tensor) -> bool:
@@ -53,6 +62,7 @@ def _fusable(input: Tensor, target: Tensor) -> bool:
         and input.dtype == target.dtype
         and input.dtype in _DTYPES
         and not observed()  # before all that a tracer would warn of
+        and input.numel() >= _least
         and input.layout == torch.strided
         and target.layout == torch.strided
         and input.shape == target.shape

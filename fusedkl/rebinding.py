@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from .deferred_kl import softmax_of
-from .kl_div import kl_div
+from .deferred_kl import SMALLEST, softmax_of
+from .kl_div import fuse_from, kl_div
 
 _LOG_SOFTMAX, _SOFTMAX = torch.log_softmax, torch.softmax
 _TENSOR_LOG_SOFTMAX, _TENSOR_SOFTMAX = torch.Tensor.log_softmax, torch.Tensor.softmax
@@ -26,13 +26,14 @@ def enabled(on: bool) -> None:
     """Whether our functions, also those that some code kept, defer anything."""
     global _on
     _on = on
+    fuse_from(SMALLEST if on else 0)
 
 
 def _deferring(name: str, original: Any) -> Any:
     """`original`, or a deferred result where its arguments are (tensor, dim, dtype=None)."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if _on and not torch.compiler.is_compiling():
+        if _on and not torch.compiler.is_compiling() and _large(*args[:1]):
             found = _arguments(*args, **kwargs)
             deferred = None if found is None else softmax_of(name, *found)
             if deferred is not None:
@@ -43,6 +44,16 @@ def _deferring(name: str, original: Any) -> Any:
     function.__module__ = "torch"
     function.__doc__ = original.__doc__
     return function
+
+
+def _large(x: Any = None) -> bool:
+    return (
+        (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        # A tracer or a mode would record the look at the size.
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_function_stack() == 0
+        and x.numel() >= SMALLEST
+    )
 
 
 def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any] | None:

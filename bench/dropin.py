@@ -1,0 +1,265 @@
+"""What untouched code gains: patch() in eager code, fusedkl.inductor.enable() in compiled code.
+
+    python bench/dropin.py --out bench/results/dropin.json     # measures; a few minutes
+    python bench/dropin.py --table bench/results/dropin.json   # prints the tables of docs/dropin.md
+
+Ratios are plain / fused: times interleaved in one process on one thread and its CPU clock, peak
+memory of forward and backward above the inputs, each in a process of its own (memory.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import memory
+import timing
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedkl
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "examples" / "dropin"
+NAMES = ("distillation", "rlhf_penalty", "compiled", "from_import", "kldivloss", "hand_written")
+VOCABULARY = 151936
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _eager(dtype: torch.dtype | None, temperature: float | None) -> Loss:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if temperature is not None:
+            x, y = x / temperature, y / temperature
+        p, q = F.log_softmax(x, -1, dtype=dtype), F.softmax(y, -1, dtype=dtype)
+        value = F.kl_div(p, q, reduction="batchmean")
+        return value if temperature is None else value * temperature**2
+
+    return loss
+
+
+def _compiled(x: Tensor, y: Tensor) -> Tensor:
+    p, q = F.log_softmax(x.float(), -1), F.log_softmax(y.float(), -1)
+    return F.kl_div(p, q, reduction="batchmean", log_target=True)
+
+
+# name -> (loss, dtype of the logits, compiled)
+CASES: dict[str, tuple[Loss, torch.dtype, bool]] = {
+    "compiled, bf16": (_compiled, torch.bfloat16, True),
+    "patched, bf16, dtype=torch.float32": (_eager(torch.float32, None), torch.bfloat16, False),
+    "patched, fp32": (_eager(None, None), torch.float32, False),
+    "patched, bf16, dtype=torch.float32, / T": (_eager(torch.float32, 2), torch.bfloat16, False),
+    "patched, fp32, / T": (_eager(None, 2), torch.float32, False),
+}
+
+
+def _step(loss: Loss, x: Tensor, y: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(loss(x, y), x)
+
+
+def _pair(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, rows, VOCABULARY).to(dtype)
+    return x.clone().requires_grad_(), y.clone()
+
+
+def _variants(name: str, x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
+    """The plain and the fused step, compiled if that is what they are, and warmed up."""
+    loss, _, compiled = CASES[name]
+    if not compiled:
+        plain = _step(loss, x, y)
+
+        def fused() -> object:
+            return plain()
+
+        return {"plain": plain, "fused": fused}
+    steps = {"plain": _step(torch.compile(loss), x, y)}
+    steps["plain"]()
+    torch._dynamo.reset()
+    with fusedkl.inductor.enable():
+        steps["fused"] = _step(torch.compile(lambda x, y: loss(x, y)), x, y)
+        steps["fused"]()
+    if not fusedkl.inductor.report().rewritten:
+        raise RuntimeError("the compiled loss was not rewritten")
+    return steps
+
+
+def time_of(name: str, rows: int) -> dict[str, float]:
+    """Seconds of both and their ratio; patch() is entered outside of the time."""
+    x, y = _pair(rows, CASES[name][1])
+    steps = _variants(name, x, y)
+    patches: list[Any] = []
+
+    def plainly() -> None:
+        while patches:
+            patches.pop().__exit__(None, None, None)
+
+    def fusedly() -> None:
+        if not patches and not CASES[name][2]:
+            patches.append(fusedkl.patch())
+
+    found = timing.compare(
+        timing.Step(steps["fused"], before=fusedly),
+        timing.Step(steps["plain"], before=plainly),
+        seconds=20,
+    )
+    plainly()
+    return {
+        "plain_ms": found.other.median * 1e3,
+        "fused_ms": found.base.median * 1e3,
+        "ratio": found.ratio.median,
+        "low": found.ratio.low,
+        "high": found.ratio.high,
+    }
+
+
+def overhead() -> dict[str, float]:
+    """Microseconds that patch() adds to forward and backward on [1, 8]."""
+    x, y = torch.randn(1, 8, requires_grad=True), torch.randn(1, 8)
+    step = _step(_eager(None, 2), x, y)
+    samples: dict[str, list[float]] = {"plain": [], "patched": []}
+    for _ in range(15):
+        samples["plain"].append(timing.sample(timing.Step(step), timing.CPU, 300))
+        with fusedkl.patch():
+            samples["patched"].append(timing.sample(timing.Step(step), timing.CPU, 300))
+    added = [b - a for a, b in zip(samples["plain"], samples["patched"], strict=True)]
+    return {name: timing.Spread.of(v).median * 1e6 for name, v in samples.items()} | {
+        "added": timing.Spread.of(added).median * 1e6
+    }
+
+
+def peak(function: Callable[[], object]) -> float:
+    """MiB above what is resident before the call."""
+    memory.settle()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory.resident()
+    kept = function()
+    extra = memory.resident("VmHWM") - before
+    del kept
+    return extra / memory.MIB
+
+
+def _memory_child(name: str, fused: bool, rows: int) -> float:
+    x, y = _pair(rows, CASES[name][1])
+    steps = _variants(name, x, y)
+    two = _pair(2, CASES[name][1])
+    _step(CASES[name][0], *two)()  # thread pools and autograd, before the measure
+    with fusedkl.patch() if fused and not CASES[name][2] else contextlib.nullcontext():
+        return peak(steps["fused" if fused else "plain"])
+
+
+def _script_child(name: str, fused: bool, rows: int) -> dict[str, Any]:
+    sys.path.insert(0, str(SCRIPTS))
+    module = importlib.import_module(name)
+    mode: Any = contextlib.nullcontext()
+    if fused:
+        mode = fusedkl.inductor.enable() if name == "compiled" else fusedkl.patch()
+    options = {"rows": rows, "vocabulary": VOCABULARY}
+    with mode:
+        module.main(steps=1, **options)  # compiles
+        losses: list[float] = []
+        extra = peak(lambda: losses.extend(module.main(steps=2, **options)))
+        seconds = timing.sample(timing.Step(lambda: module.main(steps=6, **options)), timing.CPU)
+        seconds -= timing.sample(timing.Step(lambda: module.main(steps=2, **options)), timing.CPU)
+    return {"losses": losses, "mib": extra, "step_ms": seconds / 4 * 1e3}
+
+
+def _in_a_process(*arguments: object) -> Any:
+    command = [sys.executable, "-W", "ignore", __file__, "--child", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(rows: int) -> dict[str, Any]:
+    """Everything that the tables show."""
+    found: dict[str, Any] = {
+        "rows": rows,
+        "vocabulary": VOCABULARY,
+        "torch": torch.__version__,
+        "fusedkl": fusedkl.__version__,
+        "isa": torch.ops.fusedkl._cpu_isa(),
+        "compositions": {},
+        "scripts": {},
+    }
+    for name in CASES:
+        print(name, flush=True)
+        times = _in_a_process("time", name, 1, rows)
+        both = [_in_a_process("memory", name, fused, rows) for fused in (0, 1)]
+        found["compositions"][name] = times | {"plain_mib": both[0], "fused_mib": both[1]}
+    found["overhead_us"] = _in_a_process("overhead", "-", 1, rows)
+    for name in NAMES:
+        print(name, flush=True)
+        plain, fused = (_in_a_process("script", name, mode, rows) for mode in (0, 1))
+        found["scripts"][name] = {"plain": plain, "fused": fused}
+    return found
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The tables of docs/dropin.md."""
+    lines = [
+        f"{found['rows']} rows of {found['vocabulary']} logits, {found['isa']}, one thread, torch "
+        f"{found['torch']}; forward and backward.",
+        "",
+        "| code | time, plain / fused | memory, plain / fused |",
+        "|---|---|---|",
+    ]
+    for name, c in found["compositions"].items():
+        less = c["plain_mib"] / c["fused_mib"]
+        lines.append(
+            f"| {name} | {c['plain_ms']:.0f} / {c['fused_ms']:.0f} ms = {c['ratio']:.1f} "
+            f"({c['low']:.1f} to {c['high']:.1f}) "
+            f"| {c['plain_mib']:.0f} / {c['fused_mib']:.0f} MiB = {less:.1f} |"
+        )
+    added = found["overhead_us"]
+    lines += [
+        "",
+        f"A patched step on [1, 8] takes {added['added']:.1f} microseconds more than an unpatched "
+        f"one ({added['plain']:.0f} microseconds).",
+        "",
+        "| script | one step, plain / fused | peak memory, plain / fused |",
+        "|---|---|---|",
+    ]
+    for name, both in found["scripts"].items():
+        a, b = both["plain"], both["fused"]
+        lines.append(
+            f"| `{name}.py` | {a['step_ms']:.0f} / {b['step_ms']:.0f} ms "
+            f"= {a['step_ms'] / b['step_ms']:.1f} | {a['mib']:.0f} / {b['mib']:.0f} MiB "
+            f"= {a['mib'] / b['mib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        what, name, fused, rows = options.child
+        child: Any = {
+            "time": lambda: time_of(name, int(rows)),
+            "memory": lambda: _memory_child(name, bool(int(fused)), int(rows)),
+            "overhead": overhead,
+            "script": lambda: _script_child(name, bool(int(fused)), int(rows)),
+        }[what]
+        print(json.dumps(child()))
+        return
+    found = json.loads(options.table.read_text()) if options.table else measure(options.rows)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The loss function for transformers' Trainer: its numbers, and a training run with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedkl.integrations.transformers import distillation_loss_func
+
+V = 50
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(V, 8)
+        self.head = torch.nn.Linear(8, V)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        assert labels is None
+        return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(V, (3, 7))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return ids, labels
+
+
+def composed(student: Any, teacher: Any, ids: Tensor, labels: Tensor, t: float) -> Tensor:
+    """Per-token forward KL, 0 where the label does not count."""
+    with torch.no_grad():
+        q = F.log_softmax(teacher(ids).logits[:, :-1] / t, -1)
+    p = F.log_softmax(student(ids).logits[:, :-1] / t, -1)
+    return F.kl_div(p, q, reduction="none", log_target=True).sum(-1) * (labels[:, 1:] != -100)
+
+
+@pytest.mark.parametrize("items", [None, 40, torch.tensor(40)], ids=["own", "int", "tensor"])
+def test_divergence_over_the_right_tokens(items: Any) -> None:
+    student, teacher = Tiny(), Tiny()
+    loss = distillation_loss_func(student, teacher, temperature=2.0)
+    ids, labels = batch()
+    found = loss(student(input_ids=ids), labels, num_items_in_batch=items)
+    found.backward()
+    grads = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    wanted = composed(student, teacher, ids, labels, 2.0).sum() / (12 if items is None else 40)
+    wanted.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grads, [p.grad for p in student.parameters()], rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_cross_entropy_and_t2() -> None:
+    student, teacher = Tiny(), Tiny()
+    loss = distillation_loss_func(student, teacher, temperature=3.0, scale_t2=True, ce_weight=0.25)
+    ids, labels = batch()
+    outputs = student(ids)
+    kl = composed(student, teacher, ids, labels, 3.0).sum() / 12
+    ce = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+    student(ids)
+    found = loss({"logits": outputs.logits}, labels)
+    torch.testing.assert_close(found, 0.75 * 9 * kl + 0.25 * ce, rtol=1e-5, atol=0)
+
+
+def test_mistakes_are_named() -> None:
+    student = Tiny()
+    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module; got str"):
+        distillation_loss_func(student, "teacher")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ce_weight must be from 0 to 1; got 2"):
+        distillation_loss_func(student, Tiny(), ce_weight=2)
+    with pytest.raises(TypeError, match="unknown options mask, tempreature"):
+        distillation_loss_func(student, Tiny(), tempreature=2, mask=None)
+    loss = distillation_loss_func(student, Tiny())
+    ids, labels = batch()
+    outputs = student(ids)
+    loss(outputs, labels)
+    with pytest.raises(RuntimeError, match="has not been called since"):
+        loss(outputs, labels)
+    student(ids)
+    with pytest.raises(ValueError, match=r"labels must be in the batch.*got None"):
+        loss(outputs, None)  # type: ignore[arg-type]
+    loss.remove()
+    student(ids)
+    with pytest.raises(RuntimeError, match="has not been called since"):
+        loss(outputs, labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trainer(tmp_path: Path) -> None:
+    """Gradient accumulation: the Trainer's count makes two micro-batches one batch."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = transformers.GPT2Config(
+            vocab_size=V,
+            n_positions=16,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return transformers.GPT2LMHeadModel(config)
+
+    rows = [batch() for _ in range(4)]
+    rows[0][1][:, :5] = -100  # micro-batches of different numbers of tokens
+    data = [{"input_ids": ids[i], "labels": labels[i]} for ids, labels in rows for i in range(2)]
+    weights = []
+    for size, accumulate in ((2, 2), (4, 1)):
+        student, teacher = model(0), model(1)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            max_steps=4,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+            optim="sgd",
+        )
+        transformers.Trainer(
+            model=student,
+            args=arguments,
+            train_dataset=data,
+            compute_loss_func=distillation_loss_func(student, teacher, temperature=2.0),
+        ).train()
+        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+        start = torch.cat([p.detach().flatten() for p in model(0).parameters()])
+        assert (weights[-1] - start).norm() > 1e-4
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
