@@ -268,7 +268,7 @@ def test_tiles_cover_and_stay_below_their_limits() -> None:
                 for size, length in zip(found[:2], (tokens, vocabulary), strict=True):
                     assert 1 <= size <= -(-length // 8) * 8
     assert tiles(100, 100, 4, "cpu", (8, 16))[:2] == (8, 16)
-    assert tiles(512, 128256, 4, "cpu") == (512, 512, 1024)
+    assert tiles(512, 128256, 4, "cpu") == (512, 1024, 1024)
 
 
 # -- bad input -----------------------------------------------------------------------------------
