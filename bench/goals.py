@@ -113,6 +113,14 @@ GOALS: dict[str, Goal] = {
     ),
     "backward_limit/bf16": Goal("forward + backward, times the 2 reads + 1 write limit"),
     "backward_limit/fp32": Goal("forward + backward, times the 2 reads + 1 write limit"),
+    "fresh_write_huge/bf16": Goal(f"first write of a gradient's memory, {_WITH}", unit="ns/pair"),
+    "fresh_write_huge/fp32": Goal(f"first write of a gradient's memory, {_WITH}", unit="ns/pair"),
+    "fresh_write_plain/bf16": Goal(
+        f"first write of a gradient's memory, {_WITHOUT}", unit="ns/pair"
+    ),
+    "fresh_write_plain/fp32": Goal(
+        f"first write of a gradient's memory, {_WITHOUT}", unit="ns/pair"
+    ),
     "both_directions": Goal("both directions (jeffreys) vs one", 1.3, 1.1),
     "wide_1": Goal("wide differences vs KL <= 1e-2: noise 1 (KL 0.5)", 1.6, 1.35),
     "wide_4": Goal("wide differences vs KL <= 1e-2: noise 4", 2.0, 1.6),

@@ -1,6 +1,8 @@
 """fusedkl: KL divergences between rows of logits, values and gradients, in one pass over memory."""
 
+from . import inductor
 from .backends import backends, explain
+from .distillation import distillation_loss
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
 from .functional import divergence, forward_kl, jeffreys, reverse_kl
 from .gaussian import gaussian_kl
@@ -31,12 +33,14 @@ __all__ = [
     "ReverseKLLoss",
     "TopkDivergence",
     "backends",
+    "distillation_loss",
     "divergence",
     "entropy",
     "explain",
     "fisher_vector_product",
     "forward_kl",
     "gaussian_kl",
+    "inductor",
     "jeffreys",
     "kl_div",
     "kl_estimate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ class Backend:
     summary: str
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
+    float64: bool = True  # whether logits may have that dtype
 
 
 def _cpu_missing() -> str | None:
@@ -44,6 +47,26 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
+class _Triton:
+    """fusedkl.kernels.backend, imported when it is first used: it imports triton."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("fusedkl.kernels.backend"), name)
+
+
+# The two environments in which a Triton kernel can run; neither changes while a process lives.
+_TRITON_MISSING = None if importlib.util.find_spec("triton") else "the package triton is not there"
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_why_not(device: torch.device | None) -> str | None:
+    if _TRITON_MISSING is not None or device is None or device.type in ("cuda", "xpu"):
+        return _TRITON_MISSING
+    if device.type == "cpu" and _TRITON_INTERPRETED:
+        return None
+    return f"the tensors are on {device.type}"
+
+
 def _reference_why_not(device: torch.device | None) -> str | None:
     return None
 
@@ -51,11 +74,15 @@ def _reference_why_not(device: torch.device | None) -> str | None:
 # The library's operators, fusedkl::_row_stats and so on, behind torch's own dispatcher.
 _COMPILED = SimpleNamespace(**{name: getattr(torch.ops.fusedkl, f"_{name}") for name in OPERATORS})
 
-# Best first; the first usable one is taken.
+# Best first; the first usable one is taken. The order among those of a GPU is static: derived from
+# counts of instructions (docs/gpu.md), until somebody measures.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", "compiled C++ kernels, one pass over memory", _cpu_why_not, _COMPILED),
+        Backend(
+            "triton", "Triton kernels, one pass over memory", _triton_why_not, _Triton(), False
+        ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
 }
@@ -66,8 +93,17 @@ def kernels(name: str) -> Any:
     return BACKENDS[name].kernels
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """The name of the backend to run: the one asked for, or the first usable one.
+def _unusable(
+    candidate: Backend, device: torch.device | None, dtypes: tuple[torch.dtype, ...]
+) -> str | None:
+    reason = candidate.why_not(device)
+    if reason is None and not candidate.float64 and torch.float64 in dtypes:
+        return "it takes float32, bfloat16 and float16 logits; got float64"
+    return reason
+
+
+def resolve(backend: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str:
+    """The name of the backend to run on logits of `dtypes`: the one asked for, or the first usable.
 
     An explicit name, by argument or by FUSEDKL_BACKEND, never falls back: if it cannot be used,
     that is a ValueError with the reason.
@@ -78,13 +114,13 @@ def resolve(backend: str | None, device: torch.device) -> str:
         source = ENVIRONMENT
     if backend is None:
         for name, candidate in BACKENDS.items():
-            if candidate.why_not(device) is None:
+            if _unusable(candidate, device, dtypes) is None:
                 return name
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    reason = BACKENDS[backend].why_not(device)
+    reason = _unusable(BACKENDS[backend], device, dtypes)
     if reason is not None:
         raise ValueError(f"{source}={backend!r} cannot be used: {reason}")
     return backend
@@ -126,10 +162,12 @@ class Explanation:
         return "\n".join([head, *(f"  {status}" for status in self.backends)])
 
 
-def _status(device: torch.device | None) -> tuple[BackendStatus, ...]:
+def _status(
+    device: torch.device | None, dtypes: tuple[torch.dtype, ...] = ()
+) -> tuple[BackendStatus, ...]:
     found = []
     for backend in BACKENDS.values():
-        reason = backend.why_not(device)
+        reason = _unusable(backend, device, dtypes)
         text = reason
         if text is None:
             isa = _instruction_set() if backend.name == "cpu" else None
@@ -163,9 +201,10 @@ def explain(
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = given[0].device if given else torch.device("cpu")
     subject = " and ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in given)
+    dtypes = tuple(t.dtype for t in given)
     forced = os.environ.get(ENVIRONMENT)
     try:
-        chosen: str | None = resolve(backend, device)
+        chosen: str | None = resolve(backend, device, dtypes)
         why = "the first that can be used"
         if backend is not None:
             why = "asked for by backend="
@@ -173,4 +212,6 @@ def explain(
             why = f"asked for by {ENVIRONMENT}"
     except ValueError as error:
         chosen, why = None, str(error)
-    return Explanation(f"{subject or 'any tensors'} on {device}", chosen, why, _status(device))
+    return Explanation(
+        f"{subject or 'any tensors'} on {device}", chosen, why, _status(device, dtypes)
+    )

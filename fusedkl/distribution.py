@@ -20,7 +20,7 @@ def _one_field(
     backend: str | None,
 ) -> Tensor:
     inverse = inverse_temperature(temperature, logits)
-    name = resolve(backend, logits.device)
+    name = resolve(backend, logits.device, (logits.dtype,))
     return autograd.row_stats(rows(logits), None, token_ids, (field,), None, inverse, backend=name)
 
 

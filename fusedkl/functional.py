@@ -85,7 +85,7 @@ def divergence(
     counted = reductions.counted_tokens(policy_logits, mask, labels, ignore_index)
     dtype = reference.result_dtype(policy_logits, reference_logits)
     weights = reductions.token_weights(policy_logits, weight, dtype)
-    name = resolve(backend, policy_logits.device)
+    name = resolve(backend, policy_logits.device, (policy_logits.dtype, reference_logits.dtype))
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 

@@ -1,0 +1,139 @@
+"""What a gradient sweep needs of a row, made once per row in float64 and read as fp32.
+
+RowGradient of csrc/row_math.h, and the constants of its exponentials, as columns of a [CONSTANTS, n]
+tensor. A column named hi is followed by what the rounding of it left.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .formulas import FAR, LN2, LOG2E
+from .state import load_state
+
+NAMES = (
+    *("ratio_hi", "ratio_lo"),  # T log-ratio of the normalisers: l = ((x - y) - ratio)/T
+    *("mean_p_hi", "mean_p_lo", "mean_q_hi", "mean_q_lo"),  # l - R, l + F likewise
+    *("shift_x", "weight_x", "top_x", "log_sum_x", "entropy_x"),
+    *("shift_y", "weight_y", "top_y", "log_sum_y", "entropy_y"),
+    *("moved", "reverse", "mass_x", "information_x"),
+    *("ref_moved", "ref_forward", "mass_y", "information_y"),
+    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN throughout
+)
+CONSTANTS = tl.constexpr(len(NAMES))
+
+
+@triton.jit
+def store_two(out, n, live, value):
+    high = value.to(tl.float32)
+    tl.store(out, high, mask=live)
+    low = tl.where(tl.abs(value) < FAR, (value - high).to(tl.float32), 0.0)
+    tl.store(out + n, low, mask=live)
+
+
+@triton.jit
+def store_distribution(out, n, live, largest, log_sum, entropy, inv_t):
+    """Five columns: 2^(v slope - shift) weight is a probability, (v - top)/T - log_sum its log."""
+    slope = inv_t.to(tl.float32) * LOG2E
+    shift = (largest / inv_t * slope).to(tl.float32)
+    # what the rounding of the shift takes from the exponent
+    weight = tl.exp((shift - largest / inv_t * slope) * LN2 - log_sum)
+    top = (largest / inv_t).to(tl.float32)
+    tl.store(out, shift, mask=live)
+    tl.store(out + n, weight.to(tl.float32), mask=live)
+    tl.store(out + 2 * n, top, mask=live)
+    tl.store(out + 3 * n, (log_sum + (largest - top * inv_t)).to(tl.float32), mask=live)
+    tl.store(out + 4 * n, entropy.to(tl.float32), mask=live)
+
+
+@triton.jit
+def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
+    """Gradients of a row's values by kind, the tokens' summed, and whether any is not 0."""
+    zero = tl.where(row == row, 0.0, 0.0).to(tl.float64)
+    forward = zero
+    reverse = zero
+    entropy = zero
+    mass = zero
+    ref_entropy = zero
+    ref_mass = zero
+    live_row = row != row
+    at = grad + row
+    for i in tl.static_range(len(FIELDS)):
+        if FIELDS[i] == "logprob" or FIELDS[i] == "ref_logprob":
+            for _ in range(k):
+                g = tl.load(at, mask=live, other=0.0).to(tl.float64)
+                live_row = live_row | (g != 0.0)
+                if FIELDS[i] == "logprob":
+                    mass -= g
+                else:
+                    ref_mass -= g
+                at += n
+        else:
+            g = tl.load(at, mask=live, other=0.0).to(tl.float64)
+            live_row = live_row | (g != 0.0)
+            if FIELDS[i] == "forward_kl":
+                forward = g
+            elif FIELDS[i] == "reverse_kl":
+                reverse = g
+            elif FIELDS[i] == "entropy":
+                entropy = g
+            elif FIELDS[i] == "ref_entropy":
+                ref_entropy = g
+            elif FIELDS[i] == "logsumexp":
+                mass += g
+            else:
+                tl.static_assert(FIELDS[i] == "ref_logsumexp", "unknown field")
+                ref_mass += g
+            at += n
+    return forward, reverse, entropy, mass, ref_entropy, ref_mass, live_row
+
+
+@triton.jit
+def coefficients(gradients, state, inv_t):
+    """moved, reverse, mass, information of the policy, ref_moved, .. of the reference.
+
+    Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
+    """
+    forward, reverse, entropy, mass, ref_entropy, ref_mass, _ = gradients
+    f_infinite = state[6] == float("inf")
+    r_infinite = state[7] == float("inf")
+    kept = tl.where(r_infinite, 0.0, inv_t * reverse)
+    return (
+        inv_t * (forward + tl.where(r_infinite, reverse, 0.0)),
+        kept,
+        inv_t * mass,
+        -inv_t * entropy,
+        -kept,
+        tl.where(f_infinite, 0.0, -inv_t * forward),
+        inv_t * ref_mass,
+        -inv_t * ref_entropy,
+    )
+
+
+@unspecialised
+def prepare(
+    grad, states, inv_temperature, constants, n: tl.int64, k: tl.int64, per_row: tl.int64,
+    FIELDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """constants[CONSTANTS, n] from grad [R, n] and states [n, STATE_COLUMNS]; LANES rows a program."""
+    row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    live = row < n
+    at = tl.where((per_row & 4) != 0, row, 0)
+    inv_t = tl.load(inv_temperature + at, mask=live & ((per_row & 2) != 0), other=1.0)
+    inv_t = inv_t.to(tl.float64)
+    state = load_state(states, row, live)
+    gradients = row_gradients(grad, row, n, k, live, FIELDS)
+    c = coefficients(gradients, state, inv_t)
+    forward = tl.where(state[6] == float("inf"), 0.0, state[6])
+    reverse = tl.where(state[7] == float("inf"), 0.0, state[7])
+    out = constants + row
+    store_two(out, n, live, state[4] + state[5] / inv_t)
+    store_two(out + 2 * n, n, live, state[4] + (state[5] + reverse) / inv_t)
+    store_two(out + 4 * n, n, live, state[4] + (state[5] - forward) / inv_t)
+    store_distribution(out + 6 * n, n, live, state[0], state[1], state[8], inv_t)
+    store_distribution(out + 11 * n, n, live, state[2], state[3], state[9], inv_t)
+    for i in tl.static_range(8):
+        tl.store(out + (16 + i) * n, c[i].to(tl.float32), mask=live)
+    action = tl.where(gradients[6], tl.where(state[1] != state[1], 2.0, 1.0), 0.0)
+    tl.store(out + 24 * n, action.to(tl.float32), mask=live)

@@ -1,0 +1,238 @@
+"""From the sums of a row's segments to its RowState and values: one lane per row, in float64.
+
+A row whose sums cannot vouch for their digits is flagged for careful.py, on the device: the flag is
+the last plane of `parts`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .formulas import (
+    LN2,
+    LOG2E,
+    forward_from_sums,
+    log1p,
+    merge,
+    reverse_from_sums,
+)
+from .layout import is_half, row_pointer
+from .state import STATE_COLUMNS, empty, select, without_mass
+from .sweep import COLUMNS, top_exponent
+
+# |u| beyond which the exponent of a weight is no longer exact enough.
+FAREST = tl.constexpr(40.0)
+
+
+@triton.jit
+def value_of(state, FIELD: tl.constexpr):
+    """A field of one number per row, from its RowState."""
+    p_max, p_sum, q_max, q_sum, _, _, forward, reverse, entropy, reference_entropy = state
+    if FIELD == "forward_kl":
+        return forward
+    elif FIELD == "reverse_kl":
+        return reverse
+    elif FIELD == "entropy":
+        return entropy
+    elif FIELD == "ref_entropy":
+        return reference_entropy
+    elif FIELD == "logsumexp":
+        return p_max + p_sum
+    else:
+        tl.static_assert(FIELD == "ref_logsumexp", "unknown field")
+        return q_max + q_sum
+
+
+@triton.jit
+def log_prob(logits, token, inv_t, top, log_sum, vocab, live):
+    """log p of a token of a row; 0 for an id of -1, NaN for one outside of the vocabulary."""
+    inside = (token >= 0) & (token < vocab)
+    x = tl.load(logits + token, mask=live & inside, other=0.0).to(tl.float64)
+    found = tl.where(inside, (x * inv_t - top) - log_sum, float("nan"))
+    return tl.where(token == -1, 0.0, found)
+
+
+@triton.jit
+def store_row(
+    state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
+    """The state and the values, in the order of FIELDS, of rows (a vector of them, or one)."""
+    out = states + row * STATE_COLUMNS
+    for i in tl.static_range(10):
+        tl.store(out + i, tl.where(counted, state[i], 0.0), mask=live)
+    at = values + row
+    for i in tl.static_range(len(FIELDS)):
+        if FIELDS[i] == "logprob" or FIELDS[i] == "ref_logprob":
+            first: tl.constexpr = 0 if FIELDS[i] == "logprob" else 2
+            logits = x_row if FIELDS[i] == "logprob" else y_row
+            for j in range(k):
+                token = tl.load(token_ids + row * k + j, mask=live, other=-1)
+                found = log_prob(
+                    logits, token, inv_t, state[first], state[first + 1], vocab, live & counted
+                )
+                found = tl.where(counted, found, 0.0)
+                tl.store(at, found.to(values.dtype.element_ty), mask=live)
+                at += n
+        else:
+            found = tl.where(counted, value_of(state, FIELDS[i]), 0.0)
+            tl.store(at, found.to(values.dtype.element_ty), mask=live)
+            at += n
+
+
+@triton.jit
+def _pair_state(
+    sums, n, inv32, inv_t, live,
+    REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """RowState of one segment, and whether it must be computed with care."""
+    slope = inv32 * LOG2E
+    s32 = tl.load(sums, mask=live, other=0.0)
+    sx32 = tl.load(sums + n, mask=live, other=0.0)
+    a = tl.load(sums + 2 * n, mask=live, other=0.0).to(tl.float64) * inv32
+    b = tl.load(sums + 3 * n, mask=live, other=0.0).to(tl.float64)
+    c = tl.load(sums + 4 * n, mask=live, other=0.0).to(tl.float64)
+    hx = tl.load(sums + 5 * n, mask=live, other=0.0).to(tl.float64)
+    hy = tl.load(sums + 6 * n, mask=live, other=0.0).to(tl.float64)
+    reach = tl.load(sums + 7 * n, mask=live, other=0.0)
+    anchor = tl.load(sums + 8 * n, mask=live, other=0.0)
+    high = tl.load(sums + 9 * n, mask=live, other=0.0)
+    low = tl.load(sums + 10 * n, mask=live, other=0.0)
+    top = tl.load(sums + 11 * n, mask=live, other=0.0)
+    ties_x = tl.load(sums + 12 * n, mask=live, other=0.0).to(tl.float64)
+    ties_y = tl.load(sums + 13 * n, mask=live, other=0.0).to(tl.float64)
+    shift = -anchor * slope
+    # what the rounding of the shift did to every weight, log2
+    common = anchor.to(tl.float64) * slope + shift
+    s = s32.to(tl.float64)
+    rest_y = s * tl.exp(-common * LN2)
+    if REF_ENTROPY:
+        s = (rest_y + ties_y) * tl.exp(common * LN2)
+    m = a + b
+    found = (s32 > 0.0) | (ties_y > 0.0)
+    safe = tl.where(found, s, 1.0)
+    z = m / safe
+    centre = high.to(tl.float64) + low
+    residual = log1p(z)
+    q_max = anchor.to(tl.float64) * inv_t
+    q_sum = tl.log(safe) - common * LN2
+    p_max = q_max + centre * inv_t
+    p_sum = q_sum + residual
+    forward = forward_from_sums(safe, a, b, m)
+    reverse = forward * 0.0
+    entropy = forward * 0.0
+    reference_entropy = forward * 0.0
+    total_x = sx32.to(tl.float64)
+    if REVERSE:
+        reverse = reverse_from_sums(safe, c, m)
+    if ENTROPY:
+        log_top = top_exponent(top, anchor, high, low, slope, shift, EXACT).to(tl.float64)
+        weight = tl.exp(log_top * LN2)
+        rest = total_x / weight
+        total_x += ties_x * weight
+        mass = ties_x + rest
+        p_max = top.to(tl.float64) * inv_t
+        p_sum = tl.where(ties_x == 1.0, log1p(rest), tl.log(mass))
+        entropy = p_sum + (log_top * total_x - log_top * ties_x * weight - hx) * LN2 / (
+            weight * mass
+        )
+    if REF_ENTROPY:
+        mass = ties_y + rest_y
+        q_sum = tl.where(ties_y == 1.0, log1p(rest_y), tl.log(mass))
+        gap = (common * rest_y - hy * tl.exp(-common * LN2)) * LN2
+        reference_entropy = q_sum + gap / mass
+    checked = s + total_x + a + b + c + hx + hy + (residual + tl.abs(anchor) * 1e-20)
+    careful = (tl.abs(checked) < 1e37) == 0
+    careful = careful | (reach * inv32 > FAREST)
+    careful = careful | (inv32 > 1e5) | (inv32 < 1e-5)
+    # what was added against what is left (certificates of segment.h)
+    equal = (a == 0.0) & (b == 0.0)
+    small = b < 1e-14 * s
+    careful = careful | ((equal == 0) & (small == 0) & (b > 8.0 * total_x * forward))
+    if REVERSE:
+        careful = careful | ((equal == 0) & (small == 0) & (c > 10.0 * total_x * reverse))
+    if not EXACT:  # a centre that one float does not hold
+        coarse = centre * inv_t * 0.33
+        coarse = coarse * coarse * 3.5527136788005009e-15 > 2e-12 * tl.minimum(forward, 1.0)
+        careful = careful | ((equal == 0) & (small == 0) & coarse)
+    # neither row has a token here
+    none = (found == 0) & (total_x == 0.0)
+    careful = careful & ((none & (reach < 1e30)) == 0)
+    state = (
+        p_max, p_sum, q_max, q_sum, centre, residual, forward, reverse, entropy, reference_entropy
+    )  # fmt: skip
+    return select(none, empty(forward), state), careful
+
+
+@triton.jit
+def _single_state(sums, n, inv_t, live):
+    """RowState of one segment of the policy alone (single.py)."""
+    rest = tl.load(sums + n, mask=live, other=0.0).to(tl.float64)
+    gap = tl.load(sums + 5 * n, mask=live, other=0.0).to(tl.float64)
+    top = tl.load(sums + 11 * n, mask=live, other=0.0).to(tl.float64)
+    ties = tl.load(sums + 12 * n, mask=live, other=0.0).to(tl.float64)
+    mass = ties + rest
+    log_sum = tl.where(ties == 1.0, log1p(rest), tl.log(mass))
+    nothing = empty(rest)
+    nan = tl.where((rest != rest) | (top == float("inf")), float("nan"), 0.0)
+    state = (
+        top * inv_t + nan, log_sum + nan, nothing[2], nothing[3], nothing[4], nothing[5],
+        nothing[6], nothing[7], log_sum + gap * inv_t / mass, nothing[9],
+    )  # fmt: skip
+    return select((mass == 0.0) & (rest == rest), nothing, state)
+
+
+@unspecialised
+def finish(
+    policy, reference, parts, inv_temperature, mask, token_ids, values, states,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, rows: tl.int64, vocab: tl.int64, segments: tl.int64, per_row: tl.int64,
+    x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
+    FIELDS: tl.constexpr, PAIR: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """states[n, STATE_COLUMNS] and values[R, n] of rows first .. first + rows; LANES rows a program."""
+    REVERSE: tl.constexpr = "reverse_kl" in FIELDS
+    ENTROPY: tl.constexpr = "entropy" in FIELDS
+    REF_ENTROPY: tl.constexpr = "ref_entropy" in FIELDS
+    EXACT: tl.constexpr = not (is_half(policy) and is_half(reference))
+    local = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    live = local < rows
+    row = first + local
+    counted = tl.load(mask + row, mask=live & ((per_row & 1) != 0), other=1) != 0
+    at = tl.where((per_row & 4) != 0, row, 0)
+    inv_t = tl.load(inv_temperature + at, mask=live & ((per_row & 2) != 0), other=1.0)
+    inv_t = inv_t.to(tl.float64)
+    state = empty(inv_t)
+    careful = live & (counted == 0) & counted
+    for i in range(segments):
+        sums = parts + i * COLUMNS * n + row
+        if PAIR:
+            inv32 = inv_t.to(tl.float32)
+            part, unsure = _pair_state(
+                sums, n, inv32, inv_t, live, REVERSE, ENTROPY, REF_ENTROPY, EXACT
+            )
+            careful = careful | unsure
+        else:
+            part = _single_state(sums, n, inv_t, live)
+        # the first one as it is: merging with nothing would lose a NaN
+        state = select((i == 0) | (inv_t != inv_t), part, merge(state, part, inv_t))
+    tl.store(parts + segments * COLUMNS * n + row, (careful & counted).to(tl.float32), mask=live)
+    state = without_mass(state, PAIR)
+    x_row = row_pointer(policy, local, inner, x_outer, x_inner)
+    y_row = row_pointer(reference, local, inner, y_outer, y_inner)
+    store_row(
+        state,
+        row,
+        counted,
+        live,
+        values,
+        states,
+        x_row,
+        y_row,
+        token_ids,
+        n,
+        k,
+        vocab,
+        inv_t,
+        FIELDS,
+    )

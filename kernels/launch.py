@@ -1,0 +1,126 @@
+"""How kernels are launched: sizes as one pure function, and rows as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """Sizes that decide a kernel's code and its order of summation."""
+
+    width: int  # floats of each running sum of a program
+    halves: int  # rows of a half tile: a trip reads 2 halves width tokens of each row
+    segment: int  # tokens of a row that one program sums
+    block: int  # tokens of a trip of the gradient sweep
+    warps: int  # of it
+    chunk: int  # tokens of a row that one of its programs writes
+    maximum_registers: int | None
+
+
+# Registers are what limits how many loads of the one-warp sweep are in flight: width 128 is four
+# floats a lane for each sum. A segment is short enough that a few long rows fill a GPU, and long
+# enough that moving the centre twice in it costs less than one instruction per pair.
+SEGMENT = 32768
+
+
+def choose(vocab: int, dtypes: tuple[torch.dtype, ...], architecture: int) -> Launch:
+    """The sizes for a vocabulary, the dtypes of the logits, and an architecture as 90 for sm_90.
+
+    Nothing else may enter: a row's bits must not depend on the batch it is in. Derived from static
+    counts (docs/gpu.md); nobody has measured it.
+    """
+    segments = -(-vocab // SEGMENT)
+    trip = 512
+    segment = -(-vocab // (segments * trip)) * trip
+    return Launch(128, 2, segment, 2048, 4, 4 * 2048, None)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; 0 where there is no such number."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Piece(NamedTuple):
+    """Rows first .. first + rows of some tensors, each strided in two levels over `inner` rows."""
+
+    first: int
+    rows: int
+    inner: int
+    tensors: list[Tensor]
+    strides: list[tuple[int, int]]  # outer, inner; of each tensor
+
+
+def _collapsed(tensors: list[Tensor]) -> tuple[list[int], list[list[int]]]:
+    """Leading sizes, and each tensor's strides, with dims merged that all tensors can merge."""
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for dim, size in enumerate(tensors[0].shape[:-1]):
+        if size == 1:
+            continue
+        steps = [t.stride(dim) for t in tensors]
+        if sizes and all(s[-1] == step * size for s, step in zip(strides, steps, strict=True)):
+            sizes[-1] *= size
+            for s, step in zip(strides, steps, strict=True):
+                s[-1] = step
+        else:
+            sizes.append(size)
+            for s, step in zip(strides, steps, strict=True):
+                s.append(step)
+    return sizes, strides
+
+
+def pieces(tensors: list[Tensor]) -> Iterator[Piece]:
+    """Rows of [..., V] tensors of the same leading dims, as few pieces as their strides allow.
+
+    Two levels of strides cover whatever a slice of [batch, sequence, vocabulary] can be; more levels
+    take one piece for each step of the outermost dims.
+    """
+    sizes, strides = _collapsed(tensors)
+
+    def split(
+        sizes: list[int], strides: list[list[int]], tensors: list[Tensor], first: int
+    ) -> Iterator[Piece]:
+        if len(sizes) <= 2:
+            pair = [1] * (2 - len(sizes)) + sizes
+            yield Piece(
+                first,
+                pair[0] * pair[1],
+                pair[1],
+                tensors,
+                [((0, 0) + tuple(s))[-2:] for s in strides],
+            )
+            return
+        below = 1
+        for size in sizes[1:]:
+            below *= size
+        for i in range(sizes[0]):
+            # an offset into the storage: the shape of the view no longer matters
+            moved = [
+                t.as_strided((1,), (1,), t.storage_offset() + i * s[0])
+                for t, s in zip(tensors, strides, strict=True)
+            ]
+            yield from split(sizes[1:], [s[1:] for s in strides], moved, first + i * below)
+
+    if all(size > 0 for size in tensors[0].shape):
+        yield from split(sizes, strides, tensors, 0)
+
+
+def aligned(piece: Piece) -> bool:
+    """Whether every row of every tensor starts at a multiple of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(step * t.element_size() % 16 == 0 for step in steps)
+        for t, steps in zip(piece.tensors, piece.strides, strict=True)
+    )

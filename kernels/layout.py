@@ -1,0 +1,51 @@
+"""Where a row is, and how its logits are loaded: in full vectors if aligned, one by one if not."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_pointer(base, row, inner, outer_stride, inner_stride):
+    """First logit of a row of a matrix whose rows are strided in two levels; 64-bit."""
+    return base + (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def misalignment(pointer):
+    """Bytes that a row starts beyond a multiple of 16."""
+    return pointer.to(tl.int64, bitcast=True) & 15
+
+
+@triton.jit
+def vectorised(pointer):
+    """The same pointer, as one the compiler knows to be a multiple of 16 bytes: it must be one."""
+    whole = (pointer.to(tl.int64, bitcast=True) & -16).to(pointer.dtype, bitcast=True)
+    return tl.multiple_of(whole, 16)
+
+
+@triton.jit
+def is_half(pointer):
+    """Whether logits have 16 bits. A tile of them is held as even and odd tokens, 32 bits a load."""
+    return pointer.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
+def load_words(pointer, begin, words):
+    """Logits begin + 2 words and begin + 2 words + 1, both [..] like words, from aligned pairs."""
+    pair = tl.load(pointer.to(tl.pointer_type(tl.int32), bitcast=True) + (begin // 2 + words))
+    if pointer.dtype.element_ty == tl.bfloat16:
+        even = (pair << 16).to(tl.float32, bitcast=True)
+        odd = (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+def load_each(pointer, offsets, end):
+    """Logits in fp32, -inf from `end` on: tokens that neither row has."""
+    found = tl.load(pointer + offsets, mask=offsets < end, other=0.0).to(tl.float32)
+    return tl.where(offsets < end, found, float("-inf"))

@@ -1,0 +1,61 @@
+"""RowState (csrc/row_math.h) as a tuple of ten float64 tensors, in the order of the state's columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+STATE_COLUMNS = tl.constexpr(10)
+
+
+@triton.jit
+def load_state(states, row, live):
+    """The states of rows of states [n, STATE_COLUMNS]."""
+    at = states + row * STATE_COLUMNS
+    return (
+        tl.load(at, mask=live, other=0.0),
+        tl.load(at + 1, mask=live, other=0.0),
+        tl.load(at + 2, mask=live, other=0.0),
+        tl.load(at + 3, mask=live, other=0.0),
+        tl.load(at + 4, mask=live, other=0.0),
+        tl.load(at + 5, mask=live, other=0.0),
+        tl.load(at + 6, mask=live, other=0.0),
+        tl.load(at + 7, mask=live, other=0.0),
+        tl.load(at + 8, mask=live, other=0.0),
+        tl.load(at + 9, mask=live, other=0.0),
+    )
+
+
+@triton.jit
+def empty(like):
+    """RowState of a segment without tokens."""
+    zero = tl.where(like == like, 0.0, 0.0).to(tl.float64)
+    none = zero - float("inf")
+    return zero, none, zero, none, zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def select(condition, a, b):
+    """tl.where of two states."""
+    return (
+        tl.where(condition, a[0], b[0]),
+        tl.where(condition, a[1], b[1]),
+        tl.where(condition, a[2], b[2]),
+        tl.where(condition, a[3], b[3]),
+        tl.where(condition, a[4], b[4]),
+        tl.where(condition, a[5], b[5]),
+        tl.where(condition, a[6], b[6]),
+        tl.where(condition, a[7], b[7]),
+        tl.where(condition, a[8], b[8]),
+        tl.where(condition, a[9], b[9]),
+    )
+
+
+@triton.jit
+def without_mass(state, PAIR: tl.constexpr):
+    """NaN throughout for a row that is no distribution."""
+    bare = state[1] == float("-inf")
+    if PAIR:
+        bare = bare | (state[3] == float("-inf"))
+    nan = state[0] * 0.0 + float("nan")
+    return select(bare, (nan, nan, nan, nan, nan, nan, nan, nan, nan, nan), state)

@@ -1,0 +1,254 @@
+"""One sweep over a segment of two rows: sums about a centre that follows the heavy tokens.
+
+A program is one warp with one segment of one row. Its running numbers:
+
+    anchor, shift   weights are w = 2^(y slope + shift), slope = log2(e)/T, shift = -anchor slope: an
+                    early large y, replaced when a token exceeds it by JUMP nats
+    high, low       the centre c, the w-weighted mean of x - y over the tile the anchor is from
+    s, sx           sum w,  sum w e^u                  (less the ties, where an entropy is wanted)
+    a, b, c         sum w v,  sum w g(u),  sum w k(u)  (v = T u)
+    hx, hy          sum w e^u log2(w e^u),  sum w log2(w)
+    top, ties       the largest x, and how often: a peaked row's entropy is what is beside it
+    reach           largest v: beyond FAREST nats a weight is no longer known well enough
+
+Nothing large is subtracted anywhere, so small divergences keep their digits (row_math.h). A sum that
+overflowed or met a token that one row lacks is not finite, and merge.py then sends the row to
+careful.py. Tokens that both rows lack have weight 0 and v = FAR.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
+from .layout import is_half, load_each, load_words, row_pointer, vectorised
+
+# What a segment leaves behind, one float each, for merge.py.
+SUMS = (
+    *("s", "sx", "a", "b", "c", "hx", "hy", "reach"),
+    *("anchor", "high", "low", "top", "ties_x", "ties_y"),
+)
+COLUMNS = tl.constexpr(len(SUMS))
+JUMP = tl.constexpr(1.0)
+
+
+@triton.jit
+def _terms(x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """What one token adds to each sum, and x - y - c, +inf where y alone is -inf."""
+    slope = inv_t * LOG2E
+    zy = tl.fma(y, slope, shift)
+    wy = tl.exp2(zy)
+    found = (x - y) - high
+    v = tl.minimum(difference(x, y, high, low, EXACT), FAR)
+    zx = tl.fma(v, slope, zy)
+    wx = tl.exp2(zx)
+    t = wy * v
+    near = tl.abs(v) <= (1.0 / inv_t) * NEAR
+    p = gap_polynomial(v, coefficients)
+    b = tl.where(near, (t * v) * p, wx - tl.fma(t, inv_t, wy))
+    c = b
+    if REVERSE:
+        below = tl.fma(v, inv_t, -1.0)
+        c = tl.where(near, (t * v) * tl.fma(p, below, inv_t * inv_t), tl.fma(wx, below, wy))
+    return wy, wx, t, b, c, zx, zy, found
+
+
+@triton.jit
+def _fresh(x, y, inv_t, EXACT: tl.constexpr):
+    """Anchor and centre from one tile: its largest y, and the weighted mean of its x - y."""
+    top = tl.max(y)
+    s = x - y
+    seen = tl.abs(s) < FAR
+    weight = tl.where(seen, tl.exp2((y - top) * (LOG2E * inv_t)), 0.0)
+    # the top token's own difference as origin makes a constant difference exactly 0
+    high = tl.max(tl.where(seen & (y == top), s, -FAR))
+    high = tl.where(high > -FAR, high, 0.0)
+    v = tl.where(seen, difference(x, y, high, 0.0, EXACT), 0.0)
+    mean = tl.sum(weight * v) / tl.maximum(tl.sum(weight), 1e-30)
+    if EXACT:
+        return top, high, mean
+    else:
+        return top, high + mean, 0.0
+
+
+@triton.jit
+def top_exponent(top, anchor, high, low, slope, shift, EXACT: tl.constexpr):
+    """log2 of the weight w e^u of the largest x."""
+    return tl.fma(difference(top, anchor, high, low, EXACT), slope, tl.fma(anchor, slope, shift))
+
+
+@triton.jit
+def _tile(
+    state, x0, y0, x1, y1, inv_t, coefficients,
+    REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The running numbers after two half tiles [halves, width] more; sums are [width]."""
+    s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y = state
+    slope = inv_t * LOG2E
+    larger_y = tl.max(tl.maximum(y0, y1), 0)
+    event = larger_y >= anchor if REF_ENTROPY else larger_y > anchor + (1.0 / inv_t) * JUMP
+    if ENTROPY:
+        event = event | (tl.max(tl.maximum(x0, x1), 0) >= top)
+    cold = tl.max(event.to(tl.int32), 0) > 0
+    if cold:
+        first = tl.arange(0, s.shape[0]) == 0
+        x = tl.join(x0, x1)
+        y = tl.join(y0, y1)
+        jumped = tl.max(y) > anchor + (0.0 if REF_ENTROPY else (1.0 / inv_t) * JUMP)
+        new_anchor, new_high, new_low = _fresh(x, y, inv_t, EXACT)
+        new_anchor = tl.where(jumped, new_anchor, anchor)
+        new_high = tl.where(jumped, new_high, high)
+        new_low = tl.where(jumped, new_low, low)
+        new_shift = -new_anchor * slope
+        kept_s = s
+        kept_sx = sx
+        if REF_ENTROPY:  # ties with what is no longer the largest go back to the rest
+            tie_log = tl.fma(anchor, slope, shift)
+            tie = tl.where(first, ties_y * tl.exp2(tie_log), 0.0)
+            s += tie
+            kept_s = tl.where(jumped, s, kept_s)
+            hy = tl.where(jumped, hy + tie * tie_log, hy)
+            ties_y = tl.where(jumped, 0.0, ties_y)
+        if ENTROPY:
+            new_top = tl.maximum(top, tl.max(x))
+            tie_log = top_exponent(top, anchor, high, low, slope, shift, EXACT)
+            tie = tl.where(first, ties_x * tl.exp2(tie_log), 0.0)
+            sx += tie
+            higher = new_top > top
+            kept_sx = tl.where(higher, sx, kept_sx)
+            hx = tl.where(higher, hx + tie * tie_log, hx)
+            ties_x = tl.where(higher, 0.0, ties_x)
+            top = new_top
+        # u becomes u - t and w becomes f w: what CentredSums::recentre does
+        t = ((new_high - high) + (new_low - low)) * inv_t
+        t = tl.where(anchor > -FAR, t, 0.0)
+        step = new_shift - shift
+        f = tl.exp2(step)
+        e = tl.exp2(-t * LOG2E)
+        small = tl.abs(t) <= NEAR
+        g = t * t * gap_polynomial(-t, gap_coefficients(1.0))
+        excess = g - t  # e^-t - 1
+        moved = a - (t / inv_t) * s
+        if REVERSE:
+            k = t * t * gap_polynomial(t, gap_coefficients(1.0)) * e
+            c = f * tl.where(
+                small,
+                c + excess * (a * inv_t + b + c) + k * sx,
+                s + e * (c - s - t * sx),
+            )
+        b = f * tl.where(small, b + excess * (a * inv_t + b) + g * s, e * sx - s - moved * inv_t)
+        a = f * moved
+        s = f * kept_s
+        sx = (f * e) * kept_sx
+        if REF_ENTROPY:
+            hy = f * tl.fma(kept_s, step, hy)
+        if ENTROPY:
+            hx = (f * e) * tl.fma(kept_sx, step - t * LOG2E, hx)
+        anchor = new_anchor
+        shift = new_shift
+        high = new_high
+        low = new_low
+    wy0, wx0, t0, b0, c0, zx0, zy0, v0 = _terms(
+        x0, y0, shift, high, low, inv_t, coefficients, REVERSE, EXACT
+    )
+    wy1, wx1, t1, b1, c1, zx1, zy1, v1 = _terms(
+        x1, y1, shift, high, low, inv_t, coefficients, REVERSE, EXACT
+    )
+    reach = tl.maximum(reach, tl.max(tl.maximum(v0, v1), 0))
+    a += tl.sum(t0 + t1, 0)
+    b += tl.sum(b0 + b1, 0)
+    if REVERSE:
+        c += tl.sum(c0 + c1, 0)
+    if ENTROPY:
+        if cold:
+            # counted here: a block without a reduction would be turned into selects for every tile
+            ties_x += tl.sum((x0 == top).to(tl.float32) + (x1 == top).to(tl.float32))
+            wx0 = tl.where(x0 == top, 0.0, wx0)
+            wx1 = tl.where(x1 == top, 0.0, wx1)
+        hx += tl.sum(wx0 * tl.maximum(zx0, -FAR) + wx1 * tl.maximum(zx1, -FAR), 0)
+    if REF_ENTROPY:
+        if cold:
+            ties_y += tl.sum((y0 == anchor).to(tl.float32) + (y1 == anchor).to(tl.float32))
+            wy0 = tl.where(y0 == anchor, 0.0, wy0)
+            wy1 = tl.where(y1 == anchor, 0.0, wy1)
+        hy += tl.sum(wy0 * tl.maximum(zy0, -FAR) + wy1 * tl.maximum(zy1, -FAR), 0)
+    s += tl.sum(wy0 + wy1, 0)
+    sx += tl.sum(wx0 + wx1, 0)
+    return s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y
+
+
+@unspecialised
+def sweep_pair(
+    policy, reference, parts, inv_temperature, mask,
+    n: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64, segment: tl.int64,
+    x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64, per_row: tl.int64,
+    REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """parts[segment, COLUMNS, n] of rows first.. ; grid (rows, segments), one warp each."""
+    EXACT: tl.constexpr = not (is_half(policy) and is_half(reference))
+    HALF: tl.constexpr = HALVES * WIDTH
+    local = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    row = first + local
+    if tl.load(mask + row * (per_row & 1), mask=(per_row & 1) != 0, other=1) == 0:
+        return
+    at = tl.where((per_row & 4) != 0, row, 0)
+    inv_t = tl.load(inv_temperature + at, mask=(per_row & 2) != 0, other=1.0).to(tl.float32)
+    begin = part * segment
+    size = tl.minimum(segment, vocab - begin)
+    x_row = row_pointer(policy, local, inner, x_outer, x_inner) + begin
+    y_row = row_pointer(reference, local, inner, y_outer, y_inner) + begin
+    coefficients = gap_coefficients(inv_t)
+    zero = tl.zeros((WIDTH,), tl.float32)
+    nothing = inv_t * 0.0
+    anchor = nothing - FAR
+    state = (
+        zero, zero, zero, zero, zero, zero, zero, zero - FAR,
+        anchor, inv_t * LOG2E * FAR, nothing, nothing, anchor, nothing, nothing,
+    )  # fmt: skip
+    cell = tl.arange(0, HALVES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = size // (2 * HALF) * (2 * HALF)
+    # Tiles are the same tokens in the same lanes either way: the sums do not depend on alignment.
+    even = cell if EXACT else cell * 2
+    odd = even + (HALF if EXACT else 1)
+    if ALIGNED:
+        x_row = vectorised(x_row)
+        y_row = vectorised(y_row)
+    for i in tl.range(0, whole, 2 * HALF):
+        if ALIGNED and not EXACT:
+            x0, x1 = load_words(x_row, i, cell)
+            y0, y1 = load_words(y_row, i, cell)
+        else:
+            x0 = tl.load(x_row + (i + even)).to(tl.float32)
+            x1 = tl.load(x_row + (i + odd)).to(tl.float32)
+            y0 = tl.load(y_row + (i + even)).to(tl.float32)
+            y1 = tl.load(y_row + (i + odd)).to(tl.float32)
+        state = _tile(
+            state, x0, y0, x1, y1, inv_t, coefficients, REVERSE, ENTROPY, REF_ENTROPY, EXACT
+        )
+    if whole < size:
+        x0 = load_each(x_row, whole + even, size)
+        x1 = load_each(x_row, whole + odd, size)
+        y0 = load_each(y_row, whole + even, size)
+        y1 = load_each(y_row, whole + odd, size)
+        state = _tile(
+            state, x0, y0, x1, y1, inv_t, coefficients, REVERSE, ENTROPY, REF_ENTROPY, EXACT
+        )
+    s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y = state
+    out = parts + part * COLUMNS * n + row
+    tl.store(out, tl.sum(s, 0))
+    tl.store(out + n, tl.sum(sx, 0))
+    tl.store(out + 2 * n, tl.sum(a, 0))
+    tl.store(out + 3 * n, tl.sum(b, 0))
+    tl.store(out + 4 * n, tl.sum(c, 0))
+    tl.store(out + 5 * n, tl.sum(hx, 0))
+    tl.store(out + 6 * n, tl.sum(hy, 0))
+    tl.store(out + 7 * n, tl.max(reach, 0))
+    tl.store(out + 8 * n, anchor)
+    tl.store(out + 9 * n, high)
+    tl.store(out + 10 * n, low)
+    tl.store(out + 11 * n, top)
+    tl.store(out + 12 * n, ties_x)
+    tl.store(out + 13 * n, ties_y)
