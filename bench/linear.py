@@ -6,6 +6,7 @@ logits made by them, then the divergence by PyTorch's operators.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,3 +226,32 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
             note=f"{peaks[0] / MIB:.1f} vs {peaks[1] / MIB:.0f} MiB",
         )
     )  # fmt: skip
+
+
+def errors() -> None:
+    """Print what rounding the tiles to bfloat16 costs, by the size of the divergence."""
+    print("| KL | value, default | value, fast | d hidden, default | d hidden, fast |")
+    print("|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 256, generator=generator)
+    weight = (torch.randn(8192, 256, generator=generator) * (3 / 16)).bfloat16()
+    for noise in (1e-3, 1e-2, 1e-1, 1.0):
+        moved = weight.float() + noise / 16 * torch.randn(weight.shape, generator=generator)
+        given = Heads(hidden.bfloat16(), moved.bfloat16(), hidden.bfloat16(), weight)
+        exact = Heads(*(getattr(given, name).double() for name in Heads.__dataclass_fields__))
+        with torch.no_grad():
+            truth = float(divergence_f64(exact))
+        slope = gradients(exact, divergence_f64)[0]
+        values, slopes = [], []
+        for precision in (None, "fast"):
+            with torch.no_grad():
+                value = float(ours(given, precision))
+            values.append(abs(value - truth) / truth)
+            found = gradients(given, functools.partial(ours, precision=precision))[0]
+            slopes.append(oracle_f64.relative_l2(found.flatten(), slope.flatten()))
+        row = [f"{truth:.1e}", *(f"{error:.1e}" for error in values + slopes)]
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    errors()
