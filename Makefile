@@ -94,6 +94,7 @@ mypy: $(VENV)/.dev
 	$(BIN)/mypy fusedkl setup.py
 	MYPYPATH=bench $(BIN)/mypy bench
 	MYPYPATH=demo $(BIN)/mypy demo
+	MYPYPATH=examples:demo $(BIN)/mypy examples
 
 format: $(VENV)/.dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix
@@ -105,5 +106,5 @@ wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 
 clean: ## remove what building and running left, and keep .venv
 	rm -rf build dist out fusedkl.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
-	find fusedkl kernels tests bench demo -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fusedkl kernels tests bench demo examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f fusedkl/*.so $(VENV)/.installed

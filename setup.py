@@ -72,7 +72,7 @@ def native_build() -> dict[str, object]:
 
 
 setup(
-    packages=["fusedkl", "fusedkl.kernels"],
+    packages=["fusedkl", "fusedkl.inductor", "fusedkl.kernels"],
     package_dir={"fusedkl.kernels": "kernels"},
     **({} if NO_EXT else native_build()),
 )

@@ -49,6 +49,45 @@ def _faster(label: str, must: float, aim: float, isa: str | None = "avx512") -> 
 _BACKWARD = "forward + backward vs torch.compile"
 _WITH, _WITHOUT = "huge pages for both", "huge pages for neither"
 
+_FULL = "lm_head fused: forward vs full logits"
+# One home for both precisions; the two hidden sizes have their own thresholds.
+_LINEAR: dict[str, Goal] = {
+    **{
+        f"linear_products/{precision}": Goal(
+            "lm_head fused: forward, times its own products", 1.10, 1.03, isa=None
+        )
+        for precision in ("fast", "default")
+    },
+    "linear_forward_small/fast": _faster(f"{_FULL}, H = 1024, fast", 1.6, 2.5, None),
+    "linear_forward_large/fast": _faster(f"{_FULL}, H = 4096, fast", 1.1, 1.3, None),
+    "linear_forward_small/default": _faster(f"{_FULL}, H = 1024", 1.1, 1.5, None),
+    "linear_forward_large/default": _faster(f"{_FULL}, H = 4096", 1.1, 1.5, None),
+    **{
+        f"linear_train/{precision}": _faster(
+            f"lm_head fused: forward + backward vs full logits, {precision}", 1.0, 1.3, None
+        )
+        for precision in ("fast", "default")
+    },
+    **{
+        f"linear_memory_forward/{precision}": _faster(
+            f"lm_head fused: memory of full logits over ours, forward, {precision}", 100, 300, None
+        )
+        for precision in ("fast", "default")
+    },
+    **{
+        f"linear_memory_train/{precision}": _faster(
+            f"lm_head fused: memory, forward + backward, {precision}", 20, 50, None
+        )
+        for precision in ("fast", "default")
+    },
+    "linear_gradient/fp32": Goal(
+        "lm_head fused: gradient, relative L2", 2e-5, 5e-6, unit="", isa=None, any_size=True
+    ),
+    "linear_gradient/bf16": Goal(
+        "lm_head fused: gradient, relative L2", 5e-3, 3e-3, unit="", isa=None, any_size=True
+    ),
+}
+
 GOALS: dict[str, Goal] = {
     "forward_compile/bf16": _faster("forward vs torch.compile", 5.0, 7.5),
     "forward_compile/fp32": _faster("forward vs torch.compile", 4.0, 6.5),
@@ -74,6 +113,14 @@ GOALS: dict[str, Goal] = {
     ),
     "backward_limit/bf16": Goal("forward + backward, times the 2 reads + 1 write limit"),
     "backward_limit/fp32": Goal("forward + backward, times the 2 reads + 1 write limit"),
+    "fresh_write_huge/bf16": Goal(f"first write of a gradient's memory, {_WITH}", unit="ns/pair"),
+    "fresh_write_huge/fp32": Goal(f"first write of a gradient's memory, {_WITH}", unit="ns/pair"),
+    "fresh_write_plain/bf16": Goal(
+        f"first write of a gradient's memory, {_WITHOUT}", unit="ns/pair"
+    ),
+    "fresh_write_plain/fp32": Goal(
+        f"first write of a gradient's memory, {_WITHOUT}", unit="ns/pair"
+    ),
     "both_directions": Goal("both directions (jeffreys) vs one", 1.3, 1.1),
     "wide_1": Goal("wide differences vs KL <= 1e-2: noise 1 (KL 0.5)", 1.6, 1.35),
     "wide_4": Goal("wide differences vs KL <= 1e-2: noise 4", 2.0, 1.6),
@@ -113,6 +160,7 @@ GOALS: dict[str, Goal] = {
         "real logits: forward + backward vs torch.compile", higher_is_better=True
     ),
     "real_limit": Goal("real logits: forward, times the memory-read limit"),
+    **_LINEAR,
 }
 
 AIM, MUST, MISSED, WRONG = "aim reached", "must met", "MISSED", "WRONG NUMBERS"

@@ -20,25 +20,29 @@ time over the time that reading the inputs alone takes in the same run."""
 
 def table(results: list[Result], judged: bool) -> str:
     """All results in the order of the goals, each quantity named once."""
+    rows = [(*line, verdict(r, judged), r.wrong or r.note) for line, r in lines(results)]
+    return tabulate(rows, HEADERS, tablefmt="simple", disable_numparse=True, maxcolwidths=WIDTHS)
+
+
+def lines(results: list[Result]) -> list[tuple[tuple[str, ...], Result]]:
+    """Quantity, case, measured, spread, must and aim of every result, in the order of the goals."""
     order = {goal: place for place, goal in enumerate(GOALS)}
-    rows, last = [], ""
+    found: list[tuple[tuple[str, ...], Result]] = []
+    last = ""
     for result in sorted(results, key=lambda r: order[r.goal]):
         goal = GOALS[result.goal]
         sign = ">=" if goal.higher_is_better else "<="
-        rows.append(
-            (
-                goal.label if goal.label != last else "",
-                result.case,
-                _number(result.value, goal.unit),
-                _spread(result),
-                "" if goal.must is None else f"{sign} {_number(goal.must, goal.unit)}",
-                "" if goal.aim is None else f"{sign} {_number(goal.aim, goal.unit)}",
-                verdict(result, judged),
-                result.wrong or result.note,
-            )
+        line = (
+            goal.label if goal.label != last else "",
+            result.case,
+            _number(result.value, goal.unit),
+            _spread(result),
+            "" if goal.must is None else f"{sign} {_number(goal.must, goal.unit)}",
+            "" if goal.aim is None else f"{sign} {_number(goal.aim, goal.unit)}",
         )
+        found.append((line, result))
         last = goal.label
-    return tabulate(rows, HEADERS, tablefmt="simple", disable_numparse=True, maxcolwidths=WIDTHS)
+    return found
 
 
 def summary(results: list[Result], judged: bool) -> str:

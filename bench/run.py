@@ -26,6 +26,7 @@ import accuracy
 import growth
 import inputs
 import jobs_io
+import linear
 import machine
 import memory
 import report
@@ -70,6 +71,17 @@ JOBS: dict[str, Job] = {
     "avx2": Job(speed.run_avx2, AVX2 | {"THP_MEM_ALLOC_ENABLE": "1"}, needs_avx2=True),
     "growth": Job(growth.run),
     **{case.name: _memory(case) for case in memory.CASES},
+    "linear-accuracy": Job(linear.run_accuracy),
+    **{
+        f"linear-{width}": Job(functools.partial(linear.run, width=width)) for width in (1024, 4096)
+    },
+    **{
+        f"linear-memory-{'train' if backward else 'forward'}-{'fast' if fast else 'default'}": Job(
+            functools.partial(linear.run_memory, backward=backward, fast=fast)
+        )
+        for backward in (False, True)
+        for fast in (True, False)
+    },
     "threads": Job(threads.run, {"THP_MEM_ALLOC_ENABLE": "1"}, threads=2),
     "real": Job(inputs.run_real, {"THP_MEM_ALLOC_ENABLE": "1"}, optional=True),
 }

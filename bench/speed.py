@@ -16,7 +16,7 @@ from cases import DTYPES, NARROW, Problem
 from contenders import Contender
 from goals import Result
 from jobs_io import Reporter
-from timing import Comparison, Spread
+from timing import Comparison, Spread, Step
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,16 @@ class Measurement:
         rate = limits.bytes_read(self.problem) * 1.5 / result.base.median / 1e9
         self._emit_limit(goal, result, f"{rate:.1f} GB/s by {name}, memory already mapped", rate)
 
+    def fresh_write(self, goal: str) -> None:
+        """Emit what the first writing of a gradient's memory costs, with no arithmetic at all."""
+        self.reporter.step(f"{short(self.problem)}: fresh memory")
+        step = Step(lambda: torch.empty_like(self.problem.policy).fill_(1))
+        timing.sample(step, timing.CPU, 1)
+        scale = 1e9 / self.problem.pairs
+        found = Spread.of([timing.sample(step, timing.CPU, 1) * scale for _ in range(9)])
+        case = short(self.problem)
+        self.reporter.emit(Result(goal, case, found.median, found.low, found.high))
+
     def _emit_limit(self, goal: str, result: Comparison, how: str, rate: float) -> None:
         ours, limit = per_pair(result.other, self.problem), per_pair(result.base, self.problem)
         self.reporter.emit(
@@ -194,6 +204,7 @@ def run_backward(reporter: Reporter, settings: Settings) -> None:
         here = Measurement(problem, settings, reporter)
         if pages == "huge":
             here.write_limit(f"backward_limit/{dtype}", ours)
+        here.fresh_write(f"fresh_write_{pages}/{dtype}")
         reporter.step(f"{short(problem)}: compiling the peer")
         peer = contenders.compiled(problem, backward=True)
         here.versus(f"backward_compile_{pages}/{dtype}", ours, peer, True)

@@ -60,20 +60,17 @@ FUSEDKL_HD static inline bool is_finite(double v) { return v - v == 0; }
 // g(u) = e^u - 1 - u, to full relative accuracy
 FUSEDKL_HD static inline double g_of(double u) {
   if (fabs(u) > 0.3) return expm1(u) - u;
-  double term = u * u / 2, sum = term;
-  for (int j = 3; j < 18; j++) sum += (term *= u / j);
-  return sum;
+  double sum = 1;
+  for (int j = 17; j > 2; j--) sum = 1 + sum * u * (1.0 / j);
+  return u * u / 2 * sum;
 }
 
 // k(u) = 1 + (u - 1) e^u
 FUSEDKL_HD static inline double k_of(double u) {
   if (fabs(u) > 0.3) return 1 + (u - 1) * exp(u);
-  double term = u * u / 2, sum = term;
-  for (int j = 3; j < 18; j++) {
-    term *= u / j;
-    sum += term * (j - 1);
-  }
-  return sum;
+  double sum = 16;
+  for (int j = 17; j > 2; j--) sum = (j - 2) + sum * u * (1.0 / j);
+  return u * u / 2 * sum;
 }
 
 // h(z) = z - log1p(z)
@@ -138,6 +135,31 @@ struct CentredSums {
   }
 };
 
+// The sums of the exact path, in double and from both rows' own weights: any support, any size.
+struct ExactSums {
+  CentredSums sums;
+  bool policy_lacks = false, reference_lacks = false;  // a token of the one that the other excludes
+
+  // q and e: the token's weights q and q e^u, both known on their own scale
+  FUSEDKL_MEMBER void add(double x, double y, double q, double e, double centre, double inv_t) {
+    if (x == -INFINITY && y == -INFINITY) return;
+    sums.S += q;
+    if (x == -INFINITY || y == -INFINITY) {
+      (x == -INFINITY ? policy_lacks : reference_lacks) = true;
+      sums.B += e - q;
+      sums.M += e - q;
+      sums.C += q;
+      return;
+    }
+    const double u = ((x - y) - centre) * inv_t;
+    const bool near = fabs(u) < 30;
+    sums.A += q * u;
+    sums.B += near ? q * g_of(u) : e - q - q * u;
+    sums.C += near ? q * k_of(u) : q + e * (u - 1);
+    sums.M += near ? q * expm1(u) : e - q;
+  }
+};
+
 // Entropy of a distribution given about its largest logit m: ties = number of entries equal to m, rest = sum of e^(v-m) over
 // the others, gap = sum of e^(v-m) (m-v). Both terms are >= 0, so a peaked row keeps its digits.
 FUSEDKL_HD static inline double log_mass(double ties, double rest) { return ties == 1 ? log1p(rest) : log(ties + rest); }
@@ -145,9 +167,52 @@ FUSEDKL_HD static inline double entropy_of(double ties, double rest, double gap)
   return log_mass(ties, rest) + gap / (ties + rest);
 }
 
+struct EntropySums {
+  double ties = 0, rest = 0, gap = 0;
+
+  // a logit `down` (>= 0, in units of T) below the largest
+  FUSEDKL_MEMBER void add(double down) {
+    if (down == 0) {
+      ties += 1;
+    } else if (down < INFINITY) {
+      const double w = exp(-down);
+      rest += w;
+      gap += w * down;
+    }
+  }
+
+  // The largest logit is `step` (> 0, in units of T) above the one that the sums are about.
+  FUSEDKL_MEMBER void raise(double step) {
+    const double factor = exp(-step), mass = ties + rest;
+    gap = factor * (gap + mass * step);
+    rest = factor * mass;
+    ties = 0;
+  }
+};
+
+// The rounding of x - y (half an ulp of the centre) is not negligible against sqrt(2 KL).
+FUSEDKL_HD static inline bool difference_too_coarse(double centre, double kl) {
+  return centre * centre * 0x1p-48 > 2e-12 * (kl < 1 ? kl : 1);
+}
+
 FUSEDKL_HD static inline RowState nan_state() {
   const double v = NAN;
   return {v, v, v, v, v, v, v, v, v, v, 0};
+}
+
+// A row of which the maxima and the sums about them are known, before its divergences: masses, and D where it cannot be better.
+FUSEDKL_HD static inline RowState exact_masses(double max_x, const EntropySums& x, double max_y, const EntropySums& y,
+                                               double inv_t) {
+  RowState s{};
+  const bool has_x = max_x > -INFINITY, has_y = max_y > -INFINITY;
+  s.policy_max = has_x ? max_x * inv_t : 0;
+  s.reference_max = has_y ? max_y * inv_t : 0;
+  s.policy_log_sum = has_x ? log_mass(x.ties, x.rest) : -INFINITY;
+  s.reference_log_sum = has_y ? log_mass(y.ties, y.rest) : -INFINITY;
+  s.entropy = has_x ? entropy_of(x.ties, x.rest, x.gap) : 0;
+  s.reference_entropy = has_y ? entropy_of(y.ties, y.rest, y.gap) : 0;
+  if (!has_x || !has_y) s.residual = has_x ? INFINITY : has_y ? -INFINITY : 0;
+  return s;
 }
 
 // log of the total of parts whose logs are max + log_sum, about the heaviest part; index of that part in `heaviest`
@@ -255,6 +320,14 @@ FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowG
     v += r.forward * (q > 0 && l < 1 ? q * expm1(l) : p - q);
     if (r.reverse != 0 && p != 0) v += p * r.reverse * (l - s.reverse_kl);
   }
+  return v;
+}
+
+FUSEDKL_HD static inline double reference_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t) {
+  const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * inv_t - s.residual;
+  double v = r.ref_forward != 0 && q != 0 ? r.ref_forward * q * (l + s.forward_kl) : 0;
+  if (r.ref_reverse != 0)
+    v += r.ref_reverse * (q > 0 && l < 1 ? q * expm1(l) : exp((x * inv_t - s.policy_max) - s.policy_log_sum) - q);
   return v;
 }
 

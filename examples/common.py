@@ -1,7 +1,7 @@
 """What the recipes share: a model to play with, text, sampling, and the look of the figures.
 
-`--model tiny` is a random model of 128 characters that runs in seconds; `--model smollm2` is
-SmolLM2-135M-Instruct, loaded as the demo loads it (`make demo` installs what that needs).
+`--model smollm2` is SmolLM2-135M-Instruct, loaded as the demo loads it (`make demo` installs what
+that needs); `--model tiny` is a model of 128 characters, trained for a second, for a first look.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Language:
         """A student: fewer units, or the lower half of the layers."""
         if isinstance(self.model, Tiny):
             return Tiny(width=16)
-        student = copy.deepcopy(self.model)
+        student: Any = copy.deepcopy(self.model)
         layers = student.model.model.layers
         student.model.model.layers = layers[: len(layers) // 2]
-        student.requires_grad_(True)
-        return student
+        smaller: nn.Module = student.requires_grad_(True)
+        return smaller
 
     def wanted(self, letters: str = "aeiou") -> Tensor:
         """bool [V]: the tokens that hold one of the letters, a reward that needs no judge."""
@@ -92,14 +92,33 @@ class Language:
         )
 
 
+_LEARNT: dict[int, dict[str, Tensor]] = {}
+
+
+def _learnt(seed: int, language: Language) -> dict[str, Tensor]:
+    """Weights after a second of reading: enough to have preferences. Once per process."""
+    if seed not in _LEARNT:
+        optimise = optimizer(language.model, 1e-2)
+        for batch in language.batches(150, 8, 64, seed):
+            logits = language.model(batch.inputs).flatten(0, 1)
+            optimise.zero_grad()
+            nn.functional.cross_entropy(logits, batch.labels.flatten()).backward()
+            optimise.step()
+        _LEARNT[seed] = copy.deepcopy(language.model.state_dict())
+    return _LEARNT[seed]
+
+
 def load(name: str, seed: int = 0) -> Language:
+    """The model called `name` and its tokens; the same for the same seed."""
     torch.manual_seed(seed)
     if name == "tiny":
 
         def ascii_codes(string: str) -> list[int]:
             return list(string.encode("ascii", "replace"))
 
-        return Language(name, Tiny(), ascii_codes, [chr(code) for code in range(128)])
+        language = Language(name, Tiny(), ascii_codes, [chr(code) for code in range(128)])
+        language.model.load_state_dict(_learnt(seed, language))
+        return language
     import model as models
 
     models.offline()
@@ -146,12 +165,17 @@ def answers(logits: Tensor, tokens: int) -> Tensor:
 
 
 def arguments(
-    description: str | None, argv: list[str] | None, *, steps: int, model: bool = True
+    description: str | None,
+    argv: list[str] | None,
+    *,
+    steps: int,
+    model: bool = True,
+    models: tuple[str, ...] = ("tiny", "smollm2"),
 ) -> argparse.Namespace:
     """The options that all recipes have."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     if model:
-        parser.add_argument("--model", choices=("tiny", "smollm2"), default="smollm2")
+        parser.add_argument("--model", choices=models, default="smollm2")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")

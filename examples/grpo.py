@@ -6,6 +6,8 @@ same model and seed; only the penalty differs. k3 sees the token drawn, the exac
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from common import (
     answers,
@@ -25,7 +27,7 @@ import fusedkl
 PROMPT, ANSWER, PROMPTS, GROUP, BETA = 8, 10, 3, 6, 0.1
 
 
-def train(penalty: str, options: object) -> dict[str, list[float]]:
+def train(penalty: str, options: argparse.Namespace) -> dict[str, list[float]]:
     language = load(options.model, options.seed)
     policy, reference, wanted = language.model, frozen(language.model), language.wanted()
     optimise = optimizer(policy, 1e-2 if options.model == "tiny" else 3e-5)

@@ -21,14 +21,14 @@ from common import (
 
 import fusedkl
 
-PROMPT, ANSWER, ROWS, EPOCHS, CLIP, LIMIT = 8, 10, 16, 8, 0.2, 0.01
+PROMPT, ANSWER, ROWS, EPOCHS, CLIP, LIMIT = 8, 10, 16, 8, 0.2, 0.02
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     options = arguments(__doc__, argv, steps=8)
     language = load(options.model, options.seed)
     policy, wanted = language.model, language.wanted()
-    optimise = optimizer(policy, 1e-2 if options.model == "tiny" else 3e-5)
+    optimise = optimizer(policy, 3e-3 if options.model == "tiny" else 3e-5)
     log: dict[str, list[float]] = {"exact": [], "k3": [], "epochs": [], "reward": []}
     for batch in language.batches(options.steps, ROWS, PROMPT, options.seed):
         ids = sample(policy, batch.inputs, ANSWER)
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         with torch.no_grad():
             old = answers(policy(ids), ANSWER)
             old_logprob = fusedkl.selective_log_softmax(old, ids[:, -ANSWER:])
-        for epoch in range(1, EPOCHS + 1):
+        epochs = 0
+        while epochs < EPOCHS:
+            epochs += 1
             logits = policy(ids)
             logprob = logprobs(logits, ids, ANSWER)
             with torch.no_grad():
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
             optimise.zero_grad()
             (-gain.mean()).backward()
             optimise.step()
-        log["epochs"].append(float(epoch))
+        log["epochs"].append(float(epochs))
         log["reward"].append(float(reward.mean()))
     print(f"reward {log['reward'][-1]:.3f}; passes over each batch: {log['epochs']}")
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         return torch.cat([change[n].reshape(-1) for n in weights])
 
     zero = unflat(torch.zeros(sum(sizes)))
-    old, pull = vjp(logits_at, zero)
+    old, pull = vjp(logits_at, zero)[:2]
     old = old.detach()
     old_logprob = fusedkl.selective_log_softmax(old, ids[:, -ANSWER:])
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         return (advantage * ratio).mean()
 
     def fisher(vector: Tensor) -> Tensor:
-        _, moved = jvp(logits_at, (zero,), (unflat(vector),))
+        moved = jvp(logits_at, (zero,), (unflat(vector),))[1]
         product = fusedkl.fisher_vector_product(old, moved) / (ROWS * ANSWER)
         return flat(pull(product)[0]) + DAMPING * vector
 

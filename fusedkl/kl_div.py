@@ -8,6 +8,7 @@ composition.
 
 # No postponed annotations here: torch.jit.script reads them, and inspect.signature equals torch's.
 import os
+import sys
 import warnings
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .backends import ENVIRONMENT
+from .deferred import SPECIAL, Deferred, result
+from .deferred_kl import fused_kl_div
 from .kl_div_ops import HAS_CPU_KERNEL, kl_div_sum, observed
 
 __all__ = ["KLDivLoss", "kl_div"]
@@ -83,6 +86,8 @@ def _eager(
         # One node of the graph, which inductor fuses with the log_softmax before it; an operator
         # of ours would have the probabilities written out first.
         return _TORCH_KL_DIV(input, target, size_average, reduce, reduction, log_target)
+    if type(input) is Deferred or type(target) is Deferred:
+        return _of_deferred(input, target, size_average, reduce, reduction, log_target)
     if has_torch_function_variadic(input, target):
         # torch's function, not ours: implementations of __torch_function__ look it up in tables.
         overridden: Tensor = handle_torch_function(
@@ -101,6 +106,10 @@ def _eager(
         return _TORCH_KL_DIV(input, target, size_average, reduce, reduction, log_target)
     if reduction == "mean":
         warnings.warn(_MEAN_WARNING, stacklevel=3)
+    return _reduced(input, target, reduction, log_target)
+
+
+def _reduced(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
     if (log_target is True or log_target is False) and _fusable(input, target):
         return _fused(input, target, reduction, log_target)
     # Not torch's function: its warning, given above, would name this line instead of the caller's.
@@ -108,6 +117,38 @@ def _eager(
     if reduction == "batchmean" and input.dim() != 0:
         reduced = reduced / input.size()[0]
     return reduced
+
+
+def _of_deferred(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """kl_div of what `patch()` deferred, called by us or by torch's own kl_div."""
+    legacy = size_average is not None or reduce is not None
+    if not legacy and reduction in ("mean", "batchmean", "sum", "none"):
+        if reduction == "mean":
+            warnings.warn(_MEAN_WARNING, stacklevel=_callers_level())
+        fused = fused_kl_div(input, target, reduction, log_target)
+        if fused is not None:
+            return fused
+        if reduction != "none" and type(result(input)) in _PLAIN and type(result(target)) in _PLAIN:
+            return _reduced(result(input), result(target), reduction, log_target)
+    return _TORCH_KL_DIV(result(input), result(target), size_average, reduce, reduction, log_target)
+
+
+def _callers_level() -> int:
+    """The stacklevel, where this is called, of the first frame outside of torch and fusedkl."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in ("torch", "fusedkl"):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def kl_div(
@@ -143,6 +184,9 @@ def kl_div(
     if not torch.jit.is_scripting():
         return _eager(input, target, size_average, reduce, reduction, log_target)
     return _TORCH_KL_DIV(input, target, size_average, reduce, reduction, log_target)
+
+
+SPECIAL[_TORCH_KL_DIV] = SPECIAL[kl_div] = _of_deferred
 
 
 class KLDivLoss(torch.nn.KLDivLoss):

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference, validation
+
+# Elements of a block of rows: 16 MiB a temporary in float64. A row's numbers do not depend on it.
+_BLOCK = 2**21
+
+
+def blocks(rows_: int, width: int) -> Iterator[slice]:
+    """The rows of a [rows_, width] tensor in parts; one empty part where there are none."""
+    step = max(1, _BLOCK // width)
+    for at in range(0, max(rows_, 1), step):
+        yield slice(at, min(at + step, rows_))
+
 
 # Kernels take up to this many dims as they are strided.
 _MAX_DIMS = 8
@@ -18,6 +32,28 @@ def rows(logits: Tensor) -> Tensor:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     return logits.flatten(0, -2) if logits.dim() > _MAX_DIMS else logits
+
+
+def row_parts(*tensors: Tensor) -> Iterator[Any]:
+    """(slice of the row numbers, each tensor's rows) by blocks, for tensors [..., V] of one shape.
+
+    Leading dims one by one, since a reshape may copy them.
+    """
+    first = tensors[0]
+    if first.dim() > 2:
+        try:  # one leading dim in truth
+            tensors = tuple(t.view(-1, t.shape[-1]) for t in tensors)
+            first = tensors[0]
+        except RuntimeError:
+            pass
+    if first.dim() == 2:
+        for part in blocks(*first.shape):
+            yield (part, *(t[part] for t in tensors))
+        return
+    inner = first[0].numel() // first.shape[-1] if first.shape[0] else 0
+    for i in range(first.shape[0]):
+        for part, *cut in row_parts(*(t[i] for t in tensors)):
+            yield (slice(i * inner + part.start, i * inner + part.stop), *cut)
 
 
 def inverse_temperature(temperature: float | Tensor, policy: Tensor) -> Tensor | None:

@@ -1,92 +1,83 @@
-"""`patch()` and `unpatch()`: torch.nn.functional.kl_div replaced by fusedkl.kl_div, and put back.
+"""`patch()` and `unpatch()`: untouched code runs fused, until it is undone.
 
-Only the attribute is replaced, which reaches `F.kl_div(...)`, `nn.KLDivLoss` and compiled code in
-every thread, and not names bound earlier by `from torch.nn.functional import kl_div`. Importing
-fusedkl changes nothing.
+What is replaced, for the whole process:
+
+    torch.nn.functional.kl_div                by fusedkl.kl_div
+    softmax and log_softmax, of torch.Tensor  by functions that defer large ones (deferred.py);
+        and of torch                          F.softmax, F.log_softmax and the modules call these
+
+Names that loaded modules bound earlier, as `from torch import log_softmax` does, are rebound;
+`Patch.unreached` lists what holds one of torch's functions out of reach. Importing fusedkl changes
+nothing.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from types import TracebackType
 from typing import Any
 
-import torch.nn.functional
-
-from .kl_div import kl_div
+from . import rebinding
+from .rebinding import MISSING, TARGETS, Target
 
 __all__ = ["Patch", "patch", "unpatch"]
 
-_ATTRIBUTE = "torch.nn.functional.kl_div"
-
 
 class _Activation:
-    def __init__(self, owner: Patch, found: Any) -> None:
+    def __init__(self, owner: Patch) -> None:
         self.owner = owner
-        self.found = found  # what the attribute held
+        self.found: dict[Target, Any] = {}  # what each attribute held
 
 
 _LOCK = threading.RLock()
 _ACTIVE: list[_Activation] = []  # oldest first
 
 
-def _name(function: Any) -> str:
-    if function is kl_div:
-        return "fusedkl.kl_div"
-    module, name = (getattr(function, key, None) for key in ("__module__", "__qualname__"))
-    return f"{module}.{name}" if module and name else repr(function)
-
-
-def _keep_known_to_dynamo(function: Any) -> None:
-    """torch.compile knows torch's functions by a table from name to object, made on first use.
-
-    Made while the attribute is replaced, it lacks the original for good, whose warning for "mean"
-    is then traced into: a graph break, or an error under fullgraph=True. So this is called while
-    the original is in place.
-    """
-    rules = sys.modules.get("torch._dynamo.trace_rules")
-    table = getattr(rules, "get_torch_obj_rule_map", None)
-    if table is not None and function not in table():
-        getattr(table, "cache_clear", lambda: None)()
-
-
 def _activate(owner: Patch) -> None:
     with _LOCK:
-        found = torch.nn.functional.kl_div
-        if found is not kl_div:
-            _keep_known_to_dynamo(found)
-        _ACTIVE.append(_Activation(owner, found))
-        torch.nn.functional.kl_div = kl_div
+        activation = _Activation(owner)
+        for target in TARGETS:
+            activation.found[target] = found = target.get()
+            if found is not target.ours:
+                rebinding.keep_known_to_dynamo(found)
+                target.set(target.ours)
+        _ACTIVE.append(activation)
+        rebinding.enabled(True)
+        rebinding.rebind()
 
 
 def _take_back(owner: Patch | None) -> bool:
     """End the latest activation, of `owner` if one is named; whether there was one."""
+    kept = []
     with _LOCK:
         mine = [i for i, a in enumerate(_ACTIVE) if owner is None or a.owner is owner]
         if not mine:
             return False
         ended = _ACTIVE.pop(mine[-1])
-        if mine[-1] < len(_ACTIVE):
-            # Out of order: what it found is for the next one to restore, unless that one found
-            # something that another party had put there.
-            later = _ACTIVE[mine[-1]]
-            if later.found is kl_div:
-                later.found = ended.found
-            return True
-        current = torch.nn.functional.kl_div
-        if current is kl_div:
-            torch.nn.functional.kl_div = ended.found
-            if ended.found is not kl_div:
-                _keep_known_to_dynamo(ended.found)
-            return True
-    warnings.warn(
-        f"{_ATTRIBUTE} was replaced by {_name(current)} while fusedkl.patch() was active; "
-        "it is left as it is",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+        later = _ACTIVE[mine[-1]] if mine[-1] < len(_ACTIVE) else None
+        for target, found in ended.found.items():
+            if later is not None:
+                # Out of order: what it found is for the next one to restore, unless that one
+                # found something that another party had put there.
+                if later.found[target] is target.ours:
+                    later.found[target] = found
+            elif target.get() is not target.ours:
+                kept.append(target)
+            else:
+                target.set(found)
+                if found is not target.ours:
+                    rebinding.keep_known_to_dynamo(found)
+        if not _ACTIVE:
+            rebinding.enabled(False)
+            rebinding.restore()
+    for target in kept:
+        warnings.warn(
+            f"{target.name} was replaced by {rebinding.name_of(target.get())} while "
+            "fusedkl.patch() was active; it is left as it is",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return True
 
 
@@ -102,6 +93,11 @@ class Patch:
         """Whether this patch is still in force."""
         with _LOCK:
             return any(activation.owner is self for activation in _ACTIVE)
+
+    @property
+    def unreached(self) -> list[str]:
+        """What holds one of torch's functions and cannot be rebound: closures, defaults, tables."""
+        return rebinding.unreached() if self.active else []
 
     def __enter__(self) -> Patch:
         if self._unentered and self.active:
@@ -123,22 +119,37 @@ class Patch:
             found = [activation.found for activation in _ACTIVE if activation.owner is self]
         if not found:
             return "<fusedkl.patch: not active, nothing replaced>"
-        return f"<fusedkl.patch: {_ATTRIBUTE} = fusedkl.kl_div (was {_name(found[0])})>"
+        lines = [
+            f"{target.name} = {rebinding.name_of(target.ours)}"
+            + ("" if was is MISSING else f" (was {rebinding.name_of(was)})")
+            for target, was in found[0].items()
+        ]
+        lines += [f"{name} rebound" for name in rebinding.rebound()]
+        lines += [f"not reached: {holder}" for holder in self.unreached]
+        return "<fusedkl.patch:\n  " + "\n  ".join(lines) + ">"
 
 
 def patch() -> Patch:
-    """Replace torch.nn.functional.kl_div by fusedkl.kl_div, until `unpatch()` or the end of `with`.
+    """Fuse F.kl_div of softmaxes in code that is not changed, until `unpatch()` or `with` ends.
 
         with fusedkl.patch():           fusedkl.patch()
             train()                     train()
                                         fusedkl.unpatch()
 
-    Patches nest and count: the attribute goes back to what it was when the last one ends, in
-    whatever order they end and in whatever threads; the replacement is for the whole process. If
-    another party replaced the attribute meanwhile, its function stays, with a RuntimeWarning.
+    F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), ...), with log_target=True as well, reads each
+    logit once and stores no probability; with reduction="none", if .sum(-1) or .sum() follows. For
+    that, softmaxes of 2**14 logits and more over the last dim are computed only when something
+    else than kl_div uses their result, which then is torch's, with the grad mode and autocast state
+    of the call. Logits that were changed in place before that use raise a RuntimeError.
 
-    Returns a handle: a context manager, `.active`, and a repr that lists what is replaced.
-    Equivalent: `torch.nn.functional.kl_div = fusedkl.kl_div`, and the reverse.
+    Patches nest and count: everything goes back to what it was when the last one ends, in whatever
+    order they end and in whatever threads; the replacement is for the whole process. What another
+    party replaced meanwhile stays, with a RuntimeWarning. docs/dropin.md says what is out of reach.
+
+    Returns a handle: a context manager, `.active`, `.unreached`, and a repr that lists what is
+    replaced and what could not be.
+    Equivalent: `torch.nn.functional.kl_div = fusedkl.kl_div`, and the reverse; the values of
+    kl_div are those of `fusedkl.forward_kl`, in torch's dtype.
     """
     return Patch()
 

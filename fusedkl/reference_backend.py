@@ -11,12 +11,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from .layout import blocks
 from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
 from .reference import topk_logprobs as reference_topk
 from .reference_merge import merge_states as merge_states
-
-# Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
-_BLOCK = 2**21
 
 
 @contextmanager
@@ -28,13 +26,6 @@ def _recording() -> Iterator[None]:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-def blocks(rows_: int, width: int) -> Iterator[slice]:
-    """The rows of a [rows_, width] tensor in parts whose float64 temporaries stay small."""
-    step = max(1, _BLOCK // width)
-    for at in range(0, max(rows_, 1), step):  # one empty block where there are no rows
-        yield slice(at, min(at + step, rows_))
 
 
 def _part(t: Tensor | None, part: slice) -> Tensor | None:

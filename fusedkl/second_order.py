@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference, validation
-from .layout import inverse_temperature, rows
-from .reference_backend import blocks
+from .layout import inverse_temperature, row_parts, rows
 
 
 def fisher_vector_product(
@@ -56,19 +55,10 @@ def fisher_vector_product(
     if torch.is_grad_enabled() and (logits.requires_grad or vector.requires_grad):
         return _product(x, v, scale).reshape(vector.shape)
     out = v.new_empty(v.shape)
-    _fill(out, x, v, scale)
+    for _, to, block_x, block_v, block_scale in row_parts(out, x, v, scale):
+        to.copy_(_product(block_x, block_v, block_scale))
     return out.reshape(vector.shape)
 
 
 def _product(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
     return reference.fisher_vector(x.to(scale.dtype), v.to(scale.dtype), scale).to(v.dtype)
-
-
-def _fill(out: Tensor, x: Tensor, v: Tensor, scale: Tensor) -> None:
-    """The product by blocks of rows; leading dims one by one, since a reshape may copy them."""
-    if out.dim() > 2:
-        for parts in zip(out, x, v, scale, strict=True):
-            _fill(*parts)
-        return
-    for part in blocks(*out.shape):
-        out[part] = _product(x[part], v[part], scale[part])

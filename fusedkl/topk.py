@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,34 @@ class TopkDivergence(NamedTuple):
     """Share of the reference on them: the sum of exp(topk_logprobs), no gradient."""
 
 
+@overload
+def topk_divergence(
+    policy_logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: str = "forward_kl",
+    *,
+    tail: str = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    reduction: str = ...,
+    return_mass: Literal[True],
+    backend: str | None = ...,
+) -> TopkDivergence: ...
+@overload
+def topk_divergence(
+    policy_logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: str = "forward_kl",
+    *,
+    tail: str = ...,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    reduction: str = ...,
+    return_mass: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
 def topk_divergence(
     policy_logits: Tensor,
     topk_ids: Tensor,

@@ -125,6 +125,14 @@ def not_negative(name: str, value: object) -> float:
     return number
 
 
+def share(name: str, value: object) -> float:
+    """A number from 0 to 1, as a float."""
+    number = real(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be from 0 to 1; got {number}")
+    return number
+
+
 def positive(name: str, value: object) -> float:
     """A finite number > 0, as a float."""
     number = real(name, value)

@@ -1,5 +1,6 @@
 """The Python in docs/ runs, and what the documents point at exists."""
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {file.name: file.read_text() for file in DOCUMENTS}
-FOLDERS = "fusedkl|csrc|kernels|tests|bench|demo|docs"
+FOLDERS = "fusedkl|csrc|kernels|tests|bench|demo|docs|examples"
 
 
 def examples(page: str) -> list[str]:
@@ -39,6 +40,14 @@ def test_links_lead_somewhere(file: Path) -> None:
 def test_named_files_exist(page: str) -> None:
     named = set(re.findall(rf"\b(?:{FOLDERS})/[\w/]+\.(?:py|h|cpp|md)\b", PAGES[page]))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_results_are_those_of_the_committed_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    page = importlib.import_module("page")
+    text = PAGES["performance.md"].split(page.BEGIN)[1].split(page.END)[0]
+    named = re.findall(r"`(bench/results/[\w.-]+\.json)`", text)
+    assert text == page.section(ROOT / named[0])
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

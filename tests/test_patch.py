@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -57,22 +58,85 @@ def test_calls() -> None:
 
 def test_repr_lists_what_is_replaced() -> None:
     handle = fusedkl.patch()
-    assert repr(handle) == (
-        "<fusedkl.patch: torch.nn.functional.kl_div = fusedkl.kl_div "
-        "(was torch.nn.functional.kl_div)>"
-    )
+    assert (
+        "  torch.nn.functional.kl_div = fusedkl.kl_div (was torch.nn.functional.kl_div)\n"
+    ) in repr(handle)
+    assert "  torch.Tensor.softmax = fusedkl's deferred softmax\n" in repr(handle)
+    assert f"  {__name__}.bound_earlier rebound" in repr(handle)
     fusedkl.unpatch()
     assert repr(handle) == "<fusedkl.patch: not active, nothing replaced>"
 
 
-def test_nothing_but_the_attribute_changes() -> None:
-    before = dict(vars(torch.nn.functional))
-    names = {n: dict(vars(m)) for n, m in (("torch", torch), ("nn", torch.nn))}
+NAMES = {"functional": ["kl_div"], "torch": ["log_softmax", "softmax"], "nn": []}
+
+
+def test_nothing_but_the_attributes_changes() -> None:
+    modules = {"functional": torch.nn.functional, "torch": torch, "nn": torch.nn}
+    before = {name: dict(vars(module)) for name, module in modules.items()}
+    methods = dict(vars(torch.Tensor))
     with fusedkl.patch():
-        now = dict(vars(torch.nn.functional))
-        assert [k for k in now if now[k] is not before.get(k)] == ["kl_div"]
-        assert names["nn"] == vars(torch.nn) and names["torch"] == vars(torch)
-    assert dict(vars(torch.nn.functional)) == before
+        for name, module in modules.items():
+            now = vars(module)
+            assert sorted(k for k in now if now[k] is not before[name].get(k)) == NAMES[name]
+        assert sorted(vars(torch.Tensor).keys() - methods.keys()) == NAMES["torch"]
+    assert {name: dict(vars(module)) for name, module in modules.items()} == before
+    assert dict(vars(torch.Tensor)) == methods
+
+
+def module_with(source: str) -> Iterator[Any]:
+    module: Any = types.ModuleType("a_users_module")
+    exec(source, vars(module))
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+def test_names_bound_earlier_are_rebound_and_given_back() -> None:
+    source = """
+from torch import softmax
+from torch.nn.functional import kl_div as kl, log_softmax
+mine = kl
+"""
+    for module in module_with(source):
+        before = dict(vars(module))
+        with fusedkl.patch() as handle:
+            assert module.kl is OURS is module.mine
+            assert module.softmax is torch.softmax is not before["softmax"]
+            assert "a_users_module.softmax rebound" in repr(handle)
+            exec(
+                "from torch import log_softmax as since\nfrom fusedkl import kl_div as own",
+                vars(module),
+            )
+            module.mine = len
+        assert module.kl is ORIGINAL and module.softmax is before["softmax"] is torch.softmax
+        assert module.since is torch.log_softmax
+        assert module.own is OURS and module.mine is len
+
+
+def test_what_is_out_of_reach_is_listed() -> None:
+    def closing(function: Any) -> Any:
+        return lambda *args: function(*args)
+
+    class Holder:
+        loss = staticmethod(ORIGINAL)
+
+    def default(x: Any, function: Any = torch.softmax) -> Any:
+        return function(x, -1)
+
+    holder: Any = Holder()
+    holder.mine = torch.log_softmax
+    kept = closing(ORIGINAL)
+    assert fusedkl.patch().unreached
+    handle = fusedkl.patch()
+    listed = "\n".join(handle.unreached)
+    fusedkl.unpatch()
+    fusedkl.unpatch()
+    assert handle.unreached == []
+    assert "torch.nn.functional.kl_div in the closure of " in listed and kept
+    assert (
+        "softmax in the defaults of test_what_is_out_of_reach_is_listed.<locals>.default" in listed
+    )
+    assert "log_softmax in an object of class " in listed and "Holder" in listed
 
 
 def test_numbers_through_the_patch() -> None:
@@ -173,7 +237,7 @@ def test_what_was_there_comes_back() -> None:
     try:
         with fusedkl.patch() as handle:
             assert F.kl_div is OURS
-            assert "somebody_elses)>" in repr(handle)
+            assert "somebody_elses)\n" in repr(handle)
         assert F.kl_div is foreign
     finally:
         F.kl_div = ORIGINAL
@@ -208,7 +272,7 @@ def test_threads() -> None:
 
     def work() -> None:
         start.wait()
-        for _ in range(300):
+        for _ in range(60):
             with fusedkl.patch():
                 if F.kl_div is not OURS:
                     wrong.append("inside")
@@ -242,9 +306,11 @@ def test_other_threads_see_it() -> None:
 
 IMPORT = """
 import torch.nn.functional as F
-before = dict(vars(F))
-import fusedkl, fusedkl.patch, fusedkl.kl_div
-assert dict(vars(F)) == before
+import torch
+modules = (F, torch, torch.Tensor)
+before = [dict(vars(m)) for m in modules]
+import fusedkl, fusedkl.patch, fusedkl.kl_div, fusedkl.rebinding, fusedkl.deferred_kl
+assert [dict(vars(m)) for m in modules] == before
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
-from fusedkl import reference_backend
+from fusedkl import layout
 
 N, V = 5, 67
 
@@ -95,7 +95,7 @@ def test_shapes_strides_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         found,
         fusedkl.fisher_vector_product(logits[:, 1:].contiguous(), vector[:, :-1].contiguous()),
     )
-    monkeypatch.setattr(reference_backend, "_BLOCK", 2 * V)  # several blocks, the last one short
+    monkeypatch.setattr(layout, "_BLOCK", 2 * V)  # several blocks, the last one short
     torch.testing.assert_close(fusedkl.fisher_vector_product(logits, vector), expected.float())
     torch.testing.assert_close(
         fusedkl.fisher_vector_product(logits[0, 0], vector[0, 0]), expected[0, 0].float()

@@ -317,13 +317,12 @@ static WeightSum weight_block(const void* x, int64_t n, float log2e_t, float abo
   return {sum_lanes(s[0] + s[1]), max_lanes(max2(top[0], top[1]))};
 }
 
-struct EntropySums {
-  double ties = 0, rest = 0, gap = 0;  // see entropy_of
+struct BlockEntropy : EntropySums {
   float max = 0;
 };
 
 template <DType D>
-static EntropySums entropy_block(const void* x, int64_t n, float log2e_t, float inv_t, float about) {
+static BlockEntropy entropy_block(const void* x, int64_t n, float log2e_t, float inv_t, float about) {
   const vf log2e = set1(log2e_t), m = set1(about), large = set1(0x1p100f);
   vf rest[2] = {set1(0.f), set1(0.f)}, gap[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
   vf ties[2] = {set1(0.f), set1(0.f)};
@@ -335,7 +334,7 @@ static EntropySums entropy_block(const void* x, int64_t n, float log2e_t, float 
     gap[group] = fma(w, min2(large, set1(0.f) - down), gap[group]);  // -inf: 0 * 2^100
     top[group] = max2(xv, top[group]);
   });
-  EntropySums out;
+  BlockEntropy out;
   out.ties = sum_lanes(ties[0] + ties[1]);
   out.rest = sum_lanes(rest[0] + rest[1]);
   out.gap = static_cast<double>(sum_lanes(gap[0] + gap[1])) * inv_t;

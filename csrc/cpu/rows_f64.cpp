@@ -6,25 +6,19 @@ namespace fusedkl {
 namespace {
 
 struct Mass {
-  double max = -INFINITY, rest = 0, gap = 0;  // sum and first moment of e^(v - max) without one entry equal to max
+  double max = -INFINITY;
+  EntropySums about;  // about the largest logit
   bool invalid = false;
 };
 
 Mass mass_of(const void* x, DType d, int64_t n, double inv_t) {
   Mass m;
-  int64_t top = -1;
   for (int64_t i = 0; i < n; i++) {
     const double v = load_double(x, d, i);
     if (!(v < INFINITY)) m.invalid = true;  // NaN or +inf
-    if (v > m.max) m.max = v, top = i;
+    if (v > m.max) m.max = v;
   }
-  for (int64_t i = 0; i < n && !m.invalid; i++) {
-    const double v = load_double(x, d, i);
-    if (i == top || v == -INFINITY) continue;
-    const double w = exp((v - m.max) * inv_t);
-    m.rest += w;
-    m.gap += w * (m.max - v) * inv_t;
-  }
+  for (int64_t i = 0; i < n && !m.invalid && m.max > -INFINITY; i++) m.about.add((m.max - load_double(x, d, i)) * inv_t);
   return m;
 }
 
@@ -32,31 +26,14 @@ Mass mass_of(const void* x, DType d, int64_t n, double inv_t) {
 
 RowState single_f64(const void* x, DType dx, int64_t n, double inv_t) {
   const Mass m = mass_of(x, dx, n, inv_t);
-  if (m.invalid) return nan_state();
-  RowState s{};
-  if (m.max == -INFINITY) {
-    s.policy_log_sum = -INFINITY;
-    return s;
-  }
-  s.policy_max = m.max * inv_t;
-  s.policy_log_sum = log_mass(1, m.rest);
-  s.entropy = entropy_of(1, m.rest, m.gap);
-  return s;
+  return m.invalid ? nan_state() : exact_masses(m.max, m.about, m.max, m.about, inv_t);
 }
 
 RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t) {
   const Mass mx = mass_of(x, dx, n, inv_t), my = mass_of(y, dy, n, inv_t);
   if (mx.invalid || my.invalid) return nan_state();
-  RowState s{};
-  const bool has_x = mx.max > -INFINITY, has_y = my.max > -INFINITY;
-  s.policy_max = has_x ? mx.max * inv_t : 0;
-  s.reference_max = has_y ? my.max * inv_t : 0;
-  s.policy_log_sum = has_x ? log_mass(1, mx.rest) : -INFINITY;
-  s.reference_log_sum = has_y ? log_mass(1, my.rest) : -INFINITY;
-  if (!has_x || !has_y) {
-    s.residual = has_x ? INFINITY : has_y ? -INFINITY : 0;
-    return s;
-  }
+  RowState s = exact_masses(mx.max, mx.about, my.max, my.about, inv_t);
+  if (mx.max == -INFINITY || my.max == -INFINITY) return s;
   // centre: the reference-weighted mean of the difference about its first value, exact where the difference is constant
   const double direct = (mx.max - my.max) * inv_t + (s.policy_log_sum - s.reference_log_sum), scale = exp(-s.reference_log_sum);
   double origin = NAN, mean = 0;
@@ -69,31 +46,15 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
   double centre = origin + mean;
   if (!(fabs(centre * inv_t - direct) < 0.5)) centre = direct / inv_t;
   const double kappa = exp(direct - centre * inv_t - s.policy_log_sum);
-  CentredSums sums;
-  bool policy_lacks = false, reference_lacks = false;
+  ExactSums all;
   for (int64_t i = 0; i < n; i++) {
     const double x_i = load_double(x, dx, i), y_i = load_double(y, dy, i);
-    if (x_i == -INFINITY && y_i == -INFINITY) continue;
-    const double q = exp((y_i - my.max) * inv_t) * scale;
-    const double e = exp((x_i - mx.max) * inv_t) * kappa;  // q e^u
-    sums.S += q;
-    if (x_i == -INFINITY || y_i == -INFINITY) {
-      (x_i == -INFINITY ? policy_lacks : reference_lacks) = true;
-      sums.B += e - q;
-      sums.M += e - q;
-      sums.C += q;
-      continue;
-    }
-    const double u = ((x_i - y_i) - centre) * inv_t;
-    sums.A += q * u;
-    sums.B += fabs(u) < 30 ? q * g_of(u) : e - q - q * u;
-    sums.C += fabs(u) < 30 ? q * k_of(u) : q + e * (u - 1);
-    sums.M += fabs(u) < 30 ? q * expm1(u) : e - q;
+    all.add(x_i, y_i, exp((y_i - my.max) * inv_t) * scale, exp((x_i - mx.max) * inv_t) * kappa, centre, inv_t);
   }
   s.centre = centre;
-  s.residual = sums.log_ratio_about_centre();
-  s.forward_kl = policy_lacks ? INFINITY : sums.forward_kl();
-  s.reverse_kl = reference_lacks ? INFINITY : sums.reverse_kl();
+  s.residual = all.sums.log_ratio_about_centre();
+  s.forward_kl = all.policy_lacks ? INFINITY : all.sums.forward_kl();
+  s.reverse_kl = all.reference_lacks ? INFINITY : all.sums.reverse_kl();
   return s;
 }
 
@@ -103,15 +64,7 @@ void gradient_f64(const GradientJob& job, DType dx, DType dy) {
   for (int64_t i = 0; i < job.n; i++) {
     const double x = load_double(job.x, dx, i), y = job.y ? load_double(job.y, dy, i) : 0;
     const bool absent = x == -INFINITY && (!job.y || y == -INFINITY);
-    if (job.gy) {
-      const double q = exp((y * job.inv_t - s.reference_max) - s.reference_log_sum),
-                   l = ((x - y) - s.centre) * job.inv_t - s.residual;
-      double v = 0;
-      if (!absent && g.ref_forward != 0 && q != 0) v += g.ref_forward * q * (l + s.forward_kl);
-      if (!absent && g.ref_reverse != 0)
-        v += g.ref_reverse * (q > 0 && l < 1 ? q * expm1(l) : exp((x * job.inv_t - s.policy_max) - s.policy_log_sum) - q);
-      store_double(job.gy, dy, i, v);
-    }
+    if (job.gy) store_double(job.gy, dy, i, absent ? 0 : reference_gradient_at(s, g, x, y, job.inv_t));
     if (job.gx) store_double(job.gx, dx, i, absent ? 0 : policy_gradient_at(s, g, x, y, job.inv_t, job.y != nullptr));
   }
 }

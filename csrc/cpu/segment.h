@@ -19,9 +19,6 @@ static double log_sum(double weights, float shift, float max, const Scale& t) {
   return log(weights) + (shift - static_cast<double>(max) * t.log2e_t) * kLn2;
 }
 
-// The rounding of x - y (half an ulp of the centre) is not negligible against sqrt(2 KL).
-static bool difference_too_coarse(double centre, double kl) { return centre * centre * 0x1p-48 > 2e-12 * (kl < 1 ? kl : 1); }
-
 template <DType D>
 static double difference_at(const void* x, const void* y, int64_t i) {
   return static_cast<double>(load_float<D>(x, i)) - load_float<D>(y, i);
@@ -285,7 +282,7 @@ static RowState single_segment(const void* x, int64_t n, double inv_t, bool entr
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
     const void* const block = static_cast<const char*>(x) + begin * kSize;
     for (;;) {
-      EntropySums e;
+      BlockEntropy e;
       WeightSum w{0, 0};
       if (entropy) e = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
       else w = weight_block<D>(block, size, t.log2e_t, max);
@@ -298,11 +295,9 @@ static RowState single_segment(const void* x, int64_t n, double inv_t, bool entr
         break;
       }
       if (top == INFINITY) return nan_state();
-      const double step = (static_cast<double>(top) - max) * t.inv_t, factor = exp(-step), mass = row.ties + row.rest;
-      weights *= factor;
-      row.gap = factor * (row.gap + mass * step);
-      row.rest = factor * mass;
-      row.ties = 0;
+      const double step = (static_cast<double>(top) - max) * t.inv_t;
+      weights *= exp(-step);
+      row.raise(step);
       max = top;
     }
   }

@@ -59,6 +59,11 @@ class Rows {
 
   static Rows of(const Tensor& t, const char* name) { return Rows(t, name, const_cast<void*>(t.const_data_ptr())); }
 
+  // row-major, without what is one stride in truth
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
+  void* data() const { return data_; }
+
   void* row(int64_t r, int64_t column = 0) const {
     int64_t offset = column;
     for (size_t d = sizes_.size(); d-- > 0;) {

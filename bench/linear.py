@@ -1,0 +1,227 @@
+"""lm_head and divergence together against full logits: time, memory, accuracy.
+
+Time is judged against the same products: tiles of them alone (what the divergence adds), and full
+logits made by them, then the divergence by PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import memory
+import oracle_f64
+import timing
+import torch
+import torch.nn.functional as F
+from goals import Result
+from jobs_io import Reporter
+from speed import Settings
+from timing import Step
+from torch import Tensor
+
+import fusedkl
+from fusedkl.linear_ops import Inputs, engine_of
+from fusedkl.linear_products import bf16_multipliers
+
+MIB = 1 << 20
+TOKENS, QUICK_TOKENS = 512, 64
+VOCABULARIES, QUICK_VOCABULARIES = (128256, 262144), (4096,)
+PRECISIONS = {"fast": "fast", "default": None}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Two bfloat16 heads whose logits are about N(0, 3^2), KL about 1e-2."""
+
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+
+    @property
+    def name(self) -> str:
+        tokens, width = self.hidden.shape
+        return f"bf16 {tokens}x{self.weight.shape[0]}, H = {width}"
+
+    @property
+    def logits(self) -> int:
+        return self.hidden.shape[0] * self.weight.shape[0]
+
+
+def make(tokens: int, vocabulary: int, width: int) -> Heads:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.empty(vocabulary, width, dtype=torch.bfloat16)
+    for at in range(0, vocabulary, 8192):  # no fp32 copy of the weight
+        part = weight[at : at + 8192]
+        part.copy_(torch.randn(part.shape, generator=generator) * (3 / width**0.5))
+    moved = hidden + 0.05 * torch.randn(tokens, width, generator=generator)
+    # one weight's memory under two tensors: what is read is the same, at half the memory
+    return Heads(hidden.bfloat16(), weight, moved.bfloat16(), weight.detach().view_as(weight))
+
+
+def ours(heads: Heads, precision: str | None) -> Tensor:
+    return fusedkl.linear_divergence(
+        heads.hidden, heads.weight, heads.ref_hidden, heads.ref_weight,
+        reduction="mean", precision=precision,
+    )  # fmt: skip
+
+
+def inputs(heads: Heads, fast: bool) -> Inputs:
+    return Inputs(
+        heads.hidden, heads.weight, None, heads.ref_hidden, heads.ref_weight, None, None, None,
+        None, ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], fast, [], "cpu",
+    )  # fmt: skip
+
+
+def products(heads: Heads, fast: bool) -> None:
+    """The tiles' products alone."""
+    engine = engine_of(inputs(heads, fast))
+    for columns in engine.columns():
+        for tokens in engine.blocks():
+            engine.logits(tokens, columns)
+
+
+def divergence(x: Tensor, y: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(x.float(), -1), F.log_softmax(y.float(), -1)
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def eager(heads: Heads, fast: bool) -> Tensor:
+    """Full logits: bfloat16 by the plain product, or float32 by the products of the tiles."""
+    if fast:
+        x = heads.hidden @ heads.weight.t()
+        with torch.no_grad():
+            y = heads.ref_hidden @ heads.ref_weight.t()
+        return divergence(x, y)
+    with bf16_multipliers():
+        x = heads.hidden.float() @ heads.weight.float().t()
+        with torch.no_grad():
+            y = heads.ref_hidden.float() @ heads.ref_weight.float().t()
+    return divergence(x, y)
+
+
+def eager_forward(heads: Heads, fast: bool) -> Tensor:
+    """As `eager` without a graph, the float32 logits by the very products of the tiles."""
+    if fast:
+        return eager(heads, fast)
+    engine = engine_of(inputs(heads, fast))
+    shape = heads.hidden.shape[0], heads.weight.shape[0]
+    x, y = torch.empty(shape), torch.empty(shape)
+    for columns in engine.columns():
+        for tokens in engine.blocks():
+            a, b = engine.logits(tokens, columns)
+            assert b is not None
+            x[tokens, columns], y[tokens, columns] = a, b
+    return divergence(x, y)
+
+
+def gradients(heads: Heads, loss: Callable[[Heads], Tensor]) -> tuple[Tensor, ...]:
+    """To hidden and weight."""
+    leaves = heads.hidden.detach().requires_grad_(), heads.weight.detach().requires_grad_()
+    with bf16_multipliers():  # for the backward products of eager, too
+        value = loss(Heads(*leaves, heads.ref_hidden, heads.ref_weight))
+        return torch.autograd.grad(value, leaves)
+
+
+def run(reporter: Reporter, settings: Settings, width: int) -> None:
+    """One hidden size, both vocabularies and precisions."""
+    tokens = QUICK_TOKENS if settings.quick else TOKENS
+    size = "small" if width == 1024 else "large"
+    for vocabulary in QUICK_VOCABULARIES if settings.quick else VOCABULARIES:
+        reporter.step(f"H = {width}, V = {vocabulary}: making heads")
+        heads = make(tokens, vocabulary, 64 if settings.quick else width)
+        for label in PRECISIONS:
+            _measure(reporter, settings, heads, label, size)
+
+
+def _measure(reporter: Reporter, settings: Settings, heads: Heads, label: str, size: str) -> None:
+    precision, fast = PRECISIONS[label], label == "fast"
+
+    def without_gradients(loss: Callable[[], Tensor]) -> Step:
+        def call() -> object:
+            with torch.no_grad():
+                return loss()
+
+        return Step(call)
+
+    alone = Step(lambda: products(heads, fast))
+    forward = without_gradients(lambda: ours(heads, precision))
+    full = without_gradients(lambda: eager_forward(heads, fast))
+    train = Step(lambda: gradients(heads, lambda h: ours(h, precision)))
+    full_train = Step(lambda: gradients(heads, lambda h: eager(h, fast)))
+    for goal, base, other in (
+        (f"linear_products/{label}", alone, forward),
+        (f"linear_forward_{size}/{label}", forward, full),
+        (f"linear_train/{label}", train, full_train),
+    ):
+        reporter.step(f"{heads.name}: {goal}")
+        result = timing.compare(base, other, rounds=settings.slow_rounds, seconds=settings.seconds)
+        ms = result.base.median * 1e3, result.other.median * 1e3
+        ratio, note = result.ratio, f"{ms[0]:.0f} vs {ms[1]:.0f} ms"
+        reporter.emit(Result(goal, heads.name, ratio.median, ratio.low, ratio.high, note=note))
+
+
+def run_accuracy(reporter: Reporter, settings: Settings) -> None:
+    """Gradients end to end against float64 of the same inputs, at KL of 1e-2 and more."""
+    heads = make(48, 4099 if settings.quick else 32003, 256)
+    exact = Heads(*(getattr(heads, name).double() for name in Heads.__dataclass_fields__))
+    upstream = gradients(exact, lambda h: divergence_f64(h))
+    x, y = exact.hidden @ exact.weight.t(), exact.ref_hidden @ exact.ref_weight.t()
+    kl = sum(oracle_f64.row(a, b).forward_kl for a, b in zip(x, y, strict=True)) / len(x)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = Heads(*(getattr(heads, name).to(dtype) for name in Heads.__dataclass_fields__))
+        found = gradients(given, lambda h: ours(h, None))
+        label = "fp32" if dtype == torch.float32 else "bf16"
+        for name, a, e in zip(("hidden", "weight"), found, upstream, strict=True):
+            error = oracle_f64.relative_l2(a.flatten(), e.flatten())
+            reporter.emit(
+                Result(
+                    f"linear_gradient/{label}", f"d {name}, {label}", error,
+                    note=f"KL {float(kl):.2g}",
+                )
+            )  # fmt: skip
+
+
+def divergence_f64(heads: Heads) -> Tensor:
+    log_p = F.log_softmax(heads.hidden @ heads.weight.t(), -1)
+    log_q = F.log_softmax(heads.ref_hidden @ heads.ref_weight.t(), -1)
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: bool) -> None:
+    """Peak of full logits over the peak of ours; inputs and their gradients are not counted."""
+    label = "fast" if fast else "default"
+    goal = f"linear_memory_{'train' if backward else 'forward'}/{label}"
+    if not memory.supported():
+        reporter.emit(Result(goal, label, note="this system cannot reset VmHWM"))
+        return
+    tokens = QUICK_TOKENS if settings.quick else TOKENS
+    vocabulary = (QUICK_VOCABULARIES if settings.quick else VOCABULARIES)[0]
+    heads = make(tokens, vocabulary, 64 if settings.quick else 1024)
+    kept = heads.hidden.nbytes + heads.weight.nbytes if backward else 0
+
+    def call(loss: Callable[[Heads], Tensor], given: Heads) -> object:
+        if backward:
+            return gradients(given, loss)
+        with torch.no_grad():
+            return loss(given)
+
+    peaks = []
+    for loss in (lambda h: ours(h, "fast" if fast else None), lambda h: eager(h, fast)):
+        small = Heads(heads.hidden[:2], heads.weight[:64], heads.ref_hidden[:2], heads.weight[:64])
+        call(loss, small)  # thread pools, libraries
+        memory.settle()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory.resident()
+        result = call(loss, heads)
+        peaks.append(max(memory.resident("VmHWM") - before - kept, 1))
+        del result
+    reporter.emit(
+        Result(
+            goal, heads.name, peaks[1] / peaks[0],
+            note=f"{peaks[0] / MIB:.1f} vs {peaks[1] / MIB:.0f} MiB",
+        )
+    )  # fmt: skip

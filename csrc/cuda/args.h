@@ -1,0 +1,62 @@
+// What the kernels are told, as plain data: no tensor, no torch.
+#pragma once
+#include "../cpu/dtype.h"
+#include "../row_math.h"
+
+namespace fusedkl {
+namespace gpu {
+
+constexpr int kMaxDims = 6;
+
+// What a forward sweep is asked for besides forward KL and the masses.
+constexpr int kReverse = 1, kEntropy = 2, kReferenceEntropy = 4;
+
+// The leading dimensions of a tensor as rows, at any strides; offsets are 64-bit.
+struct RowLayout {
+  char* data = nullptr;
+  int dims = 0;
+  int64_t size[kMaxDims] = {}, stride[kMaxDims] = {};  // strides in bytes
+
+  FUSEDKL_MEMBER char* row(int64_t r) const {
+    if (dims <= 1) return data + r * stride[0];
+    int64_t offset = 0;
+    for (int d = dims; d-- > 0;) {
+      offset += r % size[d] * stride[d];
+      r /= size[d];
+    }
+    return data + offset;
+  }
+};
+
+// A row is cut into equal segments that depend on its length alone.
+struct Cut {
+  int count, size;
+};
+
+struct Inputs {
+  RowLayout x, y;  // without a reference, the policy stands in its place
+  DType dx, dy;
+  int64_t rows;
+  int64_t length;  // logits that exist; the tensors may be longer
+  Cut cut;
+  const double* inv_temperature;  // null: 1
+  bool per_row_temperature;
+  const bool* mask;  // null: every row counts
+
+  FUSEDKL_MEMBER double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
+  FUSEDKL_MEMBER bool counted(int64_t r) const { return !mask || mask[r]; }
+  FUSEDKL_MEMBER int64_t begin(int segment) const { return static_cast<int64_t>(segment) * cut.size; }
+  FUSEDKL_MEMBER int length_of(int segment) const {
+    const int64_t left = length - begin(segment);
+    return static_cast<int>(left < cut.size ? left : cut.size);
+  }
+};
+
+// Rows of `values` (and of its gradient) by name; -1: not wanted.
+struct ValueRows {
+  int64_t forward_kl = -1, reverse_kl = -1, entropy = -1, ref_entropy = -1;
+  int64_t logsumexp = -1, ref_logsumexp = -1, logprob = -1, ref_logprob = -1;
+};
+
+}  // namespace gpu
+}  // namespace fusedkl

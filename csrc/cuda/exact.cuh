@@ -1,0 +1,150 @@
+// The second launch of a forward: segments that the fast sums could not vouch for (tokens absent from one row, differences
+// beyond fp32, NaN) and all of float64, in double; then the merge of a row's segments, and its values. Which segments need it
+// is decided on the device: no host waits for an answer.
+#pragma once
+#include "parts.cuh"
+#include "launch.h"
+
+namespace fusedkl {
+namespace gpu {
+
+constexpr int kFinishWarps = 4, kFinishThreads = kFinishWarps * kWarp;
+
+// Sums and maxima over a block, the same in every thread. `room` holds one number per warp.
+template <class Combine>
+FUSEDKL_DEVICE double block_combine(double v, double* room, const Combine& combine) {
+#pragma unroll
+  for (int o = kWarp / 2; o > 0; o >>= 1) v = combine(v, __shfl_xor_sync(kAllLanes, v, o));
+  __syncthreads();  // the room may still be read from the last call
+  if (lane_id() == 0) room[warp_id()] = v;
+  __syncthreads();
+  v = room[0];
+  for (int w = 1; w < static_cast<int>(blockDim.x) / kWarp; w++) v = combine(v, room[w]);
+  return v;
+}
+FUSEDKL_DEVICE double block_sum(double v, double* room) {
+  return block_combine(v, room, [](double a, double b) { return a + b; });
+}
+FUSEDKL_DEVICE double block_max(double v, double* room) {
+  return block_combine(v, room, [](double a, double b) { return a > b ? a : b; });
+}
+
+// Three reads; the order of additions is fixed by the block's shape.
+FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DType dy, int64_t n, double inv_t, double* room) {
+  const int64_t first = static_cast<int64_t>(threadIdx.x), step = static_cast<int64_t>(blockDim.x);
+  double max_x = -INFINITY, max_y = -INFINITY, invalid = 0, leader = static_cast<double>(-n);
+  for (int64_t i = first; i < n; i += step) {
+    const double a = load_any(x, dx, i), b = load_any(y, dy, i);
+    if (!(a < INFINITY) || !(b < INFINITY)) invalid = 1;
+    max_x = a > max_x ? a : max_x;
+    max_y = b > max_y ? b : max_y;
+    if (is_finite(a - b) && leader == -n) leader = static_cast<double>(-i);
+  }
+  max_x = block_max(max_x, room);
+  max_y = block_max(max_y, room);
+  if (block_max(invalid, room) != 0) return nan_state();
+  leader = block_max(leader, room);  // the first token with a finite difference
+  const double origin = leader > -n ? load_any(x, dx, static_cast<int64_t>(-leader)) - load_any(y, dy, static_cast<int64_t>(-leader)) : 0;
+
+  EntropySums ex, ey;
+  double mean = 0;
+  for (int64_t i = first; i < n; i += step) {
+    const double a = load_any(x, dx, i), b = load_any(y, dy, i), d = a - b;
+    if (max_x > -INFINITY) ex.add((max_x - a) * inv_t);
+    if (max_y > -INFINITY) ey.add((max_y - b) * inv_t);
+    if (is_finite(d)) mean += exp((b - max_y) * inv_t) * (d - origin);
+  }
+  auto whole = [&](EntropySums& e) {
+    e.ties = block_sum(e.ties, room);
+    e.rest = block_sum(e.rest, room);
+    e.gap = block_sum(e.gap, room);
+  };
+  whole(ex);
+  whole(ey);
+  RowState s = exact_masses(max_x, ex, max_y, ey, inv_t);
+  if (!(max_x > -INFINITY && max_y > -INFINITY)) return s;
+  const double scale = exp(-s.reference_log_sum);
+  double centre = origin + block_sum(mean, room) * scale;
+  const double direct = (max_x - max_y) * inv_t + (s.policy_log_sum - s.reference_log_sum);
+  if (!(fabs(centre * inv_t - direct) < 0.5)) centre = direct / inv_t;
+  const double kappa = exp(direct - centre * inv_t - s.policy_log_sum);
+  ExactSums all;
+  for (int64_t i = first; i < n; i += step) {
+    const double a = load_any(x, dx, i), b = load_any(y, dy, i);
+    all.add(a, b, exp((b - max_y) * inv_t) * scale, exp((a - max_x) * inv_t) * kappa, centre, inv_t);
+  }
+  CentredSums sums;
+  sums.S = block_sum(all.sums.S, room);
+  sums.A = block_sum(all.sums.A, room);
+  sums.B = block_sum(all.sums.B, room);
+  sums.C = block_sum(all.sums.C, room);
+  sums.M = block_sum(all.sums.M, room);
+  s.centre = centre;
+  s.residual = sums.log_ratio_about_centre();
+  s.forward_kl = block_max(all.policy_lacks, room) != 0 ? INFINITY : sums.forward_kl();
+  s.reverse_kl = block_max(all.reference_lacks, room) != 0 ? INFINITY : sums.reverse_kl();
+  return s;
+}
+
+FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState& s, bool counted) {
+  const Inputs& in = a.in;
+  auto put = [&](int64_t row, double v) {
+    if (row < 0) return;
+    if (a.f64) static_cast<double*>(a.values)[row * in.rows + r] = v;
+    else static_cast<float*>(a.values)[row * in.rows + r] = static_cast<float>(v);
+  };
+  const int64_t first = static_cast<int64_t>(threadIdx.x), step = static_cast<int64_t>(blockDim.x);
+  if (!counted) {
+    for (int64_t i = first; i < a.row_count; i += step) put(i, 0);
+    return;
+  }
+  if (first == 0) {
+    put(a.at.forward_kl, s.forward_kl);
+    put(a.at.reverse_kl, s.reverse_kl);
+    put(a.at.entropy, s.entropy);
+    put(a.at.ref_entropy, s.reference_entropy);
+    put(a.at.logsumexp, s.policy_max + s.policy_log_sum);
+    put(a.at.ref_logsumexp, s.reference_max + s.reference_log_sum);
+  }
+  const double inv_t = in.inv_t(r);
+  for (int64_t k = first; k < a.ids_per_row; k += step) {
+    const int64_t id = a.ids[r * a.ids_per_row + k];
+    const bool here = id >= 0 && id < in.length;
+    const double outside = id == -1 ? 0 : NAN;  // an id beyond the vocabulary: the device cannot raise, so its row is NaN
+    if (a.at.logprob >= 0)
+      put(a.at.logprob + k, here ? (load_any(in.x.row(r), in.dx, id) * inv_t - s.policy_max) - s.policy_log_sum : outside);
+    if (a.at.ref_logprob >= 0)
+      put(a.at.ref_logprob + k, here ? (load_any(in.y.row(r), in.dy, id) * inv_t - s.reference_max) - s.reference_log_sum : outside);
+  }
+}
+
+static __global__ void __launch_bounds__(kFinishThreads, 2) finish_kernel(FinishArgs a) {
+  __shared__ double room[kFinishWarps];
+  __shared__ __align__(8) unsigned char result[sizeof(RowState)];
+  const Inputs& in = a.in;
+  const int64_t r = blockIdx.x;
+  const bool counted = in.counted(r);
+  RowState* const parts = a.parts + r * in.cut.count;
+  for (int i = 0; i < in.cut.count && counted; i++) {
+    if (!a.f64 && !is_left_to_exact(parts[i])) continue;
+    const RowState s = exact_segment(in.x.row(r) + in.begin(i) * bytes_of(in.dx), in.dx,
+                                     in.y.row(r) + in.begin(i) * bytes_of(in.dy), in.dy, in.length_of(i), in.inv_t(r), room);
+    __syncthreads();  // everyone has seen that this segment was left
+    if (threadIdx.x == 0) parts[i] = s;
+  }
+  RowState& s = *reinterpret_cast<RowState*>(result);
+  if (threadIdx.x == 0) {
+    s = RowState{};
+    if (counted) {
+      s = merge(parts, in.cut.count, in.inv_t(r));
+      // a row without any mass is no distribution
+      if (s.policy_log_sum == -INFINITY || s.reference_log_sum == -INFINITY) s = nan_state();
+    }
+    a.state[r] = s;
+  }
+  __syncthreads();
+  write_values(a, r, s, counted);
+}
+
+}  // namespace gpu
+}  // namespace fusedkl

@@ -1,0 +1,122 @@
+// Launches, seen from plain C++: the operators call these, each dtype's kernels are compiled on their own.
+#pragma once
+#include "args.h"
+
+#if !defined(FUSEDKL_ON_CPU)
+#include <cuda_runtime.h>
+#endif
+
+namespace fusedkl {
+namespace gpu {
+
+#if defined(FUSEDKL_ON_CPU)
+using Stream = void*;
+#else
+using Stream = cudaStream_t;
+#endif
+
+struct ForwardArgs {
+  Inputs in;
+  RowState* parts;  // [rows, segments]
+};
+
+struct FinishArgs {
+  Inputs in;
+  RowState* parts;  // [rows, segments]; may be `state` where there is one segment
+  RowState* state;  // [rows]
+  void* values;     // [row_count, rows], double if f64
+  bool f64;
+  ValueRows at;
+  int64_t row_count;
+  const int64_t* ids;  // [rows, ids_per_row]; -1: not here
+  int64_t ids_per_row;
+};
+
+// Constants of a row's gradient sweep.
+struct GradientFrame {
+  struct Weigh {
+    float shift, weight;  // 2^(v slope - shift) * weight = e^(v/T) / mass: what the rounding of the shift took is in the weight
+  };
+  struct TwoFloats {
+    float high, low;
+  };
+  int fate;  // see gradient.cuh
+  bool policy, reference;
+  float slope, inv_t;
+  Weigh p, q;
+  TwoFloats ratio;                           // T D: l = ((x - y) - ratio)/T
+  TwoFloats above_p, above_q;                // means of x - y: T (l - R) = (x - y) - above_p, T (l + F) = (x - y) - above_q
+  float max_x, log_sum_x, max_y, log_sum_y;  // log p = (x - max_x)/T - log_sum_x
+  float entropy, ref_entropy;
+  float forward, reverse, mass, information, ref_forward, ref_reverse;  // RowGradient
+};
+
+struct GradientArgs {
+  Inputs in;
+  RowLayout gx, gy;         // without data where not wanted
+  int64_t total_x, total_y;  // their lengths; beyond `in.length` they are 0
+  const RowState* state;
+  const void* grad;  // of the values, float or double
+  bool grad_f64, with_reference;
+  int64_t grad_stride[2];
+  ValueRows at;
+  const int64_t* ids;
+  int64_t ids_per_row;
+  struct GradientFrame* frames;  // [rows], filled by the first launch for the second
+  double* tokens;                // [rows, ids_per_row] likewise
+};
+
+struct LogSoftmaxArgs {
+  Inputs in;
+  RowLayout out, grad;
+  DType dtype, grad_dtype;
+  const RowState* state;  // forward
+};
+
+struct SumArgs {
+  const void *values, *weight;  // weight may be null
+  DType dtype, weight_dtype;
+  int64_t count, stride, weight_stride;
+  void* out;  // one number of `dtype`
+};
+
+struct ScaleArgs {
+  char* data;
+  int64_t count;
+  DType dtype;
+  const void* factor;  // one number
+  DType factor_dtype;
+};
+
+// `mode`: kReverse and so on. False if a launch failed; CUDA's last error says why.
+template <DType X, DType Y>
+bool launch_forward(const ForwardArgs& args, int mode, bool shifted, Stream stream);
+bool launch_finish(const FinishArgs& args, Stream stream);
+// First what needs double: per-row constants, asked-for tokens, rows beyond fp32; then the sweep. Two launches, in this order.
+bool launch_prepare(const GradientArgs& args, Stream stream);
+// `plain`: the policy's gradient of forward KL alone
+template <DType X, DType Y>
+bool launch_gradient(const GradientArgs& args, bool plain, bool shifted, Stream stream);
+
+bool launch_log_softmax(const LogSoftmaxArgs& args, Stream stream);
+bool launch_log_softmax_backward(const LogSoftmaxArgs& args, Stream stream);
+bool launch_ordered_sum(const SumArgs& args, Stream stream);
+bool launch_scale(const ScaleArgs& args, Stream stream);
+
+#if defined(FUSEDKL_DEVICE)  // after device.cuh
+template <class Args>
+bool launch(void (*kernel)(Args), int64_t blocks, int threads, Stream stream, const Args& args, size_t shared_bytes = 0) {
+  if (blocks == 0) return true;
+#if defined(FUSEDKL_ON_CPU)
+  (void)stream;
+  shim::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, 1, args);
+  return true;
+#else
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
+  return cudaPeekAtLastError() == cudaSuccess;
+#endif
+}
+#endif
+
+}  // namespace gpu
+}  // namespace fusedkl

@@ -1,0 +1,175 @@
+// The first launch of a backward, one block per row: everything that needs double. Constants of the row's sweep, gradients of
+// the tokens whose log-probability was asked for (before the sweep may overwrite their logits), means that must be right to more
+// digits than the state has, and the whole gradient of rows beyond fp32 and of float64 rows.
+#pragma once
+#include "exact.cuh"
+#include "gradient.cuh"
+
+namespace fusedkl {
+namespace gpu {
+
+struct RowPlan {
+  RowGradient g;
+  int fate;
+  bool policy, reference;  // else the gradient is zero, and the row not read for it
+  bool refine;
+  double mean_p, mean_q;
+};
+
+// Logits, divergences or a temperature that fp32 arithmetic has no room for.
+FUSEDKL_DEVICE bool beyond_float(const RowState& s, double inv_t) {
+  auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
+  return !(inv_t < 2e3 && inv_t > 5e-4) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) ||
+         large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30);
+}
+
+FUSEDKL_DEVICE double grad_at(const GradientArgs& a, int64_t field, int64_t r) {
+  if (field < 0) return 0;
+  const int64_t i = field * a.grad_stride[0] + r * a.grad_stride[1];
+  return a.grad_f64 ? static_cast<const double*>(a.grad)[i] : static_cast<const float*>(a.grad)[i];
+}
+
+FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r) {
+  RowPlan plan{};
+  const RowState& s = a.state[r];
+  const double inv_t = a.in.inv_t(r);
+  double logprobs = 0;
+  bool token = false;
+  for (int64_t k = 0; k < a.ids_per_row && a.at.logprob >= 0; k++) {
+    const double g = a.ids[r * a.ids_per_row + k] >= 0 ? grad_at(a, a.at.logprob + k, r) : 0;
+    logprobs += g;
+    token |= g != 0;
+  }
+  const double forward = grad_at(a, a.at.forward_kl, r), reverse = grad_at(a, a.at.reverse_kl, r);
+  const double entropy = grad_at(a, a.at.entropy, r), lse = grad_at(a, a.at.logsumexp, r);
+  // rows without an incoming gradient stay at 0 whatever they hold
+  if (forward != 0 || reverse != 0 || entropy != 0 || lse != 0 || token)
+    plan.g = row_gradient(s, inv_t, forward, reverse, entropy, lse, logprobs);
+  plan.policy = a.gx.data && (!plan.g.policy_zero() || token);
+  plan.reference = a.gy.data && !plan.g.reference_zero();
+  const bool wide = a.in.dx == DType::f64 || a.in.dy == DType::f64;
+  plan.fate = wide ? kExact : s.policy_log_sum != s.policy_log_sum ? kInvalid : beyond_float(s, inv_t) ? kExact : kSweep;
+  // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
+  const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
+  plan.mean_p = s.centre + (s.residual + R) * t;
+  plan.mean_q = s.centre + (s.residual - F) * t;
+  // where the differences lie close together far from 0, l - R and l + F must be right to their spread
+  plan.refine = plan.fate == kSweep && (plan.g.reverse != 0 || plan.g.ref_forward != 0) && F + R > 0.02;
+  return plan;
+}
+
+FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, double inverse) {
+  GradientFrame f{};
+  const double t = 1 / inverse;
+  f.fate = plan.fate;
+  f.policy = plan.policy;
+  f.reference = plan.reference;
+  f.slope = static_cast<float>(kLog2e * inverse);
+  f.inv_t = static_cast<float>(inverse);
+  auto weigh = [&](double max, double log_sum) {
+    const double exponent = max * t * f.slope;
+    const float shift = static_cast<float>(exponent);
+    return GradientFrame::Weigh{shift, static_cast<float>(exp2(shift - exponent) * exp(-log_sum))};
+  };
+  auto split = [](double v) {
+    const float high = static_cast<float>(v);
+    return GradientFrame::TwoFloats{high, is_finite(v) ? static_cast<float>(v - high) : 0.f};
+  };
+  auto log_of = [&](double max, double log_sum, float& about, float& rest) {
+    about = static_cast<float>(max * t);
+    rest = static_cast<float>(log_sum + (max - about * inverse));
+  };
+  f.p = weigh(s.policy_max, s.policy_log_sum);
+  f.q = weigh(s.reference_max, s.reference_log_sum);
+  f.ratio = split(s.centre + s.residual * t);
+  f.above_p = split(plan.mean_p);
+  f.above_q = split(plan.mean_q);
+  log_of(s.policy_max, s.policy_log_sum, f.max_x, f.log_sum_x);
+  log_of(s.reference_max, s.reference_log_sum, f.max_y, f.log_sum_y);
+  f.entropy = static_cast<float>(s.entropy);
+  f.ref_entropy = static_cast<float>(s.reference_entropy);
+  f.forward = static_cast<float>(plan.g.forward);
+  f.reverse = static_cast<float>(plan.g.reverse);
+  f.mass = static_cast<float>(plan.g.mass);
+  f.information = static_cast<float>(plan.g.information);
+  f.ref_forward = static_cast<float>(plan.g.ref_forward);
+  f.ref_reverse = static_cast<float>(plan.g.ref_reverse);
+  return f;
+}
+
+// Means of x - y under p and q, measured once more about what the state has.
+FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan, const GradientFrame& f, double* room) {
+  const char *const x = a.in.x.row(r), *const y = a.in.y.row(r);
+  float weight_p = 0, weight_q = 0, moment_p = 0, moment_q = 0;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
+    const double u = load_any(x, a.in.dx, i), v = load_any(y, a.in.dy, i);
+    if (u == -INFINITY || v == -INFINITY) continue;
+    const float p = exp2_fast(fmaf(static_cast<float>(u), f.slope, -f.p.shift));
+    const float q = exp2_fast(fmaf(static_cast<float>(v), f.slope, -f.q.shift));
+    weight_p += p;
+    weight_q += q;
+    moment_p = fmaf(p, static_cast<float>((u - v) - plan.mean_p), moment_p);
+    moment_q = fmaf(q, static_cast<float>((u - v) - plan.mean_q), moment_q);
+  }
+  const double p = block_sum(weight_p, room), q = block_sum(weight_q, room);
+  const double shift_p = block_sum(moment_p, room), shift_q = block_sum(moment_q, room);
+  if (p > 0) plan.mean_p += shift_p / p;
+  if (q > 0) plan.mean_q += shift_q / q;
+}
+
+// NaN where an earlier token of the row is the same, or none is here: those are not stored.
+FUSEDKL_DEVICE double token_gradient(const GradientArgs& a, const RowPlan& plan, int64_t r, int64_t which) {
+  const int64_t* const ids = a.ids + r * a.ids_per_row;
+  const int64_t id = ids[which];
+  if (id < 0 || id >= a.in.length) return NAN;
+  for (int64_t j = 0; j < which; j++)
+    if (ids[j] == id) return NAN;
+  double direct = 0;
+  for (int64_t j = which; j < a.ids_per_row; j++)
+    if (ids[j] == id) direct += grad_at(a, a.at.logprob + j, r);
+  const double x = load_any(a.in.x.row(r), a.in.dx, id), y = load_any(a.in.y.row(r), a.in.dy, id), inv_t = a.in.inv_t(r);
+  return policy_gradient_at(a.state[r], plan.g, x, y, inv_t, a.with_reference) + direct * inv_t;
+}
+
+FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, int64_t r) {
+  char* const gx = a.gx.data ? a.gx.row(r) : nullptr;
+  char* const gy = a.gy.data ? a.gy.row(r) : nullptr;
+  const double inv_t = a.in.inv_t(r);
+  const RowState& s = a.state[r];
+  const bool invalid = s.policy_log_sum != s.policy_log_sum;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
+    const double x = load_any(a.in.x.row(r), a.in.dx, i), y = load_any(a.in.y.row(r), a.in.dy, i);
+    const bool absent = x == -INFINITY && y == -INFINITY;
+    double vx = 0, vy = 0;
+    if (plan.policy && !absent) vx = policy_gradient_at(s, plan.g, x, y, inv_t, a.with_reference);
+    if (plan.reference && !absent) vy = reference_gradient_at(s, plan.g, x, y, inv_t);
+    if (gx) store_any(gx, a.in.dx, i, plan.policy && invalid ? NAN : vx);
+    if (gy) store_any(gy, a.in.dy, i, plan.reference && invalid ? NAN : vy);
+  }
+  if (gx) fill(gx, a.in.dx, a.in.length, a.total_x, 0);
+  if (gy) fill(gy, a.in.dy, a.in.length, a.total_y, 0);
+  if (a.at.logprob < 0 || !plan.policy) return;
+  __syncthreads();
+  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x)) {
+    const double v = a.tokens[r * a.ids_per_row + k];
+    if (v == v) store_any(gx, a.in.dx, a.ids[r * a.ids_per_row + k], v);
+  }
+}
+
+static __global__ void __launch_bounds__(kFinishThreads, 2) prepare_kernel(GradientArgs a) {
+  __shared__ double room[kFinishWarps];
+  const int64_t r = blockIdx.x;
+  RowPlan plan = plan_of(a, r);
+  const double inv_t = a.in.inv_t(r);
+  if (plan.refine) refine_means(a, r, plan, frame_of(plan, a.state[r], inv_t), room);
+  if (a.at.logprob >= 0)
+    for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x))
+      a.tokens[r * a.ids_per_row + k] = token_gradient(a, plan, r, k);
+  if (threadIdx.x == 0) a.frames[r] = frame_of(plan, a.state[r], inv_t);
+  if (plan.fate != kExact) return;
+  __syncthreads();  // the tokens are read, and written by other threads
+  exact_gradient(a, plan, r);
+}
+
+}  // namespace gpu
+}  // namespace fusedkl

@@ -1,0 +1,218 @@
+"""Distillation: a divergence from the teacher and the cross-entropy of hard labels together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, divergences, reductions, reference, validation
+from .autograd import OPS, recorded
+from .backends import resolve
+from .layout import inverse_temperature, row_parts, rows
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    kind: str = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    ce_weight: float = 0.5,
+    scale_t2: bool = True,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """(1 - ce_weight) T^2 D(teacher, student at T) + ce_weight CE(labels, student), in nats.
+
+    D is `divergence` at temperature T, the cross-entropy is at temperature 1, as Hinton et al. have
+    it; T^2 keeps the gradient of D at the size of the other's when T changes. Equivalent to, for
+    forward_kl::
+
+        log_p = torch.log_softmax(student_logits.float() / T, -1)
+        log_q = torch.log_softmax(teacher_logits.float() / T, -1)
+        kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+        ce = F.cross_entropy(student_logits.float(), labels, label_smoothing=label_smoothing)
+        ((1 - ce_weight) * T**2 * kl + ce_weight * ce).mean()  # ce: reduction="none", [N, V]
+
+    Args:
+        student_logits, teacher_logits, temperature, mask, weight, reduction, backend: as policy and
+            reference in `divergence`. Differentiable, twice too.
+        labels: int64, shape student_logits.shape[:-1], from 0 to V - 1. Rows with ignore_index, and
+            rows that the mask excludes, count for neither term; what labels hold there is ignored.
+        kind: a divergence, see `divergence`.
+        ce_weight: from 0 (no labels' term; the labels still mask) to 1 (the teacher is not read).
+        scale_t2: multiply D by T^2; False leaves it out.
+        label_smoothing: from 0 to 1: that share of each label is spread evenly over the V tokens,
+            as in F.cross_entropy. It takes one more read of the student's rows.
+
+    Returns:
+        a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
+        input is. At T = 1 one sweep over the rows gives both terms and another one the gradient. At
+        another T each of the two sweeps visits the student's rows once per temperature, by blocks
+        of rows, so that the gradient is again the only large tensor that is allocated.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015; Szegedy et al.,
+    "Rethinking the Inception Architecture for Computer Vision", 2016, for label smoothing.
+    """
+    definition = divergences.get(kind)
+    validation.pair(student_logits, teacher_logits)
+    validation.reduction(reduction)
+    validation.flag("scale_t2", scale_t2)
+    validation.share("ce_weight", ce_weight)
+    validation.share("label_smoothing", label_smoothing)
+    shape = student_logits.shape[:-1]
+    if reduction == "batchmean" and not shape:
+        raise ValueError('reduction="batchmean" needs logits with a batch dim; got shape [V]')
+    if validation.per_row("labels", labels, student_logits).dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor; got {labels.dtype}")
+    inverse = inverse_temperature(temperature, student_logits)
+    counted = reductions.counted_tokens(student_logits, mask, labels, ignore_index)
+    assert counted is not None
+    dtype = reference.result_dtype(student_logits, teacher_logits)
+    weights = reductions.token_weights(student_logits, weight, dtype)
+    name = resolve(backend, student_logits.device)
+    ids = torch.where(counted, labels.reshape(-1), 0)
+    if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_labels(ids, student_logits.shape[-1])
+
+    soft = definition.fields if ce_weight < 1 else ()
+    hard: tuple[str, ...] = ()
+    if ce_weight > 0:
+        hard = ("logprob", "logsumexp") if label_smoothing > 0 else ("logprob",)
+    call = _Call(
+        soft, hard, inverse, reductions.rows_to_read(counted, weights), ids.unsqueeze(-1), name
+    )
+    values = _values(rows(student_logits), rows(teacher_logits) if soft else None, call)
+
+    squared: float | Tensor = 1.0
+    if inverse is not None and scale_t2:
+        squared = inverse.square().reciprocal()
+    tokens = torch.zeros_like(values[0])
+    for i in range(len(soft)):
+        tokens = tokens + (1 - ce_weight) * squared * values[i]
+    if hard:
+        tokens = tokens - ce_weight * (1 - label_smoothing) * values[len(soft)]
+    if label_smoothing > 0 and hard:
+        mean = student_logits.mean(-1, dtype=dtype).reshape(-1)  # of log p, but for logsumexp
+        tokens = tokens - ce_weight * label_smoothing * (mean - values[len(soft) + 1])
+    tokens = torch.where(counted, tokens, 0).to(dtype)
+    return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
+
+
+class _Call(NamedTuple):
+    """What the two halves of the loss need besides logits: fields at T, fields at temperature 1."""
+
+    soft: tuple[str, ...]
+    hard: tuple[str, ...]
+    inverse: Tensor | None
+    read: Tensor | None
+    ids: Tensor  # int64 [N, 1]
+    backend: str
+
+
+def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
+    """[R, N]: the soft fields, then the hard ones."""
+    if not call.soft or not call.hard or call.inverse is None:
+        inverse = call.inverse if call.soft else None
+        fields = call.soft + call.hard
+        return autograd.row_stats(
+            x, y, call.ids, fields, None, inverse, call.read, backend=call.backend
+        )
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return _apart(x, y, call)
+    out: Tensor = _TwoTemperatures.apply(x, y, call)
+    return out
+
+
+def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
+    soft, hard, inverse, read, ids, name = call
+    return torch.cat(
+        [
+            autograd.row_stats(x, y, None, soft, None, inverse, read, backend=name),
+            autograd.row_stats(x, None, ids, hard, None, None, read, backend=name),
+        ]
+    )
+
+
+class _TwoTemperatures(torch.autograd.Function):
+    """`_apart` by blocks of rows, so that no second gradient of the logits' size is allocated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, call: _Call) -> Tensor:
+        values, states = [], []
+        for part, block_x, block_y in row_parts(x, y):
+            c = _cut(call, part)
+            shared = (None, None, c.backend)  # no valid_vocab, no softcap
+            soft, soft_state = OPS.row_stats(
+                block_x, block_y, None, c.soft, None, c.inverse, c.read, *shared
+            )
+            hard, hard_state = OPS.row_stats(
+                block_x, None, c.ids, c.hard, None, None, c.read, *shared
+            )
+            values.append(torch.cat([soft, hard.to(soft.dtype)]))
+            states.append(torch.stack([soft_state, hard_state]))
+        ctx.call = call
+        ctx.save_for_backward(x, y, torch.cat(states, 1))
+        return torch.cat(values, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, y, state = ctx.saved_tensors
+        call: _Call = ctx.call
+        to_x, to_y = ctx.needs_input_grad[:2]
+        grad = grads[0] if call.read is None else torch.where(call.read, grads[0], 0)
+        if recorded(x, y, grad):
+            views = [t.view_as(t) for t in (x, y)]
+            wanted = [t for t, asked in zip(views, (to_x, to_y), strict=True) if asked]
+            values = _apart(views[0], views[1], call)
+            found = iter(torch.autograd.grad(values, wanted, grad, create_graph=True))
+            return next(found) if to_x else None, next(found) if to_y else None, None
+        gx = x.new_empty(x.shape) if to_x else None
+        gy = y.new_empty(y.shape) if to_y else None
+        split = len(call.soft)
+        targets = [t for t in (gx, gy) if t is not None]
+        for part, block_x, block_y, *blocks in row_parts(x, y, *targets):
+            c, out = _cut(call, part), iter(blocks)
+            soft = OPS.row_stats_backward(
+                grad[:split, part].contiguous(), block_x, block_y, None, state[0, part],
+                c.soft, None, c.inverse, None, None, to_x, to_y, c.backend,
+            )  # fmt: skip
+            if to_x:
+                hard, _ = OPS.row_stats_backward(
+                    grad[split:, part].contiguous(), block_x, None, c.ids, state[1, part],
+                    c.hard, None, None, None, None, True, False, c.backend,
+                )  # fmt: skip
+                torch.add(soft[0], hard, out=next(out))
+            if to_y:
+                next(out).copy_(soft[1])
+        return gx, gy, None
+
+
+def _cut(call: _Call, part: slice) -> _Call:
+    inverse, read = call.inverse, call.read
+    assert inverse is not None
+    return call._replace(
+        inverse=inverse if inverse.numel() == 1 else inverse[part],
+        read=None if read is None else read[part],
+        ids=call.ids[part],
+    )
+
+
+def _check_labels(ids: Tensor, width: int) -> None:
+    if not ids.numel():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= width:
+        raise ValueError(
+            f"labels must be from 0 to {width - 1}, or ignore_index; got {low} to {high}"
+        )

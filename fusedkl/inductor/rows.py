@@ -1,0 +1,246 @@
+"""Reads a graph forward: which nodes are softmaxes of rows of logits, and arithmetic on them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from . import calls, values
+from .calls import example
+from .found import Reading, Single, Sum, last, same
+from .values import (
+    Constant,
+    Log,
+    LogitProducts,
+    LogSumExp,
+    Mixture,
+    Picked,
+    Prob,
+    Products,
+    Row,
+    Scaled,
+    Stacked,
+    Value,
+)
+
+_HALF = (torch.bfloat16, torch.float16)
+_FLOAT = (*_HALF, torch.float32, torch.float64)
+_GRAD_MODE = torch._C._set_grad_enabled
+
+
+class Rows:
+    """One walk over a graph; `reading` is its result."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.reading = Reading()
+        self._values: dict[Node, Value] = {}
+        self._why: dict[Node, str] = {}
+        self._grad = True
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is _GRAD_MODE:
+                self._grad = bool(node.args[0])
+                continue
+            call = calls.read(node)
+            if call is not None:
+                self._values[node] = self._interpret(node, *call)
+        self._explain()
+
+    def value(self, node: Any) -> Value:
+        """What a node or a number is, as far as the current grad mode lets gradients through it."""
+        if isinstance(node, bool):
+            return None
+        if isinstance(node, (int, float)):
+            return Constant(float(node))
+        if not isinstance(node, Node):
+            return None
+        found = self._values.get(node)
+        if found is None and self._is_logits(node):
+            found = Scaled(Row(node))
+        return found if self._grad else values.detach(found)
+
+    def _is_logits(self, node: Node) -> bool:
+        tensor = example(node)
+        return isinstance(tensor, torch.Tensor) and tensor.dtype in _FLOAT and tensor.dim() > 0
+
+    def _interpret(self, node: Node, name: str, given: dict[str, Any]) -> Value:
+        method: Any = getattr(self, f"_{name}", None)
+        known = method is not None
+        found = method(node, **given) if known else self._arithmetic(node, name, given)
+        if isinstance(found, Scaled):
+            self.reading.quotients.setdefault(found.row, node)
+        return found
+
+    def _explain(self) -> None:
+        """Say where p log p terms end that are not summed."""
+        for node, value in self._values.items():
+            if not isinstance(value, Products):
+                continue
+            ends = [
+                user
+                for user in node.users
+                if user not in self.reading.grad
+                and not isinstance(self._values.get(user), Products)
+            ]
+            for user in ends:
+                self.reading.missed.setdefault(
+                    user if user.op != "output" else node,
+                    "p (log p - log q) is used for something else than its sum over the vocabulary",
+                )
+
+    def _record(self, found: Sum | Single) -> None:
+        self.reading.found.append(found)
+        self.reading.grad[found.node] = self._grad
+
+    # -- rows of logits ------------------------------------------------------------------------
+
+    def _row(self, node: Node, x: Any, dim: Any, dtype: Any = None) -> Row | None:
+        value, tensor = self.value(x), example(x)
+        if not isinstance(value, Scaled) or tensor is None:
+            return None
+        if not last(dim, tensor):
+            self._why[node] = f"is over dim {dim} of {tensor.dim()}, not over the last one"
+            return None
+        if dtype not in (None, tensor.dtype) and not (
+            dtype == torch.float32 and tensor.dtype in _HALF
+        ):
+            self._why[node] = f"turns {tensor.dtype} into {dtype}"
+            return None
+        return value.row
+
+    def _log_softmax(
+        self, node: Node, x: Any, dim: Any = None, dtype: Any = None, **_: Any
+    ) -> Value:
+        row = self._row(node, x, dim, dtype)
+        return None if row is None else Log(((row, 1.0),))
+
+    def _softmax(self, node: Node, x: Any, dim: Any = None, dtype: Any = None, **_: Any) -> Value:
+        row = self._row(node, x, dim, dtype)
+        return None if row is None else Prob(row)
+
+    def _logsumexp(self, node: Node, x: Any, dim: Any, keepdim: bool = False) -> Value:
+        value = self.value(x)
+        if isinstance(value, Stacked) and dim in (0, (0,), [0]) and not keepdim:
+            return self._mixture(value)
+        row = self._row(node, x, dim)
+        return None if row is None else LogSumExp(row, keepdim)
+
+    def _mixture(self, value: Stacked) -> Value:
+        parts = []
+        for part in value.parts:
+            if not isinstance(part, Log) or len(part.terms) != 1 or part.terms[0][1] != 1:
+                return None
+            row = part.terms[0][0]
+            if not isinstance(row, Row):
+                return None
+            parts.append((row, math.exp(part.constant)))
+        if len(parts) != 2 or abs(sum(weight for _, weight in parts) - 1) > 1e-6:
+            return None
+        return Log(((Mixture(tuple(parts)), 1.0),))
+
+    def _stack(self, node: Node, x: Any, dim: int = 0) -> Value:
+        if dim != 0 or not isinstance(x, (list, tuple)):
+            return None
+        return Stacked(tuple(self.value(part) for part in x))
+
+    def _cast(self, node: Node, x: Node, dtype: torch.dtype) -> Value:
+        value, before = self.value(x), example(x).dtype
+        if isinstance(value, Scaled):
+            exact = dtype == before or (dtype == torch.float32 and before in _HALF)
+            return value if exact else None
+        rounded = dtype in _FLOAT and isinstance(value, (Log, Prob, Products, LogSumExp, Constant))
+        return value if rounded else None
+
+    def _detach(self, node: Node, x: Any) -> Value:
+        return values.detach(self.value(x))
+
+    def _contiguous(self, node: Node, x: Any) -> Value:
+        return self.value(x)
+
+    def _clone(self, node: Node, x: Any) -> Value:
+        value = self.value(x)
+        return None if isinstance(value, Scaled) else value
+
+    # -- arithmetic ----------------------------------------------------------------------------
+
+    def _tensor(self, node: Node, value: Any, **_: Any) -> Value:
+        return Constant(float(value)) if isinstance(value, (int, float)) else None
+
+    def _exp(self, node: Node, x: Any) -> Value:
+        value = self.value(x)
+        if isinstance(value, Constant):
+            return Constant(math.exp(value.value))
+        atom = values.log_of(value)
+        return Prob(atom) if isinstance(atom, Row) else None
+
+    def _log(self, node: Node, x: Any) -> Value:
+        value = self.value(x)
+        if isinstance(value, Constant):
+            return Constant(math.log(value.value)) if value.value > 0 else None
+        return Log(((value.row, 1.0),)) if isinstance(value, Prob) else None
+
+    def _log1p(self, node: Node, x: Any) -> Value:
+        value = self.value(x)
+        possible = isinstance(value, Constant) and value.value > -1
+        return Constant(math.log1p(value.value)) if possible else None
+
+    def _div(self, node: Node, x: Any, y: Any) -> Value:
+        value, by = self.value(x), self.value(y)
+        if isinstance(value, Scaled):
+            return self._divided(value.row, y)
+        if isinstance(by, Constant) and by.value != 0:
+            return values.scale(value, 1 / by.value)
+        return None
+
+    def _weighted(self, x: Value, left: Any, y: Value, right: Any) -> Value:
+        raise NotImplementedError  # reader.py
+
+    def _divided(self, row: Row, by: Any) -> Value:
+        if isinstance(by, (int, float)) and not isinstance(by, bool):
+            if not 0 < by < math.inf or isinstance(row.temperature, Node):
+                return None
+            product = by * (1 if row.temperature is None else row.temperature)
+            return Scaled(Row(row.logits, None if product == 1 else product, row.detached))
+        tensor, logits = example(by), example(row.logits)
+        if row.temperature is not None or tensor is None:
+            return None
+        if isinstance(tensor, torch.Tensor):
+            per_row = same(tensor.shape, (*logits.shape[:-1], 1))
+            if tensor.requires_grad or tensor.dtype not in _FLOAT:
+                return None
+            if not per_row and tensor.dim() != 0:
+                return None
+        return Scaled(Row(row.logits, by, row.detached))
+
+    def _arithmetic(self, node: Node, name: str, given: dict[str, Any]) -> Value:
+        if name == "neg":
+            return values.scale(self.value(given["x"]), -1.0)
+        if name not in ("add", "sub", "mul"):
+            return None
+        left, right = given["x"], given["y"]
+        x, y = self.value(left), self.value(right)
+        if name == "mul":
+            if isinstance(x, Scaled) and isinstance(right, float) and right > 0:
+                return self._divided(x.row, 1 / right)
+            found = values.multiply(x, y)
+            return self._weighted(x, left, y, right) if found is None else found
+        if name == "sub":
+            special = self._difference(node, x, y)
+            if special is not None:
+                return special
+            y = values.scale(y, -1.0)
+        return values.add(x, y)
+
+    def _difference(self, node: Node, x: Value, y: Value) -> Value:
+        if isinstance(x, Scaled) and isinstance(y, LogSumExp) and x.row == y.row and y.kept:
+            return Log(((x.row, 1.0),))
+        if isinstance(x, LogSumExp) and isinstance(y, LogitProducts) and x.row == y.row:
+            if y.reduced and not x.kept:
+                self._record(Single(node, x.row))
+        elif not isinstance(x, Picked) or not isinstance(y, LogSumExp) or x.row != y.row:
+            return None
+        elif x.squeezed is not y.kept:
+            self._record(Single(node, x.row, x.index, x.squeezed))
+        return None

@@ -1,0 +1,137 @@
+"""Backward of a fused lm_head: the tiles again, and the sums of their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear_products import Products
+from .linear_tiles import Engine, Rows, Side
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a side are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    given: bool = False
+
+
+@dataclass
+class Gradients:
+    """What a backward adds up; None where it was not asked for."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    given: Tensor | None = None
+
+
+class _Sums:
+    """The gradients of one side: d hidden in the accumulators' dtype, d weight by tiles."""
+
+    def __init__(
+        self,
+        name: str,
+        side: Side,
+        products: Products,
+        wanted: Wanted,
+        weight_of: _Sums | None = None,
+    ) -> None:
+        self.name = name
+        self.side, self.products, self.weight_of = side, products, weight_of
+        self.wanted = any(wanted)
+        self.out = Gradients()
+        if wanted.hidden and side.hidden is not None:
+            shape = side.hidden.shape
+            self.out.hidden = torch.zeros(shape, dtype=products.total, device=products.device)
+        if wanted.weight and side.weight is not None and weight_of is None:
+            self.out.weight = torch.empty_like(side.weight, memory_format=torch.contiguous_format)
+        if wanted.bias and side.bias is not None:
+            self.out.bias = torch.empty_like(side.bias)
+        if wanted.given and side.given is not None:
+            self.out.given = torch.empty_like(side.given, memory_format=torch.contiguous_format)
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def _room(self, name: str, rows: int, columns: int) -> Tensor:
+        total = self.products.total
+        return self.products.room(f"d {self.name} {name}", rows, columns, total)
+
+    def begin(self, columns: slice) -> None:
+        """Before a tile of the vocabulary."""
+        size = columns.stop - columns.start
+        if self.out.weight is not None:
+            self._weight = self._room("weight", size, self.out.weight.shape[1]).zero_()
+        elif self.weight_of is not None:  # one weight for both sides
+            self._weight = self.weight_of._weight
+        if self.out.bias is not None:
+            self._bias = self._room("bias", 1, size)[0].zero_()
+
+    def take(self, gradient: Tensor, logits: Tensor, tokens: slice, columns: slice) -> None:
+        """Add the products of one tile of gradients; `logits` are those of `_logits`."""
+        side = self.side
+        if side.softcap is not None:  # tanh' = 1 - tanh^2
+            inside = torch.where(logits == -torch.inf, 0, logits / side.softcap)
+            gradient = gradient * (1 - inside * inside)
+        if side.scale != 1:
+            gradient = gradient * side.scale
+        if self.out.given is not None:
+            self.out.given[tokens, columns] = gradient
+            return
+        gradient = gradient.to(self.products.tile)
+        if self.out.hidden is not None and side.weight is not None:
+            self.products.add(self.out.hidden[tokens], gradient, side.weight[columns])
+        if self._weight is not None and side.hidden is not None:
+            self.products.add(self._weight, gradient.t(), side.hidden[tokens])
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=self._bias.dtype)
+
+    def end(self, columns: slice) -> None:
+        """After it: rounded once."""
+        if self.out.weight is not None and self._weight is not None:
+            self.out.weight[columns] = self._weight
+        if self.out.bias is not None and self._bias is not None:
+            self.out.bias[columns] = self._bias
+
+
+def backward(
+    engine: Engine,
+    asked: list[Rows],
+    grads: list[Tensor],
+    states: list[Tensor],
+    wanted: tuple[Wanted, Wanted],
+) -> tuple[Gradients, Gradients]:
+    """Gradients of both sides; each question's grad [R, n] and state of the whole rows."""
+    policy = _Sums("policy", engine.policy, engine.products, wanted[0])
+    other = None
+    if engine.other is not None and any(wanted[1]):
+        shared = policy if engine.other.weight is engine.policy.weight else None
+        other = _Sums("reference", engine.other, engine.of_other, wanted[1], shared)
+    sides = [side for side in (policy, other) if side is not None]
+    for columns in engine.columns() if any(side.wanted for side in sides) else ():
+        for side in sides:
+            side.begin(columns)
+        for tokens in engine.blocks():
+            x, y = engine.logits(tokens, columns)
+            dx: Tensor | None = None
+            for one, grad, state in zip(asked, grads, states, strict=True):
+                ids, inverse = one.part(tokens, columns)
+                gx, gy = torch.ops.fusedkl.row_stats_backward(
+                    grad[:, tokens], x, y if one.paired else None, ids, state[tokens], one.fields,
+                    one.parameter, inverse, None, None, policy.wanted,
+                    one.paired and other is not None, one.backend,
+                )  # fmt: skip
+                if policy.wanted:
+                    dx = gx if dx is None else dx.add_(gx)
+                if other is not None and one.paired and y is not None:
+                    other.take(gy, y, tokens, columns)
+            if dx is not None:
+                policy.take(dx, x, tokens, columns)
+        for side in sides:
+            side.end(columns)
+    return policy.out, Gradients() if other is None else other.out

@@ -1,0 +1,255 @@
+"""The operators behind linear_divergence and linear_token_stats.
+
+fusedkl::linear_stats(hidden [N, H], weight [V, H], bias? [V], ref_hidden? [N, H'], ref_weight?,
+    ref_bias?, ref_logits? [N, V], token_ids? [N, K], labels? [N], fields, parameter?,
+    inv_temperature?, mask?, scales, softcaps, fast, tile, backend)
+    ref_hidden without ref_weight: the policy's weight; scales, softcaps: of policy and reference,
+    softcaps 0 where there is none; tile: tokens and vocabulary entries, or empty
+    -> values [R, N], float32 or float64: one row per field, then log p[label] at temperature 1
+       states [Q, N, S], float64: of the fields, then of the labels
+fusedkl::linear_stats_backward(grad, ..., states, ..., wanted) -> gradients of the first seven, in
+    their shapes and dtypes; one that was not asked for has shape [0]. Tokens whose grads are all 0
+    are not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import divergences, linear_reference, reference
+from ._library import LIB, NAMESPACE, TAGS
+from .linear_backward import Wanted, backward
+from .linear_tiles import Engine, Rows, Side, forward
+
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, "
+    "Tensor? ref_bias, Tensor? ref_logits, Tensor? token_ids, Tensor? labels"
+)
+_OPTIONS = (
+    "str[] fields, float? parameter, Tensor? inv_temperature, Tensor? mask, float[] scales, "
+    "float[] softcaps, bool fast, int[] tile, str backend"
+)
+DIFFERENTIABLE = 7
+
+
+class Inputs(NamedTuple):
+    """The operator's arguments."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    ref_logits: Tensor | None
+    token_ids: Tensor | None
+    labels: Tensor | None
+    fields: list[str]
+    parameter: float | None
+    inv_temperature: Tensor | None
+    mask: Tensor | None
+    scales: list[float]
+    softcaps: list[float]
+    fast: bool
+    tile: list[int]
+    backend: str
+
+    @property
+    def paired(self) -> bool:
+        return self.ref_hidden is not None or self.ref_logits is not None
+
+    def detached(self) -> Inputs:
+        return self.changed({name: t.detach() for name, t in self.tensors()})
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Names and values of all arguments that are tensors."""
+        named = zip(self._fields, self, strict=True)
+        return [(name, t) for name, t in named if isinstance(t, Tensor)]
+
+    def changed(self, arguments: dict[str, Any]) -> Inputs:
+        """These with some arguments replaced."""
+        return self._replace(**arguments)
+
+    def tokens(self, index: Tensor) -> Inputs:
+        """Of some of the tokens only."""
+        per_token = ("ref_hidden", "ref_logits", "token_ids", "labels")
+        some: dict[str, Any] = {"hidden": self.hidden[index], "mask": None}
+        for name in per_token:
+            given = getattr(self, name)
+            some[name] = None if given is None else given[index]
+        inverse = self.inv_temperature
+        if inverse is not None and inverse.shape[0] != 1:
+            some["inv_temperature"] = inverse[index]
+        return self._replace(**some)
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Those that have gradients."""
+        return (
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.ref_hidden,
+            self.ref_weight,
+            self.ref_bias,
+            self.ref_logits,
+        )
+
+    def value_rows(self) -> int:
+        per_row = 0 if self.token_ids is None else self.token_ids.shape[1]
+        return divergences.value_rows(self.fields, per_row) + (self.labels is not None)
+
+    def result_dtype(self) -> torch.dtype:
+        others = (self.ref_hidden, self.ref_logits)
+        other = next((t for t in others if t is not None), None)
+        return reference.result_dtype(self.hidden, other)
+
+
+def engine_of(i: Inputs) -> Engine:
+    policy = Side(i.hidden, i.weight, i.bias, i.scales[0], i.softcaps[0] or None)
+    other: Side | None = None
+    if i.paired:
+        weight = i.ref_weight if i.ref_weight is not None else i.weight
+        other = Side(
+            i.ref_hidden,
+            weight if i.ref_hidden is not None else None,
+            i.ref_bias,
+            i.scales[1],
+            i.softcaps[1] or None,
+            i.ref_logits,
+        )
+    return Engine(policy, other, i.fast, (i.tile[0], i.tile[1]) if i.tile else None)
+
+
+def _questions(i: Inputs) -> list[Rows]:
+    asked = [
+        Rows(i.fields, i.parameter, i.token_ids, i.inv_temperature, i.backend, paired=i.paired)
+    ]
+    if i.labels is not None:
+        asked.append(Rows(["logprob"], None, i.labels[:, None], None, i.backend, paired=False))
+    return asked
+
+
+def _linear_stats(*args: Any) -> tuple[Tensor, Tensor]:
+    i = Inputs(*args).detached()
+    whole, mask, index = i, i.mask, None
+    if mask is not None and mask.device.type == "cpu":  # elsewhere it would wait for the device
+        index = mask.nonzero().squeeze(1)
+        i = i.tokens(index)
+    with torch.no_grad():
+        if i.hidden.shape[0] == 0:
+            values, states = (t.zero_() for t in _linear_stats_fake(*i))
+        elif i.backend == "reference":
+            values, states = linear_reference.values(i), _linear_stats_fake(*i)[1].zero_()
+        else:
+            answers = forward(engine_of(i), _questions(i))
+            values = torch.cat([v for v, _ in answers])
+            states = torch.stack([s for _, s in answers])
+        values = values.to(whole.result_dtype())
+        if index is not None:
+            n = whole.hidden.shape[0]
+            values = values.new_zeros((values.shape[0], n)).index_copy_(1, index, values)
+            shape = (states.shape[0], n, states.shape[2])
+            states = states.new_zeros(shape).index_copy_(1, index, states)
+        elif mask is not None:
+            values = torch.where(mask, values, 0)
+    return values, states
+
+
+def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *given, states, wanted = args
+    whole = i = Inputs(*given).detached()
+    live = (grad != 0).any(0)
+    index = None
+    if live.device.type == "cpu":
+        if not bool(live.all()):
+            index = live.nonzero().squeeze(1)
+            i, grad, states = i.tokens(index), grad[:, index], states[:, index]
+    else:  # 0 times the NaN of a token that does not count would be NaN in d weight
+        clean: dict[str, Any] = {"hidden": torch.where(live[:, None], i.hidden, 0)}
+        if i.ref_hidden is not None:
+            clean["ref_hidden"] = torch.where(live[:, None], i.ref_hidden, 0)
+        i = i._replace(**clean)
+    found: list[Tensor | None] = [None] * DIFFERENTIABLE
+    with torch.no_grad():
+        if i.hidden.shape[0] != 0:
+            made = linear_reference.gradients if i.backend == "reference" else _by_tiles
+            found = made(grad, i, states, wanted)
+        return tuple(
+            _as_given(name, like, gradient, index) if ask and like is not None else _none(whole)
+            for name, like, gradient, ask in zip(
+                whole._fields, whole.differentiable(), found, wanted, strict=False
+            )
+        )
+
+
+def _none(i: Inputs) -> Tensor:
+    return i.hidden.new_empty(0)
+
+
+def _as_given(name: str, like: Tensor, gradient: Tensor | None, index: Tensor | None) -> Tensor:
+    """The gradient in the shape and dtype of its input; tokens that were left out get 0."""
+    if gradient is None:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    gradient = gradient.to(like.dtype)
+    if index is None or name not in ("hidden", "ref_hidden", "ref_logits"):
+        return gradient
+    return gradient.new_zeros(like.shape).index_copy_(0, index, gradient)
+
+
+def _by_tiles(grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits = wanted
+    shared = i.ref_weight is None and i.ref_hidden is not None
+    asked = _questions(i)
+    last = grad.shape[0] - (i.labels is not None)
+    x, y = backward(
+        engine_of(i),
+        asked,
+        [grad[:last], grad[last:]][: len(asked)],
+        list(states),
+        (
+            Wanted(hidden, weight, bias),
+            Wanted(ref_hidden, weight if shared else ref_weight, ref_bias, ref_logits),
+        ),
+    )
+    return [x.hidden, x.weight, x.bias, y.hidden, y.weight, y.bias, y.given]
+
+
+def _linear_stats_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    i = Inputs(*args)
+    n = i.hidden.shape[0]
+    questions = 1 + (i.labels is not None)
+    values = i.hidden.new_empty((i.value_rows(), n), dtype=i.result_dtype())
+    inner = reference.inside(i.hidden.device)
+    return values, i.hidden.new_empty((questions, n, len(reference.STATE)), dtype=inner)
+
+
+def _linear_stats_backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *given, _, wanted = args
+    i = Inputs(*given)
+    return tuple(
+        like.new_empty(like.shape) if ask and like is not None else _none(i)
+        for like, ask in zip(i.differentiable(), wanted, strict=True)
+    )
+
+
+for _name, _schema, _kernel, _fake in (
+    (
+        "linear_stats",
+        f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
+        _linear_stats,
+        _linear_stats_fake,
+    ),
+    (
+        "linear_stats_backward",
+        f"(Tensor grad, {_TENSORS}, {_OPTIONS}, Tensor states, bool[] wanted) -> "
+        f"({', '.join(['Tensor'] * DIFFERENTIABLE)})",
+        _linear_stats_backward,
+        _linear_stats_backward_fake,
+    ),
+):
+    LIB.define(_name + _schema, tags=TAGS)
+    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIB)

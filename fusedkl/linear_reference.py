@@ -1,0 +1,87 @@
+"""The composition in plain torch, float64, with logits in full: for checking and differentiating.
+
+Behind the reference backend, over blocks of tokens, and behind double backward on every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference_backend import _recording as recording
+from .reference_backend import blocks
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    dtype = reference.inside(hidden.device)
+    out = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return _capped(out * scale, softcap)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    if not softcap:
+        return logits
+    finite = logits != -torch.inf
+    capped = torch.tanh(torch.where(finite, logits, 0) / softcap) * softcap
+    return torch.where(finite, capped, logits)
+
+
+def composed(i: Any) -> Tensor:
+    """Values [R, N] of operator linear_stats, for its `Inputs`; differentiable, masks aside."""
+    x = _logits(i.hidden, i.weight, i.bias, i.scales[0], i.softcaps[0])
+    y = None
+    if i.ref_logits is not None:
+        y = _capped(i.ref_logits.to(x.dtype) * i.scales[1], i.softcaps[1])
+    elif i.ref_hidden is not None:
+        weight = i.weight if i.ref_weight is None else i.ref_weight
+        y = _logits(i.ref_hidden, weight, i.ref_bias, i.scales[1], i.softcaps[1])
+    inverse = i.inv_temperature
+    values, _ = reference.rows(
+        x, y, i.token_ids, i.fields, i.parameter, inverse, i.mask, None, None
+    )
+    if i.labels is None:
+        return values
+    log_p, _ = reference.rows(
+        x, None, i.labels[:, None], ["logprob"], None, None, i.mask, None, None
+    )
+    return torch.cat([values, log_p])
+
+
+def values(i: Any) -> Tensor:
+    """Operator linear_stats, values only."""
+    n, width = i.hidden.shape[0], i.weight.shape[0]
+    parts = [composed(i.tokens(_range(block, i.hidden))) for block in blocks(n, width)]
+    return torch.cat(parts, -1)
+
+
+def gradients(grad: Tensor, i: Any, states: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    """Operator linear_stats_backward, by autograd through `composed`."""
+    names = [name for name, ask in zip(i._fields, wanted, strict=False) if ask]
+    per_token = ("hidden", "ref_hidden", "ref_logits")
+    total: dict[str, list[Tensor]] = {name: [] for name in names}
+    for block in blocks(i.hidden.shape[0], i.weight.shape[0]):
+        with recording():
+            part = i.tokens(_range(block, i.hidden))
+            leaves = {name: getattr(part, name).detach().requires_grad_() for name in names}
+            out = composed(part._replace(**leaves))
+            found = torch.autograd.grad(out, list(leaves.values()), grad[:, block].to(out.dtype))
+        for name, gradient in zip(names, found, strict=True):
+            kept = total[name]
+            wide = gradient.to(reference.inside(gradient.device))
+            if name in per_token or not kept:
+                kept.append(wide)
+            else:
+                kept[0] += wide
+    joined = {name: torch.cat(parts) for name, parts in total.items()}
+    return [joined.get(name) for name in i._fields[: len(wanted)]]
+
+
+def _range(block: slice, like: Tensor) -> Tensor:
+    return torch.arange(block.start, block.stop, device=like.device)

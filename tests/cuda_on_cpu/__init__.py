@@ -1,0 +1,126 @@
+"""Builds the CUDA kernels as host C++ against the shim, and registers them as a backend.
+
+Device code, launches and operators are those of csrc/cuda; only `fibers.h`, `shim.h` and
+`intrinsics.h` beside this file stand for the device. What is built is kept under build/, by the
+hash of all that went into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fusedkl._library import OPERATORS
+from fusedkl.backends import BACKENDS, Backend
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+NAME = "cuda_on_cpu"
+OPERATOR_SOURCES = ("bf16.cu", "f16.cu", "f32.cu", "mixed.cu", "rows.cu", "ops.cpp")
+
+# Vectors are read through pointers of another type, as devices allow and C++ does not.
+FLAGS = (
+    "-std=c++20 -g1 -fno-strict-aliasing -ffp-contract=off -pthread -DFUSEDKL_ON_CPU "
+    "-Wall -Werror -Wno-unknown-pragmas"
+).split()
+
+
+def cuda_include() -> Path:
+    """The folder of CUDA's headers: of the toolkit, or of the packages on PyPI."""
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    candidates += [Path("/usr/local/cuda")]
+    candidates += [Path(torch.__file__).parents[1] / "nvidia" / "cu13"]
+    for home in candidates:
+        include = home / "include"
+        if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
+            return include
+    pytest.skip("no CUDA headers: install the CUDA toolkit, or the packages of `make cuda-tools`")
+
+
+def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    """The finished process; a failed test with its output if it failed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return done
+
+
+def _digest(csrc: Path, flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(" ".join([*flags, torch.__version__]).encode())
+    for folder in (csrc / "cuda", csrc / "cpu", csrc, HERE):
+        for file in sorted(folder.glob("*.*")):
+            if file.suffix in (".h", ".cuh", ".cu", ".cpp"):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(
+    sources: Sequence[Path], output: str, flags: Sequence[str], link: Sequence[str], csrc: Path
+) -> Path:
+    """Compiles what has changed; returns the library or program."""
+    include = ["-isystem", str(cuda_include()), f"-I{HERE}", f"-I{csrc}"]
+    everything = [*FLAGS, *flags, *include]
+    folder = ROOT / "build" / NAME / _digest(csrc, [*everything, *map(str, sources)])
+    target = folder / output
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        made = folder / f"{source.name}.o"
+        run(["g++", *everything, "-x", "c++", "-c", source, "-o", made])
+        return made
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile_one, sources))
+    partial = folder / f"{output}.partial"
+    run(["g++", *flags, *objects, "-pthread", *link, "-o", partial])
+    partial.rename(target)
+    return target
+
+
+@functools.cache
+def operators() -> SimpleNamespace:
+    """The operators of csrc/cuda on CPU tensors, under the names that a backend has."""
+    torch_home = Path(torch.__file__).parent
+    flags = ["-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += ["-isystem", str(torch_home / "include")]
+    sources = [ROOT / "csrc" / "cuda" / name for name in OPERATOR_SOURCES]
+    link = ["-shared", f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    library = build(sources, "operators.so", flags, link, ROOT / "csrc")
+    definitions = torch.library.Library(f"fusedkl_{NAME}", "DEF")
+    for name, (arguments, results) in OPERATORS.items():
+        definitions.define(f"_{name}({arguments}) -> {results}")
+    torch.ops.load_library(str(library))
+    namespace = getattr(torch.ops, f"fusedkl_{NAME}")
+    return SimpleNamespace(
+        **{name: getattr(namespace, f"_{name}") for name in OPERATORS}, definitions=definitions
+    )
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[str]:
+    """The kernels as a backend of the public functions, by its name, while this lasts."""
+    BACKENDS[NAME] = Backend(NAME, "CUDA kernels on the CPU", lambda device: None, operators())
+    try:
+        yield NAME
+    finally:
+        del BACKENDS[NAME]

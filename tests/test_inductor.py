@@ -1,0 +1,166 @@
+"""enable() with the real compiler: numbers, memory, recompilations, caches, other passes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config as config
+import torch.nn.functional as F
+from inductor_cases import gradients
+from kl_div_cases import needs_kernel
+from test_memory import peak
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedkl
+
+pytestmark = [
+    needs_kernel,
+    # torch's own tracing warns of its own deprecations.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Off here: deterministic mode would change what the compiler does."""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    fusedkl.inductor.report(clear=True)
+    with (
+        config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+    assert not fusedkl.inductor.disable() and config.pre_grad_custom_pass is None
+    torch.compiler.reset()
+
+
+def distil(x: Tensor, y: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x / 2, -1), F.softmax(y / 2, -1), reduction="batchmean") * 4
+
+
+def make(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, rows, vocabulary).to(dtype)
+    return x.clone().requires_grad_(), y.clone()
+
+
+def test_a_training_step_is_rewritten_and_allocates_its_gradient() -> None:
+    x, y = make(8, 20_000)
+
+    def step(function: Any) -> object:
+        return torch.autograd.grad(function(x, y), x)
+
+    with fusedkl.inductor.enable():
+        compiled = torch.compile(distil, fullgraph=True)
+        (value, grads), (wanted, wanted_grads) = gradients(compiled, x, y), gradients(distil, x, y)
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grads, wanted_grads, rtol=1e-4, atol=1e-9)
+        report = fusedkl.inductor.report()
+        assert [r.kinds for r in report.rewritten] == ["forward_kl"] and report.missed == ()
+        assert f"{Path(__file__).name}:" in report.rewritten[0].where
+        assert peak(lambda: step(compiled)) < x.numel() * 4 + 16_384
+
+
+def one_sequence(x: Tensor, y: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none").sum(-1).mean()
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "default"])
+def test_compilations_over_sequence_lengths(dynamic: bool | None) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    with fusedkl.inductor.enable():
+        compiled = torch.compile(one_sequence, fullgraph=True, dynamic=dynamic, backend=counter)
+        for length in range(2, 12):
+            x, y = make(length, 300)
+            torch.testing.assert_close(compiled(x, y), one_sequence(x, y), rtol=1e-5, atol=0)
+    assert counter.frame_count == (1 if dynamic else 2)
+    assert len(fusedkl.inductor.report().rewritten) == counter.frame_count
+
+
+def test_enable_counts_and_ends_in_any_order_and_thread() -> None:
+    assert config.pre_grad_custom_pass is None
+    first, second = fusedkl.inductor.enable(), fusedkl.inductor.enable()
+    ours = config.pre_grad_custom_pass
+    assert ours is not None
+    thread = threading.Thread(target=first.end)
+    thread.start()
+    thread.join()
+    first.end()
+    assert second.active and not first.active and config.pre_grad_custom_pass is ours
+    assert fusedkl.inductor.disable() and config.pre_grad_custom_pass is None
+    assert not fusedkl.inductor.disable()
+    with pytest.raises(ZeroDivisionError), fusedkl.inductor.enable():
+        raise ZeroDivisionError
+    assert config.pre_grad_custom_pass is None
+
+
+def test_other_passes_keep_running() -> None:
+    seen: list[int] = []
+
+    def other(graph: torch.fx.Graph) -> None:
+        seen.append(len(graph.nodes))
+
+    with config.patch(pre_grad_custom_pass=other):
+        with fusedkl.inductor.enable():
+            torch.compile(lambda x: x.exp().sum())(torch.randn(3))
+        assert config.pre_grad_custom_pass is other and len(seen) == 1
+    assert fusedkl.inductor.report().graphs == 1
+
+    with fusedkl.inductor.enable():
+        config.pre_grad_custom_pass = other
+    assert config.pre_grad_custom_pass is other  # set by somebody else meanwhile: left alone
+    config.pre_grad_custom_pass = None
+
+
+CACHED = """
+import sys, torch, fusedkl
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+if sys.argv[1] == "on":
+    fusedkl.inductor.enable()
+x, y = torch.arange(40.0).sin().view(4, 10).requires_grad_(), torch.arange(40.0).cos().view(4, 10)
+def loss(x, y):
+    return F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="batchmean")
+value = torch.compile(loss)(x, y)
+value.backward()
+from torch.profiler import profile
+with profile() as seen:
+    torch.compile(loss)(x, y)
+fused = any("fusedkl::row_stats" in e.name for e in seen.events())
+torch.testing.assert_close(value, loss(x, y))
+hits = counters["aot_autograd"]["autograd_cache_hit"]
+print(fused, hits > 0, len(fusedkl.inductor.report().rewritten))
+"""
+
+
+@pytest.mark.slow
+def test_kept_across_the_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def run(state: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", CACHED, state],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    # fused, from the cache, in the report
+    assert run("off") == "False False 0"
+    assert run("on") == "True False 1"
+    assert run("on") == "True True 0"
+    assert run("off") == "False True 0"

@@ -1,0 +1,289 @@
+"""The pass rewrites what people write, keeps the numbers, and says what it left alone and why."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inductor_cases import Written, gradients, product
+from kl_div_cases import needs_kernel
+from torch import Tensor
+
+import fusedkl
+from fusedkl.inductor.passes import rewrite
+
+pytestmark = [
+    needs_kernel,
+    # torch's own tracing warns of its own deprecations.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+N, V = 5, 129
+ALL = list(product())
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Off here: deterministic mode would change what the compiler does."""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    fusedkl.inductor.report(clear=True)
+    yield
+    torch.compiler.reset()
+
+
+def rewriting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    """A compiler that is nothing but the pass."""
+    rewrite(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    result: Callable[..., Tensor] = torch.compile(
+        function, fullgraph=True, backend=rewriting, **options
+    )
+    return result
+
+
+def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = torch.randn(2, *(shape or (N, V))).to(dtype)
+    mask = torch.arange(x.shape[:-1].numel()).reshape(x.shape[:-1]) % 3 != 1
+    return x.clone().requires_grad_(), y.clone(), mask
+
+
+def agree(
+    function: Callable[..., Tensor], given: tuple[Tensor, ...], tolerance: float | None = None
+) -> fusedkl.inductor.Report:
+    """Holds the rewritten function to float64 of the plain one; returns the report."""
+    tolerance = tolerance or (1e-5 if given[0].dtype == torch.float32 else 4e-3)
+    wide = [t.double() if t.is_floating_point() else t for t in given]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kl_div's, of "mean"
+        plain_dtype = function(*given).dtype
+        wanted, grads = gradients(function, *wide)
+        found, found_grads = gradients(compiled(function), *given)
+    assert found.dtype == plain_dtype
+    # A half-precision result is rounded by the code's own operations after the sum.
+    half = plain_dtype in (torch.bfloat16, torch.float16)
+    result_tolerance = 1.2e-2 if half else tolerance
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=result_tolerance, atol=1e-7)
+    for g, f, t in zip(grads, found_grads, given, strict=True):
+        assert (g is None) == (f is None)
+        if g is not None and f is not None:
+            assert (
+                f.dtype == t.dtype and (f - g).norm() <= max(tolerance, result_tolerance) * g.norm()
+            )
+    return fusedkl.inductor.report(clear=True)
+
+
+def check(written: Written) -> bool:
+    """Whether it was rewritten. It is equal in any case."""
+    torch.compiler.reset()
+    report = agree(written.loss, inputs(written.dtype))
+    assert report.rewritten or report.missed, "neither rewritten nor reported"
+    return bool(report.rewritten)
+
+
+def rate(cases: list[Written]) -> float:
+    return sum(map(check, cases)) / len(cases)
+
+
+def test_a_sample_of_the_product() -> None:
+    assert rate(random.Random(0).sample(ALL, 60)) >= 0.9
+
+
+@pytest.mark.full
+def test_the_product() -> None:
+    assert rate(ALL) >= 0.9
+
+
+def row_loss(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none").sum(-1)
+
+
+def both_directions_and_entropy(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.log_softmax(x / 2, -1), F.log_softmax(y / 2, -1)
+    forward = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+    return forward + (p.exp() * (p - q)).sum(-1) + 0.1 * (p.exp() * p).sum(-1)
+
+
+def teacher_without_grad(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    with torch.no_grad():
+        q = F.softmax(y * 1, -1)
+    return F.kl_div(F.log_softmax(x, -1), q, reduction="batchmean") + y.sum()
+
+
+def detached(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.log_softmax(x, -1), F.log_softmax(y.detach(), -1)
+    return (p.exp() * (p - q)).sum() + y.sum()
+
+
+def metric_under_no_grad(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    with torch.no_grad():
+        metric = (p.exp() * (p - q)).sum()
+    return F.kl_div(p, q, log_target=True, reduction="sum") * metric
+
+
+def selective(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    index = (mask * 7).long()
+    p = F.log_softmax(x / 0.7, -1)
+    chosen = p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    return chosen - (p.exp() * p).sum(-1)
+
+
+def selective_by_logsumexp(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    index = (mask * 7).long()
+    lse = torch.logsumexp(x, -1)
+    chosen = torch.gather(x, dim=-1, index=index.unsqueeze(-1)).squeeze(-1) - lse
+    return chosen + (lse - (F.softmax(x, -1) * x).sum(-1))
+
+
+def many_tokens(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    index = torch.arange(4).expand(x.shape[0], 4)
+    return x.log_softmax(-1).gather(-1, index)
+
+
+def kept(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p = F.log_softmax(x, -1)
+    kl = F.kl_div(p, F.softmax(y, -1), reduction="none")
+    return kl.sum(-1) + p.max(-1).values + kl.square().sum(-1)
+
+
+def masked_elements(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    kl = F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none")
+    column = mask.unsqueeze(-1)
+    total = (kl * column).sum() + kl.masked_fill(column, 0).sum(-1, keepdim=True).sum()
+    return total + torch.where(column, kl, 0.0).sum(dim=(0, 1)) / mask.sum()
+
+
+def cross_entropy_with_a_teacher(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return -(F.softmax(y, -1) * F.log_softmax(x, -1)).sum(-1)
+
+
+def two_temperatures(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x / 2, -1), F.softmax(y / 3, -1), reduction="sum")
+
+
+def temperature_per_row(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    t = (1 + mask.to(x.dtype)).unsqueeze(-1)
+    return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)
+
+
+REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
+    row_loss: ("forward_kl",),
+    both_directions_and_entropy: ("forward_kl", "reverse_kl", "entropy"),
+    teacher_without_grad: ("forward_kl",),
+    detached: ("reverse_kl",),
+    metric_under_no_grad: ("forward_kl", "forward_kl"),
+    selective: ("logprob", "entropy"),
+    selective_by_logsumexp: ("logprob", "entropy"),
+    many_tokens: ("logprob",),
+    kept: ("forward_kl",),
+    masked_elements: ("forward_kl",) * 3,
+    cross_entropy_with_a_teacher: ("forward_kl + entropy",),
+    two_temperatures: ("forward_kl",),
+    temperature_per_row: ("forward_kl",),
+}
+
+
+@pytest.mark.parametrize("function", REWRITTEN, ids=lambda f: f.__name__)
+def test_rewritten_and_equal(function: Callable[..., Tensor]) -> None:
+    report = agree(function, inputs())
+    assert tuple(r.kinds for r in report.rewritten) == REWRITTEN[function]
+    x, y, mask = inputs()
+    torch.compiler.reset()
+    report = agree(function, (x, y.requires_grad_(), mask))
+    assert len(report.rewritten) == len(REWRITTEN[function])
+
+
+def over_another_dim(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, 0), F.softmax(y, 0), reduction="sum")
+
+
+def not_summed(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none")
+
+
+def summed_over_tokens(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return not_summed(x, y, _).sum(0)
+
+
+def written_in_between(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    z = y * 1
+    q = F.softmax(z, -1)
+    z.add_(torch.arange(V))
+    return F.kl_div(F.log_softmax(x, -1), q, reduction="sum") + z.sum()
+
+
+def broadcast(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, -1), F.softmax(y[:1], -1), reduction="sum")
+
+
+def unnormalised(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(x, -1), y.exp(), reduction="sum")
+
+
+def narrowed(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p = F.log_softmax(x, -1, dtype=torch.float64)
+    return F.kl_div(p, F.softmax(y, -1), reduction="sum").float()
+
+
+LEFT_ALONE = {
+    over_another_dim: "over dim 0 of 2",
+    not_summed: "something else than its sum",
+    summed_over_tokens: "something else than its sum",
+    written_in_between: "changed in place between",
+    broadcast: "broadcast",
+    unnormalised: "kl_div: target is exp",
+    narrowed: "turns torch.float32 into torch.float64",
+}
+
+
+@pytest.mark.parametrize("function", LEFT_ALONE, ids=lambda f: f.__name__)
+def test_near_misses_are_left_alone_and_reported(function: Callable[..., Tensor]) -> None:
+    report = agree(function, inputs())
+    assert report.rewritten == () and len(report.missed) == 1
+    assert LEFT_ALONE[function] in report.missed[0].reason
+    assert "test_inductor_pass.py:" in report.missed[0].where
+    assert LEFT_ALONE[function] in str(report)
+
+
+def half_detached(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    return (p.exp() * (p.detach() - q)).sum(-1) * 2 + (q.exp().detach() * (q - p)).sum(-1)
+
+
+def test_detached_factors_keep_their_gradients() -> None:
+    x, y, mask = inputs()
+    agree(half_detached, (x, y.requires_grad_(), mask))
+
+
+def test_other_graphs_are_not_touched() -> None:
+    def attention(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+        return F.cross_entropy(F.softmax(x @ y.T, -1) @ y, y.argmax(-1))
+
+    report = agree(attention, inputs())
+    assert (report.graphs, report.rewritten, report.missed) == (1, (), ())
+
+
+def test_autocast() -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="batchmean")
+
+    x, y, _ = inputs(torch.bfloat16)
+    found = compiled(loss)(x, y)
+    assert found.dtype == loss(x, y).dtype == torch.float32
+    wanted = fusedkl.forward_kl(x, y, reduction="mean")
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    assert len(fusedkl.inductor.report().rewritten) == 1

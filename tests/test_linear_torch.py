@@ -1,0 +1,192 @@
+"""linear_divergence as a citizen of PyTorch: compile, autocast, checkpointing, opcheck, memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import linear_cases
+import pytest
+import torch
+from linear_cases import TILE, Heads, heads
+from test_memory import peak
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fusedkl
+from fusedkl import linear_ops
+from fusedkl.linear_ops import Inputs
+
+OPS = torch.ops.fusedkl
+
+
+def loss(hidden: Tensor, weight: Tensor, other: Heads, **options: Any) -> Tensor:
+    t = other.tensors
+    return fusedkl.linear_divergence(
+        hidden, weight, t["ref_hidden"], t["ref_weight"], reduction="mean", **options
+    )
+
+
+def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return (value.detach(), *torch.autograd.grad(value, leaves))
+
+
+def test_compiles_whole_and_once_for_all_shapes(backend: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    h = heads(torch.float32)
+
+    def step(hidden: Tensor, weight: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
+        return fusedkl.linear_divergence(
+            hidden, weight, ref, h.tensors["ref_weight"], mask=mask, reduction="mean", tile=TILE,
+            backend=backend,
+        )  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (linear_cases.T, 21, 30):
+        hidden = h.tensors["hidden"][:tokens].clone().requires_grad_()
+        weight = h.tensors["weight"].clone().requires_grad_()
+        mask, ref = torch.rand(tokens) < 0.7, h.tensors["ref_hidden"][:tokens]
+        got = gradients(compiled(hidden, weight, mask, ref), hidden, weight)
+        want = gradients(step(hidden, weight, mask, ref), hidden, weight)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    assert counter.frame_count == 1
+
+
+def test_autocast_casts_as_a_linear_layer_does() -> None:
+    h = heads(torch.float32)
+    leaves = h.leaves("hidden", "weight")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(*leaves, h)
+    low = {name: t.detach().bfloat16().requires_grad_() for name, t in h.tensors.items()}
+    want = loss(low["hidden"], low["weight"], Heads(low))
+    assert value.dtype == torch.float32 and torch.equal(value, want)
+    got = torch.autograd.grad(value, leaves)
+    for a, e in zip(got, torch.autograd.grad(want, [low["hidden"], low["weight"]]), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, e.float())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool, backend: str) -> None:
+    h = heads(torch.float32)
+    leaves = h.leaves("hidden", "weight")
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss(hidden, weight, h, backend=backend)
+
+    again = checkpoint(step, *leaves, use_reentrant=reentrant)
+    plain = torch.autograd.grad(step(*leaves), leaves)
+    if reentrant:
+        again.backward()
+        got = [leaf.grad for leaf in leaves]
+    else:
+        got = list(torch.autograd.grad(again, leaves))
+    for a, e in zip(got, plain, strict=True):
+        assert a is not None and torch.equal(a, e)
+
+
+def arguments(backend: str, **changed: Any) -> Inputs:
+    t = heads(torch.float32).tensors
+    given = Inputs(
+        t["hidden"], t["weight"], None, t["ref_hidden"], t["ref_weight"], None, None, None, None,
+        ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], False, list(TILE), backend,
+    )  # fmt: skip
+    return given._replace(**changed)
+
+
+def test_opcheck(backend: str) -> None:
+    mask = torch.rand(linear_cases.T) < 0.5
+    inverse = torch.rand(linear_cases.T, dtype=torch.float64) + 0.5
+    given = arguments(backend, mask=mask, inv_temperature=inverse)
+    torch.library.opcheck(OPS.linear_stats.default, tuple(given))
+    values, states = OPS.linear_stats(*given)
+    wanted = [True, True, False, True, False, False, False]
+    torch.library.opcheck(
+        OPS.linear_stats_backward.default, (torch.ones_like(values), *given, states, wanted)
+    )
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+TOKENS, VOCABULARY, WIDTH = 256, 20011, 64
+
+
+def large(dtype: torch.dtype) -> Heads:
+    """Logits of 20 MiB a side in fp32, with tiles of at most 4 MiB together."""
+    made = {
+        "hidden": torch.randn(TOKENS, WIDTH),
+        "weight": torch.randn(VOCABULARY, WIDTH),
+        "ref_hidden": torch.randn(TOKENS, WIDTH),
+        "ref_weight": torch.randn(VOCABULARY, WIDTH),
+    }
+    return Heads({name: t.to(dtype) for name, t in made.items()})
+
+
+@pytest.mark.parametrize("precision", [None, "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_that_of_tiles(dtype: torch.dtype, precision: str | None) -> None:
+    h = large(dtype)
+    full = TOKENS * VOCABULARY * 4
+    leaves = h.leaves("hidden", "weight")
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss(*leaves, h, precision=precision, backend="cpu")
+
+    tiles = (4 << 20) + (2 << 20)  # both tiles, then operands, states and odds
+    assert peak(forward) < tiles < full / 3
+
+    def both() -> object:
+        return torch.autograd.grad(loss(*leaves, h, precision=precision, backend="cpu"), leaves)
+
+    kept = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    # the gradient of a tile, the products of one, and d hidden in fp32
+    assert kept <= peak(both) < kept + tiles + (6 << 20)
+
+
+def test_masked_tokens_make_no_products() -> None:
+    """Memory grows with the tokens that count, not with those that are there."""
+    h = large(torch.float32)
+    mask = torch.zeros(TOKENS, dtype=torch.bool)
+    mask[:4] = True
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss(h.tensors["hidden"], h.tensors["weight"], h, mask=mask, backend="cpu")
+
+    assert peak(forward) < 1 << 20
+
+
+def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under fake CUDA tensors: how often the tiles' memory is asked for, and that no value is."""
+    shapes: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        out = empty(*args, **options)
+        if out.device.type == "cuda":
+            shapes.append(tuple(out.shape))
+        return out
+
+    with FakeTensorMode():
+        tokens, vocabulary, width = 4096, 64 * 1024, 128
+        given = arguments(
+            "reference",
+            hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            ref_hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            ref_weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            mask=empty(tokens, dtype=torch.bool, device="cuda"),
+            tile=[],
+        )
+        monkeypatch.setattr(torch, "empty", counted)
+        # the schedule itself, whatever backend's kernels its rows go to
+        engine = linear_ops.engine_of(given)
+        tiles = math.prod(engine.tile[:2])
+        answers = linear_ops.forward(engine, linear_ops._questions(given))
+        assert [v.device.type for v, _ in answers] == ["cuda"]
+        large_ones = [shape for shape in shapes if math.prod(shape) >= tiles]
+        assert large_ones == [(tiles,), (tiles,)]
+        count = (tokens // engine.tile.tokens) * (vocabulary // engine.tile.vocabulary)
+        assert count >= 4 and len(shapes) == 3  # two tiles, and the waiting states
