@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown backend": (
         lambda: call(backend="magma"),
         ValueError,
-        r"backend must be one of cpu, reference; got 'magma'",
+        r"backend must be one of cpu, .*reference; got 'magma'",
     ),
     "backend of a wrong type": (lambda: call(backend=1), TypeError, r"backend .* got int"),
     "entropy of no tensor": (lambda: fusedkl.entropy(3), TypeError, r"logits .* got int"),
