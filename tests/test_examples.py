@@ -23,6 +23,7 @@ REAL_STEPS = {
     "trpo": 2,
     "ppo": 1,
     "topk_distill": 1,
+    "linear_distill": 1,
     "compare_models": 1,
     "calibration": 1,
 }
@@ -105,6 +106,11 @@ def falls(name: str, to: float) -> Callable[[dict[str, Any]], None]:
     return check
 
 
+def linear_distill(log: dict[str, Any]) -> None:
+    ours, full = log["fusedkl"], log["full logits"]
+    assert ours == pytest.approx(full, rel=1e-4) and ours[-1] < ours[0]
+
+
 def topk_distill(log: dict[str, Any]) -> None:
     falls("full", 0.6)(log)
     assert all(a <= b for a, b in zip(log["top-k"], log["full"], strict=True))  # a lower bound
@@ -141,13 +147,20 @@ def vae(log: dict[str, Any]) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "rlhf_penalty": rlhf_penalty, "grpo": grpo, "ppo": ppo, "trpo": trpo,
     "distill": falls("kl", 0.6), "topk_distill": topk_distill, "dpo": dpo,
+    "linear_distill": linear_distill,
     "compare_models": compare_models, "calibration": calibration, "identity": identity, "vae": vae,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_the_tiny_model(name: str, recipes: Any, tmp_path: Path) -> None:
-    default = {"topk_distill": 5, "compare_models": 2, "calibration": 2, "identity": 1}
+    default = {
+        "topk_distill": 5,
+        "linear_distill": 4,
+        "compare_models": 2,
+        "calibration": 2,
+        "identity": 1,
+    }
     log = run(recipes, name, "tiny", STEPS.get(name, default.get(name, 20)), tmp_path)
     assert finite(log)
     CHECKS[name](log)
