@@ -23,6 +23,7 @@ REAL_STEPS = {
     "trpo": 2,
     "ppo": 1,
     "topk_distill": 1,
+    "linear_distill": 1,
     "compare_models": 1,
     "calibration": 1,
 }
@@ -105,6 +106,11 @@ def falls(name: str, to: float) -> Callable[[dict[str, Any]], None]:
         assert last(log[name]) < to * log[name][0]
 
     return check
+
+
+def linear_distill(log: dict[str, Any]) -> None:
+    ours, full = log["fusedkl"], log["full logits"]
+    assert ours == pytest.approx(full, rel=1e-4) and ours[-1] < ours[0]
 
 
 def topk_distill(log: dict[str, Any]) -> None:
