@@ -93,7 +93,7 @@ def test_mistakes_are_named() -> None:
         loss(outputs, labels)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_trainer(tmp_path: Path) -> None:
     """Gradient accumulation: the Trainer's count makes two micro-batches one batch."""
