@@ -46,7 +46,7 @@ def check(binary: Path, longest: int, backwards: bool = False) -> subprocess.Com
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("kind", SANITIZERS)
+@pytest.mark.parametrize("kind", ["plain", "memory", pytest.param("races", marks=pytest.mark.full)])
 def test_nothing_to_report(kind: str, backwards: bool) -> None:
     done = check(program(kind), 1100 if kind == "races" else 5000, backwards)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
@@ -149,6 +149,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
     file, text, instead, kind, says = FAULTS[fault]

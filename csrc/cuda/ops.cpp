@@ -219,7 +219,8 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
   const OnDevice device(logits);
   const Tensor out = torch::stable::new_empty(logits, sizes_of(logits), dtype);
   if (logits.numel() == 0) return out;
-  const Call c(logits, std::nullopt, std::nullopt, {}, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  Call c(logits, std::nullopt, std::nullopt, {}, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  c.f64 |= dtype == ScalarType::Double;  // as exact as the result
   const auto [values, state] = forward(c, logits, device);
   LogSoftmaxArgs a{};
   a.in = c.in;

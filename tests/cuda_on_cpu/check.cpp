@@ -182,6 +182,9 @@ int main(int argc, char** argv) {
   for (const int64_t length : {int64_t{1}, int64_t{9}, int64_t{31}, int64_t{257}, int64_t{1024}, int64_t{2085}, longest})
     for (const Case& kind : kinds) {
       if (length > longest) continue;
+#if defined(__SANITIZE_THREAD__)  // which takes a millisecond to make a fiber: one length, two kinds
+      if (length != 257 || kind.ascending || kind.noise < 0.1 || kind.offset != 0 || kind.one_sided) continue;
+#endif
       if (kind.one_sided && length == 1) continue;  // a row without mass
       check<DType::bf16, DType::bf16>(length, kind, 3, 3, false, random);
       check<DType::bf16, DType::bf16>(length, kind, 1, 6, true, random);
@@ -191,7 +194,9 @@ int main(int argc, char** argv) {
       check<DType::f32, DType::bf16>(length, kind, 1, 1, true, random);
 #endif
     }
-#if !defined(SHIM_ONE_BLOCK_AT_A_TIME)
+#if defined(__SANITIZE_THREAD__)
+  check_cluster(longest, 2, random);
+#elif !defined(SHIM_ONE_BLOCK_AT_A_TIME)
   for (const int blocks : {1, 2, 8}) check_cluster(longest < 2000 ? longest : 2003, blocks, random);
 #else
   check_cluster(2003, 1, random);

@@ -266,7 +266,7 @@ inline int cluster_size() { return block->cluster ? static_cast<int>(block->clus
 inline int cluster_rank() { return static_cast<int>(block->rank); }
 // Dynamic shared memory of another block of the cluster.
 template <class T>
-inline T* peer(T* own, int rank) {
+SHIM_UNCHECKED inline T* peer(T* own, int rank) {
   if (rank < 0 || rank >= cluster_size()) fail("no block of this rank in the cluster", rank);
   if (!block->cluster) return own;
   if (rank != cluster_rank()) block->peer_used_at = block->cluster_barriers + 1;
