@@ -36,7 +36,6 @@ def linear_divergence(
     token_weight: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    ce_weight: float | None = None,
     reduction: str = "none",
     precision: str | None = None,
     tile: tuple[int, int] | None = None,
@@ -70,8 +69,6 @@ def linear_divergence(
             hidden.shape[:-1] for logits.shape[:-1]. Tokens that do not count are dropped before
             the first product (on a GPU, where that would wait for the device, after it).
         token_weight: the `weight` of `divergence`.
-        ce_weight: from 0 to 1; the loss of a token is then (1 - ce_weight) D - ce_weight
-            log p[label] with p at temperature 1; needs labels.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
             rounding is an error of the divergence; docs/linear.md shows its size.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
@@ -93,12 +90,10 @@ def linear_divergence(
     inverse, counted, weights = _per_token(
         hidden, temperature, mask, labels, ignore_index, token_weight
     )
-    targets = _labels(hidden, weight, labels, counted, ce_weight)
     inputs = _inputs(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, precision, tile,
         (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
     )._replace(
-        labels=targets,
         fields=list(definition.fields),
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, weights),
@@ -107,8 +102,6 @@ def linear_divergence(
     tokens = values[0]
     for i in range(1, len(definition.fields)):
         tokens = tokens + values[i]
-    if ce_weight is not None:
-        tokens = (1 - ce_weight) * tokens - ce_weight * values[-1]
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=inputs.backend)
 
 
@@ -125,34 +118,6 @@ def _per_token(
     counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return inverse, counted, reductions.token_weights(hidden, weight, dtype)
-
-
-def _labels(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    ce_weight: float | None,
-) -> Tensor | None:
-    """The labels of the cross-entropy as int64 [N], where it is asked for."""
-    if ce_weight is None:
-        return None
-    if labels is None:
-        raise ValueError(f"ce_weight={ce_weight} needs labels")
-    _number("ce_weight", ce_weight)
-    if not 0 <= ce_weight <= 1:
-        raise ValueError(f"ce_weight must be from 0 to 1; got {ce_weight}")
-    flat = labels.reshape(-1).to(torch.int64)
-    assert counted is not None
-    # what does not count may hold any number
-    flat = torch.where(counted, flat, 0)
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling() and flat.numel():
-        low, high = (int(v) for v in flat.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"labels must hold token ids from 0 to {weight.shape[0] - 1}; got {low} to {high}"
-            )
-    return flat
 
 
 def _inputs(

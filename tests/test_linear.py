@@ -350,24 +350,6 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "precision": ((HIDDEN, WEIGHT, REF, REF_W), {"precision": "bf16"}, ValueError, "precision"),
     "tile": ((HIDDEN, WEIGHT, REF, REF_W), {"tile": (0, 5)}, ValueError, r"tile .*\(0, 5\)"),
     "kind": ((HIDDEN, WEIGHT, REF, REF_W, "kl"), {}, ValueError, "kind must be one of"),
-    "ce without labels": (
-        (HIDDEN, WEIGHT, REF, REF_W),
-        {"ce_weight": 0.5},
-        ValueError,
-        "ce_weight=0.5 needs labels",
-    ),
-    "ce out of range": (
-        (HIDDEN, WEIGHT, REF, REF_W),
-        {"ce_weight": 1.5, "labels": torch.zeros(5, dtype=torch.long)},
-        ValueError,
-        "ce_weight must be from 0 to 1; got 1.5",
-    ),
-    "label": (
-        (HIDDEN, WEIGHT, REF, REF_W),
-        {"ce_weight": 0.5, "labels": torch.full((5,), 20)},
-        ValueError,
-        "labels must hold token ids from 0 to 19; got 20 to 20",
-    ),
     "mask": (
         (HIDDEN, WEIGHT, REF, REF_W),
         {"mask": torch.ones(4, dtype=torch.bool)},
