@@ -20,7 +20,6 @@ class Launch(NamedTuple):
     block: int  # tokens of a trip of the gradient sweep
     warps: int  # of it
     chunk: int  # tokens of a row that one of its programs writes
-    registers: int | None  # that a thread of the forward sweep may use at most
 
 
 # Registers are what limits how many loads of the one-warp sweep are in flight: width 128 is four
@@ -38,7 +37,7 @@ def choose(vocab: int, dtypes: tuple[torch.dtype, ...], architecture: int) -> La
     segments = -(-vocab // SEGMENT)
     trip = 512
     segment = -(-vocab // (segments * trip)) * trip
-    return Launch(128, 2, segment, 2048, 4, 4 * 2048, None)
+    return Launch(128, 2, segment, 2048, 4, 4 * 2048)
 
 
 def architecture(device: torch.device) -> int:
