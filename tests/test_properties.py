@@ -95,8 +95,9 @@ def check_against_float64(found: list[Tensor], true: list[Tensor], offset: float
             assert bool((error <= limit * b.double().norm(dim=-1) + spacing).all())
         else:
             # A gradient that nearly cancels is as right as float64 holds what it came from: the
-            # value, and logits of size `offset`.
-            floor = 1e-15 + 8 * torch.finfo(torch.float64).eps * offset
+            # value, and logits of size `offset`; and as two floats hold the mean of the
+            # differences that it is compared with, whose size is up to 64 here.
+            floor = 64 * 2.0**-48 + 8 * torch.finfo(torch.float64).eps * offset
             scaled = [g[finite] / (1 + exact[finite, None]) for g in (a.double(), b)]
             assert oracle.relative_l2(*scaled, floor / limit) <= limit
 
