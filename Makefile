@@ -82,7 +82,6 @@ INTERPRETED := tests/test_triton.py tests/test_values.py tests/test_edges.py tes
   tests/test_registry.py tests/test_inplace_grad.py
 
 test: $(VENV)/.installed ## all tests but the longest (25 minutes on 2 cores at most)
-	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) $(PYTEST_ARGS)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)

@@ -14,6 +14,9 @@ import cuda_on_cpu
 import cuda_sass
 import pytest
 
+# Minutes of compiling: not in the default tier until its time has been measured.
+pytestmark = pytest.mark.full
+
 ROOT = cuda_on_cpu.ROOT
 TARGETS = ("80", "90a", "100", "120")
 SOURCES = ("bf16", "f16", "f32", "mixed", "rows")

@@ -16,6 +16,9 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 
+# Minutes of compiling: not in the default tier until its time has been measured.
+pytestmark = pytest.mark.full
+
 SANITIZERS = {
     "plain": ("-O1",),
     "memory": (
