@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ _FLOAT = (*_HALF, torch.float32, torch.float64)
 _GRAD_MODE = torch._C._set_grad_enabled
 
 
-class Rows:
+class Rows(ABC):
     """One walk over a graph; `reading` is its result."""
 
     def __init__(self, graph: Graph) -> None:
@@ -194,8 +195,9 @@ class Rows:
             return values.scale(value, 1 / by.value)
         return None
 
+    @abstractmethod
     def _weighted(self, x: Value, left: Any, y: Value, right: Any) -> Value:
-        raise NotImplementedError  # reader.py
+        """A product that is none of rows alone: reader.py knows those of sums."""
 
     def _divided(self, row: Row, by: Any) -> Value:
         if isinstance(by, (int, float)) and not isinstance(by, bool):
