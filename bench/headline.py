@@ -9,7 +9,6 @@ number there is typed by hand; `python bench/figures.py` draws the figure beside
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +119,12 @@ def filled(page: str, measured: Headline) -> str:
     """`page` with what is measured between its marks."""
     for name, text in (("headline", measured.sentence()), ("results", measured.table())):
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
-        page, count = re.subn(
-            f"{begin}.*?{end}", lambda _, t=begin + text + end: t, page, flags=re.DOTALL
-        )
-        if count != 1:
+        if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(
-                f"README.md must have the marks of {name} once; it has them {count} times"
+                f"README.md must have the marks {begin.strip()} and {end.strip()} once"
             )
+        before, rest = page.split(begin)
+        page = before + begin + text + end + rest.split(end)[1]
     return page
 
 
