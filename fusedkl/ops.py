@@ -10,6 +10,12 @@ fusedkl::row_stats(policy, reference?, token_ids?, fields, parameter?, inv_tempe
 fusedkl::row_stats_backward(grad [R, N], ..., state, ...) -> gradients, contiguous, in each input's
     shape and dtype; one that was not asked for has shape [0]. Rows whose grads are all 0 get
     exactly 0 and are not read. row_stats_backward_ writes the policy's gradient into the policy.
+fusedkl::row_sums(policy, reference, state, field, ...) -> [N, 3] float64: of a divergence that
+    takes a second sweep, over a slice of the vocabulary, given the state of the whole rows (the
+    columns up to residual): its value and the means of its slopes under p and under q; of renyi and
+    hellinger 1 - sum q^a p^(1-a), sum q^a p^(1-a) and 0. The sums of slices add up to the row's.
+A token id of -1 is a token of another slice of the vocabulary: its value is 0 and no logit gets its
+gradient, while the slice's probabilities get what they owe to it.
 """
 
 from __future__ import annotations
@@ -35,6 +41,10 @@ def _implement(name: str) -> None:
         elif name == "row_stats_with_gradient":
             _, policy, other, *others = rest
             validation.row_stats_contents(policy, other, None, *others)
+        elif name == "row_sums":
+            policy, other, state, field, *others = rest
+            validation.row_stats_contents(policy, other, None, [field], *others)
+            validation.second_sweep(field, state, policy)
         result = getattr(kernels(backend), name)(*rest)
         if name == "row_stats_backward_":
             # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
@@ -134,6 +144,21 @@ def _row_stats_with_gradient_fake(
     return values, state, policy.new_empty(policy.shape)
 
 
+def _row_sums_fake(
+    policy: Tensor,
+    reference_: Tensor,
+    state: Tensor,
+    field: str,
+    parameter: float | None,
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    return state.new_empty((state.shape[0], 3))
+
+
 def _scale_gradient_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
@@ -157,6 +182,7 @@ for _name, _fake in (
     ("row_stats_backward", _row_stats_backward_fake),
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
     ("row_stats_with_gradient", _row_stats_with_gradient_fake),
+    ("row_sums", _row_sums_fake),
     ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),
     ("log_softmax_backward", _log_softmax_backward_fake),

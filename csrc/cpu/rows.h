@@ -24,6 +24,7 @@ struct ForwardCall {
   const int64_t* ids = nullptr;
   int64_t ids_per_row = 0;
   bool f64 = false;
+  double cap = 0;
   Tensor values, state;
 
   ForwardCall(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
@@ -31,6 +32,7 @@ struct ForwardCall {
               const std::optional<Tensor>& mask, const Controls& controls);
 
   double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
+  bool in_double(double inv_t) const { return f64 || cap != 0 || extreme_temperature(inv_t); }
   bool counted(int64_t r) const { return !mask || mask[r]; }
   // in double, a row is not cut: it is the exact path, and its rows are short
   int64_t segments() const { return f64 ? 1 : Segments(policy.length).count; }
@@ -49,7 +51,7 @@ class Widened {
 };
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
-void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
+void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, Widened& room);  // writes values and state
 
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
@@ -67,6 +69,7 @@ struct BackwardCall {
   int64_t ids_per_row;
   const double* inv_temperature;
   bool per_row_temperature;
+  double cap;
 
   BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
                const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
@@ -74,6 +77,7 @@ struct BackwardCall {
                const Tensor* reference_grad);
 
   double grad_at(int64_t field, int64_t r) const;
+  double token_grad(int64_t field, int64_t k, int64_t r) const;  // of a row's k-th token
 };
 
 // The rows of a pair, cut to the logits that exist.
