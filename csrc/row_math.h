@@ -36,11 +36,12 @@ struct RowState {
   double reference_max, reference_log_sum;  // logsumexp(y/T)
   double centre, residual;                  // D = lse(x/T) - lse(y/T) = centre/T + residual: l = ((x - y) - centre)/T - residual
   double forward_kl, reverse_kl, entropy, reference_entropy;
+  double whole;              // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one
   double logit_sum, tokens;  // sum of x/T, over how many logits; mean log p = logit_sum / tokens - lse(x/T)
   // of a divergence that takes a second sweep: its value and the means of its slopes (family_math.h); of the whole row only
   double divergence, policy_slope, reference_slope;
 };
-constexpr int kStateColumns = 15;
+constexpr int kStateColumns = 16;
 static_assert(sizeof(RowState) == kStateColumns * sizeof(double));
 
 constexpr double kLog2e = 1.4426950408889634074;
@@ -118,6 +119,12 @@ struct CentredSums {
   // The centre is too far from the mean: about it, rounding would be amplified in B, and A would know the log-ratio of the bulk
   // of the row no better than the spread of a few outliers.
   FUSEDKL_MEMBER bool off_centre() const { return B > 0.1 * S ? fabs(A) > 0.3 * S : A * A > 0.04 * B * S; }
+
+  // Whether a centre `away` from this one (a difference of logits, not scaled) would not be off_centre().
+  FUSEDKL_MEMBER bool near_mean(double away, double inv_t) const {
+    const double off = A / S - away * inv_t, spread = B / S - 0.5 * (A / S) * (A / S);
+    return spread < 0.1 && off * off < 0.03 * spread;
+  }
 
   FUSEDKL_MEMBER double log_ratio_about_centre() const { return log1p(M / S); }
 
@@ -225,8 +232,10 @@ FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double
     const double p = has_p ? exp(log_p(i)) : 0, q = has_q ? exp(log_q(i)) : 0, l = log_ratio_from(i, row);
     if (has_q && (!has_p || parts[i].forward_kl == INFINITY)) row.forward_kl = INFINITY;
     else if (has_q) row.forward_kl += q * parts[i].forward_kl + (l > 1 ? (p - q) - q * l : q * g_of(l));
+    else row.forward_kl += p;  // q g(l) where q is 0: p - q - q l
     if (has_p && (!has_q || parts[i].reverse_kl == INFINITY)) row.reverse_kl = INFINITY;
     else if (has_p) row.reverse_kl += p * parts[i].reverse_kl + (l < -1 ? (q - p) + p * l : p * g_of(-l));
+    else row.reverse_kl += q;
     if (has_p) row.entropy += p * (parts[i].entropy - log_p(i));
     if (has_q) row.reference_entropy += q * (parts[i].reference_entropy - log_q(i));
     row.logit_sum += parts[i].logit_sum;

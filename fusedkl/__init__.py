@@ -3,6 +3,7 @@
 from .backends import backends, explain
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
 from .functional import divergence
+from .gaussian import gaussian_kl
 from .kl_div import KLDivLoss, kl_div
 from .modules import (
     ForwardKLLoss,
@@ -16,11 +17,22 @@ from .modules import (
 )
 from .named import forward_kl, hellinger, jeffreys, jsd, renyi, reverse_kl, skew_kl, tvd
 from .patch import patch, unpatch
+from .penalties import (
+    AdaptiveKLController,
+    FixedKLController,
+    kl_estimate,
+    kl_penalized_rewards,
+    nats_to_bits,
+)
+from .second_order import fisher_vector_product
 from .stats import TokenStats, token_stats
+from .topk import TopkDivergence, topk_divergence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveKLController",
+    "FixedKLController",
     "ForwardKLLoss",
     "HellingerLoss",
     "JSDLoss",
@@ -31,23 +43,30 @@ __all__ = [
     "SkewKLLoss",
     "TVDLoss",
     "TokenStats",
+    "TopkDivergence",
     "backends",
     "divergence",
     "entropy",
     "explain",
+    "fisher_vector_product",
     "forward_kl",
+    "gaussian_kl",
     "hellinger",
     "jeffreys",
     "jsd",
     "kl_div",
+    "kl_estimate",
+    "kl_penalized_rewards",
     "log_softmax",
     "logsumexp",
+    "nats_to_bits",
     "patch",
     "renyi",
     "reverse_kl",
     "selective_log_softmax",
     "skew_kl",
     "token_stats",
+    "topk_divergence",
     "tvd",
     "unpatch",
 ]

@@ -45,6 +45,10 @@ OPERATORS: dict[str, tuple[str, str]] = {
         f"Tensor? inv_temperature, Tensor? mask, {_CONTROLS}",
         "Tensor",
     ),
+    "merge_states": (
+        "Tensor parts, str[] fields, Tensor? inv_temperature",
+        "(Tensor values, Tensor state)",
+    ),
     "scale_gradient_": ("Tensor(a!) gradient, Tensor factor", "()"),
     "log_softmax": ("Tensor logits, ScalarType dtype", "Tensor"),
     "log_softmax_backward": ("Tensor grad, Tensor output, ScalarType dtype", "Tensor"),

@@ -6,15 +6,50 @@ wrong. Forward mode raises here.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def intercepted(*inputs: Any) -> bool:
+    """Whether something traces, transforms or overrides what is done with these inputs."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+        return True
+    return any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in inputs)
+
+
+def batched(t: Tensor) -> bool:
+    """A batch that torch.func or autograd itself (is_grads_batched) hides in a plain tensor."""
+    # By name: the key of autograd's own batches is not in torch._C.DispatchKey.
+    return "Batched" in str(torch._C._dispatch_keys(t))
+
+
+def call(name: str, *args: Any) -> Any:
+    """Operator fusedkl::name; past the dispatcher (20 us from Python) where nothing needs it."""
+    if intercepted(*args) or any(isinstance(t, Tensor) and batched(t) for t in args):
+        return getattr(OPS, name)(*args)
+    return ops.run(name, *args)
+
+
+def differentiated(*inputs: Tensor | None) -> bool:
+    """Whether autograd or a transformation has to know of an operator on these inputs."""
+    if intercepted(*inputs):
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def recorded(*inputs: Tensor | None) -> bool:
@@ -29,8 +64,15 @@ def recorded(*inputs: Tensor | None) -> bool:
     return any(t.view_as(t).requires_grad for t in inputs if t is not None)
 
 
+def _signed(forward: _F) -> _F:
+    """Remembers its signature, which Function.apply() would work out at every call (50 us)."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class _RowStats(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(
         policy: Tensor,
         reference_: Tensor | None,
@@ -44,7 +86,8 @@ class _RowStats(torch.autograd.Function):
         inplace_grad: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        values, state = OPS.row_stats(
+        values, state = call(
+            "row_stats",
             policy,
             reference_,
             token_ids,
@@ -83,7 +126,8 @@ class _RowStats(torch.autograd.Function):
                 grad, policy, reference_, token_ids, fields, inv_temperature, mask, ctx
             )
         elif ctx.inplace and policy_grad:
-            gy = OPS.row_stats_backward_(
+            gy = call(
+                "row_stats_backward_",
                 grad,
                 policy,
                 reference_,
@@ -99,7 +143,8 @@ class _RowStats(torch.autograd.Function):
             )
             gx = policy.detach()
         else:
-            gx, gy = OPS.row_stats_backward(
+            gx, gy = call(
+                "row_stats_backward",
                 grad,
                 policy,
                 reference_,
@@ -248,7 +293,7 @@ class _LogSoftmax(torch.autograd.Function):
 class _OrderedSum(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, weight: Tensor | None, backend: str) -> Tensor:
-        out: Tensor = OPS.ordered_sum(values, weight, backend)
+        out: Tensor = call("ordered_sum", values, weight, backend)
         return out
 
     @staticmethod
@@ -292,7 +337,7 @@ def row_stats(
     backend: str,
 ) -> Tensor:
     """Values [R, N] of operator row_stats, differentiable in policy and reference_."""
-    values, _ = _RowStats.apply(
+    args = (
         policy,
         reference_,
         token_ids,
@@ -302,10 +347,12 @@ def row_stats(
         mask,
         valid_vocab,
         softcap,
-        inplace_grad,
-        backend,
     )
-    out: Tensor = values
+    out: Tensor
+    if differentiated(policy, reference_):
+        out, _ = _RowStats.apply(*args, inplace_grad, backend)
+    else:
+        out, _ = ops.run("row_stats", *args, backend)
     return out
 
 
@@ -317,5 +364,8 @@ def log_softmax(logits: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
 
 def ordered_sum(values: Tensor, weight: Tensor | None, *, backend: str) -> Tensor:
     """sum(values * weight) of 1-D tensors of one dtype in a fixed order, differentiable in both."""
+    if not differentiated(values, weight):
+        total: Tensor = ops.run("ordered_sum", values, weight, backend)
+        return total
     out: Tensor = _OrderedSum.apply(values, weight, backend)
     return out

@@ -10,6 +10,9 @@ fusedkl::row_stats(policy, reference?, token_ids?, fields, parameter?, inv_tempe
 fusedkl::row_stats_backward(grad [R, N], ..., state, ...) -> gradients, contiguous, in each input's
     shape and dtype; one that was not asked for has shape [0]. Rows whose grads are all 0 get
     exactly 0 and are not read. row_stats_backward_ writes the policy's gradient into the policy.
+    Also of a slice of the vocabulary, given the state of the whole row.
+fusedkl::merge_states(parts [P, N, S], fields, inv_temperature?) -> values [R, N], state [N, S]
+    float64; parts are the states of slices of one vocabulary, in order; fields without token ids
 fusedkl::row_sums(policy, reference, state, field, ...) -> [N, 3] float64: of a divergence that
     takes a second sweep, over a slice of the vocabulary, given the state of the whole rows (the
     columns up to residual): its value and the means of its slopes under p and under q; of renyi and
@@ -20,6 +23,7 @@ gradient, while the slice's probabilities get what they owe to it.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,29 +37,29 @@ from .backends import kernels
 STATE_COLUMNS = len(reference.STATE)
 
 
-def _implement(name: str) -> None:
-    def implementation(*args: Any) -> Any:
-        *rest, backend = args
-        if name == "row_stats":
-            validation.row_stats_contents(*rest)
-        elif name == "row_stats_with_gradient":
-            _, policy, other, *others = rest
-            validation.row_stats_contents(policy, other, None, *others)
-        elif name == "row_sums":
-            policy, other, state, field, *others = rest
-            validation.row_stats_contents(policy, other, None, [field], *others)
-            validation.second_sweep(field, state, policy)
-        result = getattr(kernels(backend), name)(*rest)
-        if name == "row_stats_backward_":
-            # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
-            torch.autograd.graph.increment_version(args[1])
-        return result
-
-    LIB.impl(name, implementation, "CompositeExplicitAutograd")
+def run(name: str, *args: Any) -> Any:
+    """What operator `name` does: check the contents, look the backend up, call its kernel."""
+    *rest, backend = args
+    if name == "row_stats":
+        validation.row_stats_contents(*rest)
+    elif name == "merge_states":
+        validation.merge_states(*rest)
+    elif name == "row_stats_with_gradient":
+        _, policy, other, *others = rest
+        validation.row_stats_contents(policy, other, None, *others)
+    elif name == "row_sums":
+        policy, other, state, field, *others = rest
+        validation.row_stats_contents(policy, other, None, [field], *others)
+        validation.second_sweep(field, state, policy)
+    result = getattr(kernels(backend), name)(*rest)
+    if name == "row_stats_backward_":
+        # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
+        torch.autograd.graph.increment_version(args[1])
+    return result
 
 
 for _name in OPERATORS:
-    _implement(_name)
+    LIB.impl(_name, functools.partial(run, _name), "CompositeExplicitAutograd")
 
 
 def _row_stats_fake(
@@ -159,6 +163,13 @@ def _row_sums_fake(
     return state.new_empty((state.shape[0], 3))
 
 
+def _merge_states_fake(
+    parts: Tensor, fields: list[str], inv_temperature: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    values = parts.new_empty((divergences.value_rows(fields, 0), parts.shape[1]))
+    return values, parts.new_empty(parts.shape[1:])
+
+
 def _scale_gradient_fake(gradient: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
@@ -183,6 +194,7 @@ for _name, _fake in (
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
     ("row_stats_with_gradient", _row_stats_with_gradient_fake),
     ("row_sums", _row_sums_fake),
+    ("merge_states", _merge_states_fake),
     ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),
     ("log_softmax_backward", _log_softmax_backward_fake),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import divergences, reference_family
 from .reference_parts import Gap, Pull, Softmax, log_ratio, row_sum, softmax
+from .reference_parts import gap as gap
 
 # Columns of the state tensor, in the order of RowState in csrc/row_math.h. A release that changes
 # their number renames the operators: compile caches on disk know an operator by its name only.
@@ -34,6 +35,7 @@ STATE = (
     "reverse_kl",
     "entropy",
     "reference_entropy",
+    "whole",
     "logit_sum",
     "tokens",
     "divergence",
@@ -52,6 +54,49 @@ def result_dtype(policy: Tensor, reference: Tensor | None) -> torch.dtype:
     double = policy.dtype == torch.float64
     double = double or (reference is not None and reference.dtype == torch.float64)
     return torch.float64 if double else torch.float32
+
+
+def _marked(p: Softmax) -> Tensor:
+    """log_mass for the state: -inf for a row without any token, NaN for one with no number."""
+    missing = torch.where(p.empty, -torch.inf, torch.nan)
+    return torch.where(p.bad, missing, p.log_mass)
+
+
+def fisher_vector(x: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v scale^2, p = softmax(x scale); x, v [..., V], scale [..., 1]."""
+    p = softmax(x, scale)
+    v = v - v.gather(-1, x.argmax(-1, keepdim=True))  # a constant must not swallow what varies
+    mean = row_sum(torch.where(p.support, p.prob * v, 0))
+    product = torch.where(p.support, p.prob * (v - mean), 0) * (scale * scale)
+    return torch.where(p.bad, torch.nan, product)
+
+
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[n, K + 1]: log p of the tokens (0 where token_ids < 0), and log of the mass of all others.
+
+    policy [n, V]; token_ids [n, K]; inv_temperature [n] or [1]; mask [n].
+    """
+    dtype = inside(policy.device)
+    x = policy.to(dtype)
+    scale = x.new_ones(1, 1) if inv_temperature is None else inv_temperature.to(dtype)[:, None]
+    if mask is not None:
+        x = torch.where(mask[:, None], x, 0)
+    given = token_ids >= 0
+    at = torch.where(given, token_ids, x.shape[-1])  # padding goes to one column more
+    covered = torch.zeros_like(x[:, :1], dtype=torch.bool).expand(-1, x.shape[-1] + 1)
+    covered = covered.scatter(-1, at, True)[:, :-1]
+    p, rest = softmax(x, scale), softmax(torch.where(covered, -torch.inf, x), scale)
+    tokens = (x.gather(-1, token_ids.clamp(min=0)) - p.top) * scale - p.log_mass
+    others = (rest.top - p.top) * scale + (rest.log_mass - p.log_mass)
+    values = torch.cat(
+        [torch.where(given, tokens, 0), torch.where(rest.bad, -torch.inf, others)], -1
+    )
+    values = torch.where(p.bad, torch.nan, values)
+    if torch.is_grad_enabled():
+        values = values + Pull.apply(x, torch.where(p.bad, torch.nan, 0.0).expand_as(x))
+    return values if mask is None else torch.where(mask[:, None], values, 0)
 
 
 def _forward_kl(p: Softmax, q: Softmax, log_ratio: Tensor) -> Tensor:
@@ -100,12 +145,13 @@ def rows(
         y = None if y is None else _capped(y, softcap)
 
     p = softmax(x, scale)
-    columns = {"policy_max": p.top * scale, "policy_log_sum": p.log_mass}
+    columns = {"policy_max": p.top * scale, "policy_log_sum": _marked(p)}
     q, ratio = None, None
     if y is not None:
         q = softmax(y, scale)
         ratio, columns["residual"] = log_ratio(p, q, scale)
-        columns |= {"reference_max": q.top * scale, "reference_log_sum": q.log_mass}
+        columns |= {"reference_max": q.top * scale, "reference_log_sum": _marked(q)}
+    columns["whole"] = torch.ones_like(p.mass)
 
     values = []
     for name in fields:
@@ -213,11 +259,10 @@ def sums_of_rows(
         about = column[f"{name}_max"] / scale
         prob = torch.exp((t - about) * scale - column[f"{name}_log_sum"])
         nothing = torch.zeros_like(about)
+        none = nothing.bool()
         support = t != -torch.inf
         logits = torch.where(support, t, 0)
-        return Softmax(
-            nothing.bool(), support, logits, about, nothing, prob, nothing, nothing, prob
-        )
+        return Softmax(none, none, support, logits, about, nothing, prob, nothing, nothing, prob)
 
     p, q = side(policy, "policy"), side(reference, "reference")
     joint = p.support & q.support

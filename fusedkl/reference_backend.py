@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .reference import STATE, inside, result_dtype, rows, sums_of_rows
+from .reference import topk_logprobs as reference_topk
+from .reference_merge import merge_states as merge_states
 from .reference_parts import row_sum, softmax
 
 # Elements of a block of rows: 16 MiB a temporary. A row's numbers do not depend on its block.
@@ -29,7 +31,8 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _blocks(rows_: int, width: int) -> Iterator[slice]:
+def blocks(rows_: int, width: int) -> Iterator[slice]:
+    """The rows of a [rows_, width] tensor in parts whose float64 temporaries stay small."""
     step = max(1, _BLOCK // width)
     for at in range(0, max(rows_, 1), step):  # one empty block where there are no rows
         yield slice(at, min(at + step, rows_))
@@ -59,7 +62,7 @@ def row_stats(
     values = []
     state = x.new_zeros((x.shape[0], len(STATE)), dtype=inside(x.device))
     with torch.no_grad():
-        for part in _blocks(*x.shape):
+        for part in blocks(*x.shape):
             ids, inv, counted = (_part(t, part) for t in (token_ids, inv_temperature, mask))
             block, columns = rows(
                 x[part],
@@ -103,7 +106,7 @@ def row_stats_backward(
     ]
     asked = [policy_grad, reference_grad and y is not None]
     flat = [_flat(out) for out, ask in zip(outputs, asked, strict=True) if ask]
-    for part in _blocks(*x.shape) if flat else ():
+    for part in blocks(*x.shape) if flat else ():
         upstream = grad[:, part]
         with _recording():
             leaves = [t[part].detach() for t in (x, y) if t is not None]
@@ -206,7 +209,7 @@ def row_sums(
     """Operator `row_sums` (fusedkl/ops.py)."""
     x, y = _flat(policy), _flat(reference)
     out = state.new_zeros((x.shape[0], 3))
-    for part in _blocks(*x.shape):
+    for part in blocks(*x.shape):
         inv, counted = (_part(t, part) for t in (inv_temperature, mask))
         sums = sums_of_rows(
             x[part], y[part], state[part], field, parameter, inv, valid_vocab, softcap
@@ -220,11 +223,49 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     gradient.copy_(torch.where(factor == 0, 0, gradient * factor))
 
 
+# Columns of the state that the cpu backend's topk_logprobs_backward needs; here they stay 0.
+TOPK_STATE = 4
+
+
+def topk_logprobs(
+    policy: Tensor, token_ids: Tensor, inv_temperature: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operator `topk_logprobs` (fusedkl/topk_ops.py)."""
+    x, found = _flat(policy), []
+    with torch.no_grad():
+        for part in blocks(*x.shape):
+            inverse, counted = _part(inv_temperature, part), _part(mask, part)
+            found.append(reference_topk(x[part], token_ids[part], inverse, counted))
+    values = torch.cat(found)
+    return values, values.new_zeros((x.shape[0], TOPK_STATE))
+
+
+def topk_logprobs_backward(
+    grad: Tensor,
+    policy: Tensor,
+    token_ids: Tensor,
+    state: Tensor,
+    inv_temperature: Tensor | None,
+) -> Tensor:
+    """Operator `topk_logprobs_backward` (fusedkl/topk_ops.py): autograd through its values."""
+    x, out = _flat(policy), policy.new_empty(policy.shape)
+    flat = _flat(out)
+    for part in blocks(*x.shape):
+        with _recording():
+            leaf = x[part].detach().requires_grad_()
+            inverse = _part(inv_temperature, part)
+            values = reference_topk(leaf, token_ids[part], inverse, None)
+            (found,) = torch.autograd.grad(values, leaf, grad[part].to(values.dtype))
+        live = (grad[part] != 0).any(-1, keepdim=True)
+        flat[part] = torch.where(live, found, 0)
+    return out
+
+
 def log_softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Operator `log_softmax` (fusedkl/ops.py)."""
     x = _flat(logits)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for part in _blocks(*x.shape):
+    for part in blocks(*x.shape):
         block = x[part].to(inside(x.device))
         p = softmax(block, block.new_ones(1, 1))
         out[part] = torch.where(p.bad, torch.nan, (block - p.top) - p.log_mass)
@@ -235,7 +276,7 @@ def log_softmax_backward(grad: Tensor, output: Tensor, dtype: torch.dtype) -> Te
     """Operator `log_softmax_backward` (fusedkl/ops.py): grad - exp(output) sum(grad)."""
     g, z = _flat(grad), _flat(output)
     out = torch.empty(z.shape, dtype=dtype, device=z.device)
-    for part in _blocks(*z.shape):
+    for part in blocks(*z.shape):
         upstream = g[part].to(inside(z.device))
         out[part] = upstream - torch.exp(z[part].to(upstream.dtype)) * row_sum(upstream)
     return out.view(output.shape)

@@ -51,7 +51,8 @@ class Gap(torch.autograd.Function):
         series = torch.ones_like(v)
         for n in range(17, 2, -1):  # 1 + v/3 (1 + v/4 (1 + ... v/17)), times v^2/2
             series = 1 + series * v / n
-        return torch.where(near, series * v * v / 2, torch.expm1(u) - u)
+        # e^100 has no digit left for 100, and infinity must not meet itself
+        return torch.where(near, series * v * v / 2, torch.expm1(u) - u.clamp(max=100))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -86,6 +87,12 @@ class Pull(torch.autograd.Function):
         return grads[0] * slope, None
 
 
+def gap(u: Tensor) -> Tensor:
+    """g(u) of every element, differentiable any number of times."""
+    out: Tensor = Gap.apply(u)
+    return out
+
+
 def row_sum(x: Tensor) -> Tensor:
     total: Tensor = _RowSum.apply(x)
     return total
@@ -95,6 +102,7 @@ class Softmax(NamedTuple):
     """Rows about their largest logit, [n, V] and [n, 1]. A bad row holds harmless numbers."""
 
     bad: Tensor  # [n, 1] the row has NaN, +inf, or nothing but -inf
+    empty: Tensor  # [n, 1] nothing but -inf
     support: Tensor  # logit is not -inf
     logits: Tensor  # 0 outside the support
     top: Tensor  # [n, 1] the largest logit
@@ -107,7 +115,7 @@ class Softmax(NamedTuple):
 
 def softmax(x: Tensor, scale: Tensor) -> Softmax:
     top, at = x.max(-1, keepdim=True)
-    bad = ~torch.isfinite(top)
+    bad, empty = ~torch.isfinite(top), top == -torch.inf
     top = torch.where(bad, 0, top)
     support = (x != -torch.inf) & ~bad
     logits = torch.where(support, x, 0)
@@ -123,7 +131,7 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
     mass = 1 + rest
     log_mass = torch.log1p(rest)
     prob = weight / mass
-    return Softmax(bad, support, logits, top, exponent, weight, mass, log_mass, prob)
+    return Softmax(bad, empty, support, logits, top, exponent, weight, mass, log_mass, prob)
 
 
 def log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:

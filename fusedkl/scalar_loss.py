@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import OPS, composed_gradients, recorded
+from .autograd import batched, call, composed_gradients, recorded
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -38,7 +38,8 @@ class _ScalarLoss(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         grad = share.expand(len(fields), -1)
-        values, state, ctx.ahead = OPS.row_stats_with_gradient(
+        values, state, ctx.ahead = call(
+            "row_stats_with_gradient",
             grad,
             policy,
             reference_,
@@ -66,12 +67,13 @@ class _ScalarLoss(torch.autograd.Function):
             gx, _ = composed_gradients(
                 grad, policy, reference_, None, list(ctx.fields), inv_temperature, mask, ctx
             )
-        elif ahead is not None and _plain(grads[0]) and _scales_exactly(ahead, grads[0]):
-            OPS.scale_gradient_(ahead, grads[0], ctx.backend)
+        elif ahead is not None and not batched(grads[0]) and _scales_exactly(ahead, grads[0]):
+            call("scale_gradient_", ahead, grads[0], ctx.backend)
             gx = ahead
         else:
             grad = torch.where(share != 0, grads[0] * share, 0).expand(len(ctx.fields), -1)
-            gx, _ = OPS.row_stats_backward(
+            gx, _ = call(
+                "row_stats_backward",
                 grad,
                 policy,
                 reference_,
@@ -95,12 +97,6 @@ def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
     if gradient.dtype != torch.bfloat16:  # digits to spare
         return math.isfinite(by)
     return abs(math.frexp(by)[0]) in (0.0, 0.5)
-
-
-def _plain(t: Tensor) -> bool:
-    """Not a batch of gradients: neither torch.func's nor autograd's own (is_grads_batched)."""
-    # By name: the key of autograd's own batches is not in torch._C.DispatchKey.
-    return "Batched" not in str(torch._C._dispatch_keys(t))
 
 
 def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, backend: str) -> bool:

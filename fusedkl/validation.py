@@ -117,10 +117,55 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+
+
 def reduction(value: object) -> None:
     """One of the reductions."""
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {value!r}")
+    one_of("reduction", value, REDUCTIONS)
+
+
+def floating(name: str, value: object) -> None:
+    """A floating-point tensor of any shape."""
+    t = tensor(name, value)
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor; got {_said(t.dtype)}")
+
+
+def alike(name: str, value: Tensor, other: str, model: Tensor) -> None:
+    """The shape and device of another tensor."""
+    if value.shape != model.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other}, {list(model.shape)}; got {list(value.shape)}"
+        )
+    if value.device != model.device:
+        raise ValueError(f"{name} must be on {model.device} as {other}; got {value.device}")
+
+
+def real(name: str, value: Any) -> float:
+    """A number, as a float; NaN and infinity are numbers here."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    return float(value)
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number >= 0, as a float."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite; got {number}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number > 0, as a float."""
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {number}")
+    return number
 
 
 def number_temperature(value: object) -> None:
@@ -290,3 +335,27 @@ def second_sweep(field: str, state: Tensor, policy: Tensor) -> None:
     expected = (math.prod(policy.shape[:-1]), len(reference_.STATE))
     if state.shape != expected or state.dtype != reference_.inside(policy.device):
         raise ValueError(f"state must be float64 of shape {expected}; got {list(state.shape)}")
+
+
+def merge_states(parts: Tensor, fields: list[str], inv_temperature: Tensor | None) -> None:
+    """What kernels rely on, for any caller of the operator."""
+    columns, inner = len(reference_.STATE), reference_.inside(parts.device)
+    if parts.dim() != 3 or parts.shape[0] == 0 or parts.shape[2] != columns or parts.dtype != inner:
+        raise ValueError(
+            f"parts must be {_said(inner)} of shape [P, N, {columns}] with P >= 1; "
+            f"got {_said(parts.dtype)} of shape {list(parts.shape)}"
+        )
+    n = parts.shape[1]
+    if inv_temperature is not None and tuple(inv_temperature.shape) not in ((n,), (1,)):
+        raise ValueError(
+            f"inv_temperature must have shape ({n},) or (1,); got {list(inv_temperature.shape)}"
+        )
+    for name in fields:
+        known = divergences.FIELDS.get(name)
+        if known is None or known.needs_token_ids or known.second_sweep:
+            rows = [
+                f.name
+                for f in divergences.FIELDS.values()
+                if not f.needs_token_ids and not f.second_sweep
+            ]
+            raise ValueError(f"fields must be of {', '.join(rows)}; got {name!r}")

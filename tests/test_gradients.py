@@ -84,9 +84,13 @@ def test_upstream_scales_each_row(backend: str, kind: str) -> None:
 def test_only_what_is_asked_for(backend: str, dtype: torch.dtype, kind: str) -> None:
     policy, reference = cases.make("flat 1", dtype)
     both = gradients(policy, reference, kind=kind, backend=backend)
+    # The policy's gradient alone is the hot path; in 16 bits its exponentials are right to 1e-4 of
+    # the value, so that a result may round to the neighbour.
+    unit = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
     one, other = policy.clone().requires_grad_(), reference.clone()
     fusedkl.divergence(one, other, kind, backend=backend).sum().backward()
-    assert other.grad is None and torch.equal(one.grad, both[0])
+    assert other.grad is None
+    torch.testing.assert_close(one.grad, both[0], rtol=unit, atol=2.0**-24 if unit else 0.0)
     one, other = policy.clone(), reference.clone().requires_grad_()
     fusedkl.divergence(one, other, kind, backend=backend).sum().backward()
     assert one.grad is None and torch.equal(other.grad, both[1])

@@ -177,6 +177,7 @@ static void family_gradient_row(const GradientJob& job) {
     gy = to_reference * terms.reference;
   };
   map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
+    b0 = b1 = set1(0.f);
     token(x0, y0, a0, b0);
     token(x1, y1, a1, b1);
   });
@@ -211,7 +212,7 @@ template <DType D>
 static void family_gradient(GradientJob job) {
   [[maybe_unused]] const FlushSubnormals scope;
   const bool peaked = D == DType::f32 && (job.state.reference_log_sum < 0.7 || job.state.policy_log_sum < 0.7);
-  if (peaked && job.kind.family == Family::mixture) refine_slopes<D>(job);
+  if (peaked && job.state.whole != 0 && job.kind.family == Family::mixture) refine_slopes<D>(job);
   family_switch(job.kind, [&](auto f) { family_gradient_row<D, decltype(f)::value>(job); });
 }
 

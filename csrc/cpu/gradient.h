@@ -7,11 +7,18 @@
 namespace fusedkl {
 namespace {
 
+// A difference of logits in two parts: where the top token of a peaked row is compared with a mean that is nearly its own
+// difference, one double has too few digits.
+struct Centre {
+  double base, rest;
+};
+
 // Constants of a row, splatted. Logits and their log-ratio are centred in two floats before the scaling by 1/T.
 struct GradientFrame {
   vf log2e, inv_t;
   vf ratio_hi, ratio_lo;  // T D
   vf shift_y, weight_y;   // q = 2^(y log2e - shift_y) * weight_y
+  float weight;           // one lane of weight_y
   vf shift_x, weight_x;   // p likewise, for tokens too far from the reference
   vf max_x, log_sum_x;    // log p = (x - max_x)/T - log_sum_x
   vf max_y, log_sum_y;    // log q likewise
@@ -22,8 +29,8 @@ struct GradientFrame {
     const float slope = static_cast<float>(kLog2e * job.inv_t);
     log2e = set1(slope);
     inv_t = set1(static_cast<float>(job.inv_t));
-    splat_centre(s.centre + s.residual * t, ratio_hi, ratio_lo);
-    splat_weight(s.reference_max, s.reference_log_sum, t, slope, shift_y, weight_y);
+    splat_centre({s.centre, s.residual * t}, ratio_hi, ratio_lo);
+    weight = splat_weight(s.reference_max, s.reference_log_sum, t, slope, shift_y, weight_y);
     splat_weight(s.policy_max, s.policy_log_sum, t, slope, shift_x, weight_x);
     splat_log_sum(s.policy_max, s.policy_log_sum, job.inv_t, max_x, log_sum_x);
     splat_log_sum(s.reference_max, s.reference_log_sum, job.inv_t, max_y, log_sum_y);
@@ -35,20 +42,21 @@ struct GradientFrame {
     rest = set1(static_cast<float>(log_sum + (max - rounded * inv_t)));
   }
 
-  __attribute__((always_inline)) static inline void splat_centre(double centre, vf& hi, vf& lo) {
-    Frame f;
-    f.set_centre(centre);
-    hi = set1(f.centre_hi);
-    lo = set1(is_finite(centre) ? f.centre_lo : 0.f);
+  __attribute__((always_inline)) static inline void splat_centre(const Centre& c, vf& hi, vf& lo) {
+    const double sum = c.base + c.rest;
+    const float rounded = static_cast<float>(sum);
+    hi = set1(rounded);
+    lo = set1(is_finite(sum) ? static_cast<float>((c.base - rounded) + c.rest) : 0.f);
   }
 
   // 2^(v slope - shift) with a rounded shift; what the rounding took is in the weight, computed in double
-  __attribute__((always_inline)) static inline void splat_weight(double max, double log_sum, double t, float slope, vf& shift,
-                                                                 vf& weight) {
+  __attribute__((always_inline)) static inline float splat_weight(double max, double log_sum, double t, float slope, vf& shift,
+                                                                  vf& weights) {
     const double m = max * t;
-    const float rounded = static_cast<float>(m * slope);
+    const float rounded = static_cast<float>(m * slope), weight = static_cast<float>(exp2(rounded - m * slope) * exp(-log_sum));
     shift = set1(-rounded);
-    weight = set1(static_cast<float>(exp2(rounded - m * slope) * exp(-log_sum)));
+    weights = set1(weight);
+    return weight;
   }
 };
 
@@ -67,27 +75,27 @@ SIMD_INLINE vf exp2_for_store(vf t) {
   return exp2_coarse(t);
 }
 
-// expm1(v/T) for |v/T| <= 1. The temperature is folded into the coefficients, as in poly_block.
-template <DType D>
-struct SmallExpm1 {
-  // 16-bit results: far below half a unit of them
-  static constexpr int kDegree = D == DType::f32 ? 6 : 4;
-  vf linear, c[kDegree + 1];
+// scale * expm1(v/T) for small |v/T|. Temperature and scale are folded into the coefficients, as in poly_block.
+template <int DEGREE>
+struct ScaledExpm1 {
+  vf linear, c[DEGREE + 1];
 
-  explicit SmallExpm1(double inv_t) {
-    constexpr float kCoarse[] = {0.5000008f, 0.1666659f, 0.041652795f, 0.008335255f, 0.0014262537f};
-    linear = set1(static_cast<float>(inv_t));
-    double power = inv_t * inv_t;
-    for (int j = 0; j <= kDegree; j++, power *= inv_t)
-      c[j] = set1(static_cast<float>((D == DType::f32 ? kPoly6[j] : kCoarse[j]) * power));
+  ScaledExpm1(const float (&coefficients)[DEGREE + 1], double inv_t, double scale) {
+    linear = set1(static_cast<float>(scale * inv_t));
+    double power = scale * inv_t * inv_t;
+    for (int j = 0; j <= DEGREE; j++, power *= inv_t) c[j] = set1(static_cast<float>(coefficients[j] * power));
   }
 
   __attribute__((always_inline)) vf operator()(vf v) const {
-    vf P = c[kDegree];
-    for (int j = kDegree - 1; j >= 0; j--) P = fma(P, v, c[j]);
+    vf P = c[DEGREE];
+    for (int j = DEGREE - 1; j >= 0; j--) P = fma(P, v, c[j]);
     return v * fma(P, v, linear);
   }
 };
+
+// For 16-bit results, which round by 2e-3: g(u)/u^2 so that expm1 is right to 9e-5 for |u| <= 1, and to 6e-6 for |u| <= 1/4.
+constexpr float kCoarse3[] = {0.49963371f, 0.16679309f, 0.0433362f, 0.00835694f};
+constexpr float kCoarse2[] = {0.500004485f, 0.16709825f, 0.0416370334f};
 
 // Calls chunk(x0, x1, y0, y1) -> (gx0, gx1, gy0, gy1) over the row. Loads of a chunk come before its stores, so a gradient may
 // replace its own logits. The tail goes through a buffer: no instruction depends on where the row ends or is aligned.
@@ -122,7 +130,7 @@ SIMD_INLINE void map_row(const void* x, const void* y, void* gx, void* gy, int64
   }
 }
 
-// gx = forward * q * expm1(l): the hot one. weight_y already carries `forward`, weight_x too.
+// gx = forward * q * expm1(l): the hot one. q carries `forward` already.
 template <DType D>
 SIMD_INLINE vf forward_far(const GradientFrame& f, vf x, vf q, vf l, vf scale) {
   const vm small = not_above(abs1(l), set1(kNear));
@@ -130,32 +138,26 @@ SIMD_INLINE vf forward_far(const GradientFrame& f, vf x, vf q, vf l, vf scale) {
   return select(small, q * expm1_lanes(split_exponential(zero_unless(small, l))), p - q);  // -inf in both rows: 0 - 0
 }
 
-template <DType D>
-static void forward_gradient(const GradientJob& job) {
-  const GradientFrame f(job);
-  const SmallExpm1<D> small(job.inv_t);
+// Two vectors at a time, by the cheapest form that all their tokens allow; `small` holds for |l| <= reach.
+template <DType D, class Small>
+static void forward_gradient_by(const GradientJob& job, const GradientFrame& f, const Small& small, double reach) {
   const vf scale = set1(static_cast<float>(job.gradient.forward)), weight = f.weight_y * scale;
+  const double t = 1 / job.inv_t;
   // beyond these temperatures the coefficients of `small` leave fp32, and no token takes it
   const bool ordinary = job.inv_t <= 1e3 && job.inv_t >= 1e-3;
-  const vf one = set1(ordinary ? static_cast<float>(1 / job.inv_t) : -1.f), near = set1(static_cast<float>(kNear / job.inv_t)),
-           quarter = set1(0.25f) * one;
-  // |l| <= 1/4 to 6e-6, for 16-bit results: most of a row close to its reference
-  const float t1 = static_cast<float>(job.inv_t), t2 = t1 * t1;
-  const vf tiny[] = {set1(0.500004485f * t2), set1(0.16709825f * t2 * t1), set1(0.0416370334f * t2 * t2)};
-  auto expm1_tiny = [&](vf v) STEP_INLINE { return v * fma(fma(fma(tiny[2], v, tiny[1]), v, tiny[0]), v, small.linear); };
+  const vf within = set1(ordinary ? static_cast<float>(reach * reach * t * t) : -1.f), near = set1(static_cast<float>(kNear * t));
   map_row<D>(job.x, job.y, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
     const vf v0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo),
              v1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo);
-    const vf q0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)) * weight;
-    const vf q1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y)) * weight;
-    const vf m0 = abs1(v0), m1 = abs1(v1);
-    if (D != DType::f32 && all(mask_and(not_above(m0, quarter), not_above(m1, quarter)))) {
-      a0 = q0 * expm1_tiny(v0);
-      a1 = q1 * expm1_tiny(v1);
-    } else if (all(mask_and(not_above(m0, one), not_above(m1, one)))) {
-      a0 = q0 * small(v0);
-      a1 = q1 * small(v1);
-    } else if (all(mask_and(not_above(m0, near), not_above(m1, near)))) {
+    const vf e0 = exp2_for_store<D>(fma_exact(y0, f.log2e, f.shift_y)), e1 = exp2_for_store<D>(fma_exact(y1, f.log2e, f.shift_y));
+    // the sum of squares bounds both, and a NaN fails every comparison
+    if (all(not_above(fma(v0, v0, v1 * v1), within))) {
+      a0 = e0 * small(v0);
+      a1 = e1 * small(v1);
+      return;
+    }
+    const vf q0 = e0 * weight, q1 = e1 * weight;
+    if (all(mask_and(not_above(abs1(v0), near), not_above(abs1(v1), near)))) {
       a0 = q0 * expm1_lanes(split_exponential(v0 * f.inv_t));
       a1 = q1 * expm1_lanes(split_exponential(v1 * f.inv_t));
     } else {
@@ -165,9 +167,22 @@ static void forward_gradient(const GradientJob& job) {
   });
 }
 
+template <DType D>
+static void forward_gradient(const GradientJob& job) {
+  const GradientFrame f(job);
+  const double weight = f.weight * job.gradient.forward;
+  if constexpr (D == DType::f32) {
+    forward_gradient_by<D>(job, f, ScaledExpm1<6>(kPoly6, job.inv_t, weight), 1);
+  } else if (job.state.forward_kl < 1e-3) {  // hardly a token of such a row is further off
+    forward_gradient_by<D>(job, f, ScaledExpm1<2>(kCoarse2, job.inv_t, weight), 0.25);
+  } else {
+    forward_gradient_by<D>(job, f, ScaledExpm1<3>(kCoarse3, job.inv_t, weight), 1);
+  }
+}
+
 // Means of x - y under each distribution: T (l - R) = (x - y) - policy, T (l + F) = (x - y) - reference.
 struct Means {
-  double policy, reference;
+  Centre policy, reference;
 };
 
 // One more sweep measures what the means lack.
@@ -196,8 +211,8 @@ static void refine_means(const GradientJob& job, Means& m) {
              });
     for (int k = 0; k < 4; k++) sums[k] += sum_lanes(acc[0][k] + acc[1][k]);
   }
-  if (sums[0] > 0) m.policy += sums[1] / sums[0];
-  if (sums[2] > 0) m.reference += sums[3] / sums[2];
+  if (sums[0] > 0) m.policy.rest += sums[1] / sums[0];
+  if (sums[2] > 0) m.reference.rest += sums[3] / sums[2];
 }
 
 // Everything of RowGradient at once, for the policy, the reference or both.
@@ -280,16 +295,22 @@ static void gradient_row(GradientJob job) {
   RowState& s = job.state;
   // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
   const double F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
-  Means m{s.centre + (s.residual + R) * t, s.centre + (s.residual - F) * t};
+  Means m{{s.centre, (s.residual + R) * t}, {s.centre, (s.residual - F) * t}};
   // In a peaked row l of the top token is a tiny rest of larger numbers. Where the KLs are large, l - R and l + F must be right
   // to the spread of the differences under p and q; where they are tiny, l itself must, and the forward sweep's centre was off.
-  const bool peaked = D == DType::f32 && (s.reference_log_sum < 0.7 || s.policy_log_sum < 0.7);  // 16-bit results round more
-  const bool spread = (F + R > 0.02 || peaked) && (g.reverse != 0 || g.ref_forward != 0);
-  const bool off = peaked && F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F;
-  if (spread || off) refine_means<D>(job, m);
-  if (off) {
-    s.centre = m.reference;
-    s.residual = F;
+  // The forward sweep's maximum is that of a sample.
+  auto peaked = [&] {
+    if (D != DType::f32) return false;  // 16-bit results round more than that
+    return max_block<D>(job.x, job.n) * job.inv_t - s.policy_max > s.policy_log_sum - 0.7 ||
+           max_block<D>(job.y, job.n) * job.inv_t - s.reference_max > s.reference_log_sum - 0.7;
+  };
+  const bool spread = (g.reverse != 0 || g.ref_forward != 0) && (F + R > 0.02 || peaked());
+  const bool off = F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F && peaked();
+  const bool refine = s.whole != 0 && (spread || off);  // the mean over a slice would be another mean
+  if (refine) refine_means<D>(job, m);
+  if (refine && off) {
+    s.centre = m.reference.base;
+    s.residual = F + m.reference.rest * job.inv_t;
   }
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
   else general_gradient<D>(job, m);

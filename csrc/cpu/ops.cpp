@@ -25,6 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const 
 Tensor row_sums(const Tensor&, const Tensor&, const Tensor&, std::string, std::optional<double>, const std::optional<Tensor>&,
                 const std::optional<Tensor>&, std::optional<int64_t>, std::optional<double>);
 void scale_gradient_(Tensor, const Tensor&);
+std::tuple<Tensor, Tensor> merge_states(const Tensor&, const std::vector<std::string>&, const std::optional<Tensor>&);
 
 namespace {
 
@@ -141,6 +142,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkl, CPU, m) {
   m.impl("_row_stats_with_gradient", TORCH_BOX(&fusedkl::row_stats_with_gradient));
   m.impl("_row_sums", TORCH_BOX(&fusedkl::row_sums));
   m.impl("_scale_gradient_", TORCH_BOX(&fusedkl::scale_gradient_));
+  m.impl("_merge_states", TORCH_BOX(&fusedkl::merge_states));
   m.impl("_log_softmax", TORCH_BOX(&fusedkl::log_softmax));
   m.impl("_log_softmax_backward", TORCH_BOX(&fusedkl::log_softmax_backward));
   m.impl("_ordered_sum", TORCH_BOX(&fusedkl::ordered_sum));

@@ -101,23 +101,15 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
 }
 
 template <class V>
-static void write_values(const ForwardCall& c, int64_t r, const RowState& s, V* values) {
+static void write_values(const ForwardCall& c, int64_t r, const RowState& state, V* values) {
   const int64_t rows = c.policy.count;
   if (!c.counted(r)) {
     for (int64_t f = 0; f < c.fields.rows; f++) values[f * rows + r] = 0;
     return;
   }
-  auto put = [&](int64_t field, double v) {
-    if (field >= 0) values[field * rows + r] = static_cast<V>(v);
-  };
-  put(c.fields.forward_kl, s.forward_kl);
-  put(c.fields.reverse_kl, s.reverse_kl);
-  put(c.fields.entropy, s.entropy);
-  put(c.fields.logsumexp, s.policy_max + s.policy_log_sum);
-  put(c.fields.mean_logprob, mean_logprob(s));
-  put(c.fields.family, s.divergence);
-  put(c.fields.ref_entropy, s.reference_entropy);
-  put(c.fields.ref_logsumexp, s.reference_max + s.reference_log_sum);
+  const RowState s = settled(state);
+  auto put = [&](int64_t field, double v) { values[field * rows + r] = static_cast<V>(v); };
+  row_values(c.fields, s, put);
   const double inv_t = c.inv_t(r);
   for (int64_t k = 0; k < c.ids_per_row; k++) {
     const int64_t id = c.ids[r * c.ids_per_row + k];
@@ -158,9 +150,7 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
 
 RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   RowState s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
-  // a row without any mass is no distribution
-  if (s.policy_log_sum == -INFINITY) lose_policy(s);
-  if (s.reference_log_sum == -INFINITY) lose_reference(s);
+  s.whole = 1;
   return s;
 }
 

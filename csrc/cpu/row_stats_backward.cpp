@@ -136,7 +136,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   job.n = c.policy.length;
   job.inv_t = !c.inv_temperature ? 1 : c.inv_temperature[c.per_row_temperature ? r : 0];
   job.cap = c.cap;
-  job.state = c.states[r];
+  job.state = settled(c.states[r]);
   job.x = c.policy.row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);

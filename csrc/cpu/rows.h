@@ -53,6 +53,29 @@ class Widened {
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
 void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, Widened& room);  // writes values and state
 
+// A side without any mass is kept as such in the state, which a slice of a row may have; as a row it is no distribution.
+inline RowState settled(RowState s) {
+  if (s.policy_log_sum == -INFINITY) lose_policy(s);
+  if (s.reference_log_sum == -INFINITY) lose_reference(s);
+  return s;
+}
+
+// put(field's row of `values`, number) for all that a state holds: everything but the numbers of tokens
+template <class Put>
+inline void row_values(const Fields& fields, const RowState& s, Put put) {
+  auto maybe = [&](int64_t field, double v) {
+    if (field >= 0) put(field, v);
+  };
+  maybe(fields.forward_kl, s.forward_kl);
+  maybe(fields.reverse_kl, s.reverse_kl);
+  maybe(fields.entropy, s.entropy);
+  maybe(fields.logsumexp, s.policy_max + s.policy_log_sum);
+  maybe(fields.mean_logprob, mean_logprob(s));
+  maybe(fields.ref_entropy, s.reference_entropy);
+  maybe(fields.ref_logsumexp, s.reference_max + s.reference_log_sum);
+  maybe(fields.family, s.divergence);
+}
+
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
   std::vector<float> x, y;

@@ -41,12 +41,13 @@ static bool set_entropies(RowState& out, const CentredSums& row, double E, doubl
 template <DType D, bool REVERSE, bool ENTROPY>
 static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out, bool& entropies) {
   using Kernel = BlockSums (*)(const void*, const void*, int64_t, const Frame&);
-  // tiers by the block's largest |u|; the last also skips tokens masked in both rows
-  static constexpr Kernel kTier[] = {poly_block<D, 4, REVERSE, ENTROPY>, poly_block<D, 6, REVERSE, ENTROPY>,
-                                     poly_block<D, 8, REVERSE, ENTROPY>, split_block<D, REVERSE, ENTROPY, false>,
-                                     split_block<D, REVERSE, ENTROPY, true>};
-  static constexpr float kReach[] = {0.5f, 1.f, 2.f, kNear, kNear};
-  constexpr int kLast = 4;
+  // tiers by the block's largest |u|; the second row also skips tokens masked in both rows
+  static constexpr Kernel kTier[2][4] = {{poly_block<D, 4, REVERSE, ENTROPY, false>, poly_block<D, 6, REVERSE, ENTROPY, false>,
+                                          poly_block<D, 8, REVERSE, ENTROPY, false>, split_block<D, REVERSE, ENTROPY, false>},
+                                         {poly_block<D, 4, REVERSE, ENTROPY, true>, poly_block<D, 6, REVERSE, ENTROPY, true>,
+                                          poly_block<D, 8, REVERSE, ENTROPY, true>, split_block<D, REVERSE, ENTROPY, true>}};
+  static constexpr float kReach[] = {0.5f, 1.f, 2.f, kNear};
+  constexpr int kLast = 3;
 
   const int64_t sample = n < 1024 ? (n < 64 ? n : 64) : n < 8192 ? n / 16 : 512;
   float max = max_block<D>(y, sample);
@@ -63,24 +64,26 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   int64_t first = 0;
   while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
   if (first == n) return false;
-  set_centre(difference_at<D>(x, y, first));
-  BlockSums probe = kTier[kLast](x, y, sample, f);
+  const double origin = difference_at<D>(x, y, first);
+  set_centre(origin);
+  BlockSums probe = kTier[true][kLast](x, y, sample, f);
   if (probe.reach <= kNear && probe.sums.S > 0) {
     const double mean = probe.sums.A / probe.sums.S;
     if (mean != 0) {
       set_centre(f.centre() + mean / t.inv_t);
-      probe = kTier[kLast](x, y, sample, f);
+      probe = kTier[true][kLast](x, y, sample, f);
     }
   }
   // beyond these temperatures the powers of 1/T in the polynomials' coefficients leave fp32
   const int lowest = t.inv_t > 1e3 || t.inv_t < 1e-3 ? 3 : 0;
   int tier = lowest;
-  while (tier < 3 && !(1.5f * probe.reach <= kReach[tier])) tier++;
+  while (tier < kLast && !(1.5f * probe.reach <= kReach[tier])) tier++;
 
   CentredSums row;
   double E = 0, X = 0;
   double noise = 0;  // sum of |B| as accumulated: what fp32 rounding is relative to
   int misses = 0, since_probe = 0, patience = 16;
+  bool masked = false;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
     constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
@@ -92,7 +95,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     BlockSums b;
     CentredSums sum;
     for (;;) {
-      b = kTier[now](bx, by, size, f);
+      b = kTier[masked][now](bx, by, size, f);
       if (!(b.sums.S <= 0x1p60)) {  // the sampled maximum was too small for this block, or there is a NaN
         if (raised) return false;
         raised = true;
@@ -111,10 +114,11 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       }
       const bool finite = fabs(b.sums.A) <= 0x1p100 && fabs(b.sums.B) <= 0x1p100 && fabs(b.sums.C) <= 0x1p100;
       if (!finite || !(b.reach <= kReach[now])) {
-        if (now == kLast || b.reach > kNear) return false;
-        if (!finite) now = kLast;
-        else
-          while (!(b.reach <= kReach[now])) now++;
+        if (b.reach > kNear) return false;
+        if (b.reach > kReach[now])
+          while (b.reach > kReach[now]) now++;
+        else if (!masked) masked = true;  // -inf minus -inf, most likely, and then not the only ones
+        else return false;
         continue;
       }
       sum.S = row.S + b.sums.S;
@@ -123,13 +127,19 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       sum.C = row.C + b.sums.C;
       sum.M = sum.A + sum.B;
       if (recentred < 4 && sum.S > 0 && sum.off_centre()) {
-        const double before = f.centre(), mean = sum.A / sum.S;
-        set_centre(before + mean / t.inv_t);
+        const double before = f.centre();
+        // where hardly a token differs from the origin it is the better centre: the others' u are exactly 0
+        set_centre(sum.near_mean(origin - before, t.inv_t) ? origin : before + sum.A / sum.S / t.inv_t);
         const double moved = (f.centre() - before) * t.inv_t;
         if (moved != 0 && fabs(moved) < 80) {
-          row.recentre(moved);
-          X *= exp(-moved);
           noise *= exp(-moved);
+          X *= exp(-moved);
+          if (fabs(moved) < 0.25 && sum.A * sum.A <= 0.5 * sum.B * sum.S) {  // B keeps its digits when it is moved
+            sum.recentre(moved);
+            b.X *= exp(-moved);
+            break;
+          }
+          row.recentre(moved);
           recentred++;
           now = wanted;
           continue;

@@ -1,0 +1,210 @@
+"""Divergences from a teacher of whom only the K most likely tokens of each row were kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, reductions, reference, validation
+from .backends import resolve
+from .layout import inverse_temperature, rows
+from .topk_ops import BACKENDS
+from .topk_ops import topk_logprobs as outcomes
+
+KINDS = ("forward_kl", "reverse_kl")
+TAILS = ("bucket", "drop", "renormalize")
+
+
+class TopkDivergence(NamedTuple):
+    """What `topk_divergence(return_mass=True)` returns."""
+
+    value: Tensor
+    """The divergence, reduced as asked."""
+    policy_mass: Tensor
+    """Share of the policy on the K tokens, one per row, no gradient."""
+    reference_mass: Tensor
+    """Share of the reference on them: the sum of exp(topk_logprobs), no gradient."""
+
+
+def topk_divergence(
+    policy_logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: str = "forward_kl",
+    *,
+    tail: str = "bucket",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    reduction: str = "none",
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | TopkDivergence:
+    """KL between full rows of policy logits and a reference known at K tokens a row, in nats.
+
+    With p = softmax(policy_logits / T), q = exp(topk_logprobs), sums over the K tokens, and P and Q
+    the sums of p and of q over them::
+
+        tail         forward_kl, KL(q || p)                          reverse_kl, KL(p || q)
+        bucket       sum q log(q/p) + (1-Q) log((1-Q) / (1-P))       the same, p and q swapped
+        drop         sum q log(q/p)                                  sum p log(p/q)
+        renormalize  sum q/Q log((q/Q) / (p/P))                      the same, p and q swapped
+
+    "bucket" takes all other tokens as one outcome: a lower bound of the full divergence, never
+    negative, that moves mass to and from the tail. "drop" leaves them out: it may be negative, and
+    as reverse_kl it rewards a policy for leaving the K tokens. "renormalize" compares the rows
+    given that a token is one of the K, and lets P do what it likes. 1 - P is summed from the other
+    tokens, so that it keeps its digits where P is nearly 1. Equivalent to, for bucket and
+    forward_kl::
+
+        p = torch.softmax(policy_logits.double() / T, -1).gather(-1, topk_ids)
+        q = topk_logprobs.double().exp()
+        tails = 1 - p.sum(-1), 1 - q.sum(-1)
+        (q * (q / p).log()).sum(-1) + tails[1] * (tails[1] / tails[0]).log()
+
+    Args:
+        policy_logits: [..., V], float32, bfloat16, float16 or float64, any strides; read once
+            forward, once backward ("renormalize" reads the K tokens alone). Differentiable, twice
+            too.
+        topk_ids: int64 [..., K], from 0 to V - 1, different in each row; -1 is padding. Any K
+            tokens, not only the likeliest: K <= V.
+        topk_logprobs: floating-point [..., K], at most 0: log q of them, already at `temperature`,
+            which divides the policy's logits only. Ignored at padding. Differentiable.
+        kind: "forward_kl" or "reverse_kl".
+        tail: as above.
+        temperature: T > 0, a number or a float tensor, 0-d or of shape policy_logits.shape[:-1].
+        mask: bool [...], True = counted. Other rows are not read: exactly 0, gradient exactly 0.
+        reduction: "none", "sum", "mean" per counted row, "batchmean" = sum / size(0).
+        return_mass: also return P and Q, as a `TopkDivergence`.
+        backend: None for the best, or "cpu" or "reference", which alone have this function.
+
+    Returns:
+        shape [...] or a scalar; float32, or float64 if an input is. +inf where the supports say so,
+        with p - q (over the outcomes) as the policy's gradient and 0 to the reference. A row whose
+        logits have NaN, +inf or nothing but -inf is NaN, and no other. log p is known to 1e-7, so
+        divergences below 1e-12 have no digits. 1 - Q is taken to be at least 1.2e-7 (2.2e-16 for
+        float64): rounded log-probabilities may sum to 1 and more, and reverse_kl would be infinite.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015: the full sum.
+    """
+    _check(policy_logits, topk_ids, topk_logprobs, kind, tail)
+    validation.reduction(reduction)
+    validation.flag("return_mass", return_mass)
+    shape, k = policy_logits.shape[:-1], topk_ids.shape[-1]
+    if reduction == "batchmean" and not shape:
+        raise ValueError('reduction="batchmean" needs logits with a batch dim; got shape [V]')
+    inverse = inverse_temperature(temperature, policy_logits)
+    counted = reductions.counted_tokens(policy_logits, mask, None, -100)
+    name = _resolve(backend, policy_logits.device)
+    ids = topk_ids.reshape(-1, k)
+    log_q = topk_logprobs.reshape(-1, k).to(reference.inside(policy_logits.device))
+    if counted is not None:
+        ids = torch.where(counted[:, None], ids, -1)
+    ids = ids.contiguous()
+    log_q = torch.where(ids >= 0, log_q, -torch.inf)
+    if policy_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_contents(ids, log_q, policy_logits.shape[-1])
+
+    x = rows(policy_logits)
+    log_p: Tensor | None = None
+    if tail != "renormalize" or return_mass:
+        log_p = outcomes(x, ids, inverse, counted, backend=name)
+    if tail == "renormalize":
+        tokens = x.reshape(-1, x.shape[-1]).gather(-1, ids.clamp(min=0)).to(log_q.dtype)
+        if inverse is not None:
+            tokens = tokens * inverse.unsqueeze(-1)
+        pair = torch.where(ids >= 0, tokens, -torch.inf), log_q
+    else:
+        assert log_p is not None
+        pair = torch.where(ids >= 0, log_p[:, :-1], -torch.inf), log_q
+    if tail == "drop":
+        values = _dropped(*pair, kind, counted)
+    else:
+        if tail == "bucket":
+            assert log_p is not None
+            rest = log_p[:, -1:]
+            floor = torch.finfo(reference.result_dtype(policy_logits, topk_logprobs)).eps
+            pair = torch.cat([pair[0], rest], -1), torch.cat([log_q, _tail(log_q, rest, floor)], -1)
+        # Few outcomes in float64: the rows of any other divergence.
+        values = autograd.row_stats(*pair, None, (kind,), None, None, counted, backend=name)[0]
+    dtype = reference.result_dtype(policy_logits, topk_logprobs)
+    value = reductions.reduce(values.to(dtype), counted, None, reduction, shape, backend=name)
+    if not return_mass:
+        return value
+    assert log_p is not None
+    with torch.no_grad():
+        masses = (
+            torch.where(ids >= 0, t, -torch.inf).exp().sum(-1).to(dtype).reshape(shape)
+            for t in (log_p[:, :-1], log_q)
+        )
+        return TopkDivergence(value, *masses)
+
+
+def _tail(log_q: Tensor, policy_rest: Tensor, floor: float) -> Tensor:
+    """log(1 - Q) [N, 1]. Nothing, where nothing is left by rounding and no token is left either."""
+    left = 1 - log_q.exp().sum(-1, keepdim=True)
+    nothing = (left <= floor) & (policy_rest == -torch.inf)
+    return torch.where(nothing, -torch.inf, left.clamp(min=floor).log())
+
+
+def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) -> Tensor:
+    weight, other = (log_q, log_p) if kind == "forward_kl" else (log_p, log_q)
+    joint = (weight > -torch.inf) & (other > -torch.inf)
+    terms = torch.where(joint, weight, 0).exp() * torch.where(joint, weight - other, 0)
+    value = torch.where(joint, terms, 0).sum(-1)
+    infinite = ((weight > -torch.inf) & (other == -torch.inf)).any(-1)
+    bad = log_p.isnan().any(-1)
+    value = torch.where(infinite, torch.inf, torch.where(bad, torch.nan, value))
+    if torch.is_grad_enabled():
+        slope = torch.where(infinite[:, None], log_p.exp() - log_q.exp(), 0)
+        slope = torch.where(bad[:, None], torch.nan, slope).detach()
+        value = value + reference.pull(log_p, slope).squeeze(-1)
+    return value if counted is None else torch.where(counted, value, 0)
+
+
+def _resolve(backend: str | None, device: torch.device) -> str:
+    name = resolve(backend, device)
+    if name in BACKENDS:
+        return name
+    if backend is not None:
+        raise ValueError(
+            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(BACKENDS)} do"
+        )
+    return "reference"
+
+
+def _check(policy: Tensor, ids: Tensor, logprobs: Tensor, kind: str, tail: str) -> None:
+    validation.logits("policy_logits", policy)
+    validation.one_of("kind", kind, KINDS)
+    validation.one_of("tail", tail, TAILS)
+    if validation.tensor("topk_ids", ids).dtype != torch.int64:
+        raise TypeError(f"topk_ids must be an int64 tensor; got {ids.dtype}")
+    leading, width = list(policy.shape[:-1]), policy.shape[-1]
+    if ids.dim() != policy.dim() or list(ids.shape[:-1]) != leading:
+        raise ValueError(f"topk_ids must have shape {[*leading, 'K']}; got {list(ids.shape)}")
+    if not 1 <= ids.shape[-1] <= width:
+        raise ValueError(
+            f"topk_ids must hold from 1 to V = {width} tokens a row; got {ids.shape[-1]}"
+        )
+    validation.on_device("topk_ids", ids, policy)
+    validation.floating("topk_logprobs", logprobs)
+    validation.alike("topk_logprobs", logprobs, "topk_ids", ids)
+
+
+def _check_contents(ids: Tensor, log_q: Tensor, width: int) -> None:
+    if not ids.numel():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < -1 or high >= width:
+        raise ValueError(
+            f"topk_ids must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
+        )
+    ordered = ids.sort(-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError("topk_ids must be different in each row; got some twice")
+    if bool((log_q > 0).any()):
+        raise ValueError(f"topk_logprobs must be at most 0; got {float(log_q.detach().max())}")
