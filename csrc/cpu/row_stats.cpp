@@ -75,6 +75,8 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
     else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse, entropies);
     else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse, entropies);
     paired = s.residual == s.residual;  // else one side is no distribution; the other may be
+    // a float sum knows log S to 1e-7: small entropies take a sweep of their own
+    entropies = entropies && s.entropy > 0.05 && s.reference_entropy > 0.05;
   }
   auto alone = [&](const void* row, DType d, bool entropy) {
     return c.in_double(inv_t) ? single_f64({row, d, c.cap}, n, inv_t)
