@@ -175,6 +175,7 @@ def rows(
                     slope = torch.where(pulled & ~bad, (p.prob - q.prob) * scale, lost)
                 value = value + pull(x, slope.expand_as(x))
             if field.side != "policy":
+                assert y is not None
                 value = value + pull(y, lost.expand_as(x))
         if mask is not None:
             value = torch.where(mask[:, None], value, 0)
