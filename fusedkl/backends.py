@@ -27,7 +27,7 @@ class Backend:
     summary: str
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
-    takes: frozenset[str] | None = None  # dtypes of logits and fields; None: all there are
+    takes: frozenset[str] | None = None  # dtypes, fields, "softcap"; None: all there are
     gradient_ahead: bool = False  # whether one visit to a row gives both, see scalar_loss.py
 
 
@@ -48,7 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_TRITON_TAKES = frozenset(
+_GPU_TAKES = frozenset(
     (
         *("float32", "bfloat16", "float16"),
         *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
@@ -101,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
+            _GPU_TAKES | {"float64"},
             gradient_ahead=True,
         ),
         Backend(
@@ -108,7 +109,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _TRITON_TAKES,
+            _GPU_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
@@ -120,11 +121,13 @@ def kernels(name: str) -> Any:
     return BACKENDS[name].kernels
 
 
-def needs(*wanted: Tensor | str) -> tuple[str, ...]:
-    """The dtypes of some logits, and fields, as `resolve` takes them."""
+def needs(*wanted: Tensor | str | None, softcap: float | None = None) -> tuple[str, ...]:
+    """The dtypes of some logits, fields, and "softcap", as `resolve` takes them."""
+    given = (*wanted, None if softcap is None else "softcap")
     return tuple(
         str(each.dtype).removeprefix("torch.") if isinstance(each, Tensor) else each
-        for each in wanted
+        for each in given
+        if each is not None
     )
 
 
@@ -138,6 +141,18 @@ def _unusable(
     return reason
 
 
+def _unknown(source: str, name: str) -> ValueError:
+    return ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def from_environment() -> str | None:
+    """The backend that FUSEDKL_BACKEND names; ValueError if it names none there is."""
+    name = os.environ.get(ENVIRONMENT) or None
+    if name is not None and name not in BACKENDS:
+        raise _unknown(ENVIRONMENT, name)
+    return name
+
+
 def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] = ()) -> str:
     """The name of the backend to run what `needs` says: the one asked for, or the first usable.
 
@@ -146,7 +161,7 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
     """
     source = "backend"
     if backend is None:
-        backend = os.environ.get(ENVIRONMENT) or None
+        backend = from_environment()
         source = ENVIRONMENT
     if backend is None:
         for name, candidate in BACKENDS.items():
@@ -155,7 +170,7 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise _unknown("backend", backend)
     reason = _unusable(BACKENDS[backend], device, wanted)
     if reason is not None:
         raise ValueError(f"{source}={backend!r} cannot be used: {reason}")
