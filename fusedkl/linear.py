@@ -79,6 +79,9 @@ def linear_divergence(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2025, for a head whose
+    logits never exist; for divergences of two heads: docs/linear.md.
     """
     definition = divergences.get(kind)
     validation.reduction(reduction)
