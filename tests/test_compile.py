@@ -216,7 +216,9 @@ def test_contents_are_checked_in_a_compiled_graph_too(backend: str) -> None:
 
     logits = torch.randn(2, 5)
     function(logits, torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="index must hold token ids from 0 to 4; got 0 to 5"):
+    with pytest.raises(
+        ValueError, match="index or token_ids must hold ids from 0 to 4; got 0 to 5"
+    ):
         function(logits, torch.tensor([0, 5]))
 
 
