@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedkl import linear_plan, linear_tiles
 from fusedkl.integrations import trl_functions as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,6 +73,29 @@ def test_log_probabilities(dtype: torch.dtype, kind: str, bias: bool) -> None:
         agree(gradients(loss, parts), gradients(reference, parts), limit)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_many_tiles(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 tokens and 64 entries, of which the last ones are smaller."""
+    student, teacher = head(H, torch.float32), head(TEACHER_H, torch.float32)
+    targets = torch.randint(V, (N,))
+
+    def step() -> tuple[Tensor, ...]:
+        found = ours.ChunkedLogProb.apply(*student, targets, 0.7, 64)
+        divergence, entropy = ours.ChunkedDivergence.apply(*student, *teacher, beta, 1.3)
+        loss = found[0].sum() + found[1].square().sum() + divergence.square().sum()
+        values = (*found[:4], found[4].float(), divergence, entropy)
+        return *(t.detach() for t in values), *torch.autograd.grad(loss, student)
+
+    once = step()
+    tiles = linear_plan.tiles
+
+    def small(n: int, v: int, itemsize: int, device: str, tile: Any = None) -> Any:
+        return tiles(n, v, itemsize, device, (8, 64))
+
+    monkeypatch.setattr(linear_tiles, "tiles", small)
+    agree([t.double() for t in step()], [t.double() for t in once], 1e-5)
+
+
 def test_only_what_was_asked() -> None:
     parts, targets = head(H, torch.float32), torch.randint(V, (N,))
     found = ours.ChunkedLogProb.apply(*parts, targets, 1.0, 64, None, 1.0, ("log_probs",))
@@ -81,14 +105,14 @@ def test_only_what_was_asked() -> None:
 
 
 def test_first_of_equal_logits_is_top() -> None:
-    hidden, weight = torch.ones(4, 1), torch.zeros(900, 1)
-    weight[[5, 80, 700]] = 1.0
-    targets = torch.tensor([5, 80, 700, 6])
+    hidden, weight = torch.ones(4, 1), torch.zeros(9000, 1)
+    weight[[5, 800, 7000]] = 1.0
+    targets = torch.tensor([5, 800, 7000, 6])
     top = ours.ChunkedLogProb.apply(hidden, weight, None, targets, 1.0, 64)[4]
     assert top.tolist() == [True, False, False, False]
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_divergence(dtype: torch.dtype, kind: str, beta: float) -> None:
@@ -138,7 +162,7 @@ def test_no_token_at_all() -> None:
 @pytest.mark.parametrize("items", [None, 40, torch.tensor(40)], ids=["own", "int", "tensor"])
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean"])
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_jsd_of_logits(beta: float, labelled: bool, reduction: str, items: Any) -> None:
     student, teacher = (torch.randn(3, 7, 91).mul(2).requires_grad_() for _ in range(2))
     labels = torch.randint(91, (3, 7)) if labelled else None
@@ -177,7 +201,19 @@ def test_logits_of_older_trainers() -> None:
     wanted = torch.where(mask, log_p.gather(-1, index[..., None])[..., 0], 0)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
     agree(gradients(found.sum(), [logits]), gradients(wanted.sum(), [logits]), 1e-5)
+    both = ours.selective_log_softmax_and_entropy(spoiled, index, False, 0.5, mask)
+    torch.testing.assert_close(both[0], found, rtol=1e-6, atol=0)
+    wanted_entropy = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0)
+    torch.testing.assert_close(both[1].double(), wanted_entropy, rtol=1e-6, atol=0)
+    assert both[0].requires_grad and not both[1].requires_grad
     many = torch.randint(91, (3, 5, 4))
+    kept = mask[..., None] & (torch.rand(3, 5, 4) < 0.7)
+    torch.testing.assert_close(
+        ours.selective_log_softmax(spoiled, many, row_mask=kept),
+        torch.where(kept, logits.log_softmax(-1).gather(-1, many), 0),
+        rtol=1e-6,
+        atol=1e-6,
+    )
     torch.testing.assert_close(
         ours.selective_log_softmax(logits, many),
         logits.log_softmax(-1).gather(-1, many),

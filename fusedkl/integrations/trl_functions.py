@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distribution, validation
-from ..functional import divergence
+from .. import distribution, divergences, validation
 from ..layout import inverse_temperature
 from ..linear import head_inputs
 from ..linear_ops import Inputs
+from ..named import jsd
+from ..stats import token_stats
 from .fused_head import head_numbers
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -87,7 +88,7 @@ class ChunkedDivergence:
         beta 0: KL(teacher || student), 1: KL(student || teacher), between: `fusedkl.jsd`. The
         gradient flows to the student only.
         """
-        kind, parameter = _kind(beta)
+        (kind,), parameter = divergences.resolve("jsd", float(beta))
         inputs = _head(
             student_hidden, student_weight, student_bias, temperature,
             teacher_hidden.detach(), teacher_weight.detach(),
@@ -102,13 +103,32 @@ class ChunkedDivergence:
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """`fusedkl.selective_log_softmax`; float32, and 0 where row_mask is."""
+    """`fusedkl.selective_log_softmax`; float32, and 0 where row_mask (of index's shape) is."""
     if row_mask is None:
         return distribution.selective_log_softmax(logits, index, temperature=temperature)
     counted = row_mask != 0
-    index = torch.where(counted, index, 0)
-    found = distribution.selective_log_softmax(logits, index, temperature=temperature)
+    rows = counted if index.dim() < logits.dim() else counted.any(-1)
+    ids = torch.where(counted, index, 0)
+    options: dict[str, Any] = {"temperature": temperature, "mask": rows}
+    found = token_stats(logits, None, ids, fields=("logprob",), **options).logprob
+    assert found is not None
     return torch.where(counted, found, 0)
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p[index] and the entropy from one read of each row; float32, 0 where row_mask is."""
+    mask = None if row_mask is None else row_mask != 0
+    found = token_stats(
+        logits, None, index, fields=("logprob", "entropy"), temperature=temperature, mask=mask
+    )
+    assert found.logprob is not None and found.entropy is not None
+    return found.logprob, found.entropy if entropy_requires_grad else found.entropy.detach()
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
@@ -125,18 +145,16 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """`fusedkl.divergence` summed over the tokens with a label other than -100, divided by
+    """`fusedkl.jsd` summed over the tokens with a label other than -100, divided by
 
     num_items_in_batch, or, without it: their number (at least 1; the batch size without labels)
     for "batchmean", their number times V for "mean", nothing for "sum". float32.
     """
     validation.one_of("reduction", reduction, ("batchmean", "sum", "mean"))
-    kind, parameter = _kind(beta)
-    options: dict[str, Any] = {} if parameter is None else {"beta": parameter}
     counted = None if labels is None else labels != -100
-    total = divergence(
-        student_logits, teacher_logits, kind,
-        temperature=temperature, mask=counted, reduction="sum", **options,
+    total = jsd(
+        student_logits, teacher_logits, beta=beta,
+        temperature=temperature, mask=counted, reduction="sum",
     )  # fmt: skip
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
@@ -155,13 +173,6 @@ def generalized_jsd_loss(
 def every_position_that_counts(device: torch.device) -> bool:
     """trl's _use_triton where it decides whether masked positions are left out: they are."""
     return True
-
-
-def _kind(beta: float) -> tuple[str, float | None]:
-    """TRL's beta as a kind and its parameter."""
-    if beta == 0:
-        return "forward_kl", None
-    return ("reverse_kl", None) if beta == 1 else ("jsd", float(beta))
 
 
 def _head(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..distribution import entropy, selective_log_softmax
-from ..functional import reverse_kl
+from ..named import reverse_kl
 from ..penalties import kl_estimate
 from .estimates import bounded_estimate
 from .replacing import Adapter, Part
