@@ -33,7 +33,7 @@ endif
 # A half-made stamp must not count as made.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel clean
+.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel site clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,10 @@ $(VENV)/.installed: $(VENV)/.tools $(NATIVE)
 # fusedkl is installed already, so these add only what the extra lists.
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --quiet 'fusedkl[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --quiet 'fusedkl[docs]'
 	@touch $@
 
 $(VENV)/.demo-$(MODEL): $(VENV)/.installed
@@ -116,6 +120,9 @@ format: $(VENV)/.dev ## rewrite the sources as `make lint` wants them
 
 wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
+
+site: $(VENV)/.docs ## build the documentation into out/site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove what building and running left, and keep .venv
 	rm -rf build dist out fusedkl.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

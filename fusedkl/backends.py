@@ -141,6 +141,18 @@ def _unusable(
     return reason
 
 
+def _unknown(source: str, name: str) -> ValueError:
+    return ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def from_environment() -> str | None:
+    """The backend that FUSEDKL_BACKEND names; ValueError if it names none there is."""
+    name = os.environ.get(ENVIRONMENT) or None
+    if name is not None and name not in BACKENDS:
+        raise _unknown(ENVIRONMENT, name)
+    return name
+
+
 def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] = ()) -> str:
     """The name of the backend to run what `needs` says: the one asked for, or the first usable.
 
@@ -149,7 +161,7 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
     """
     source = "backend"
     if backend is None:
-        backend = os.environ.get(ENVIRONMENT) or None
+        backend = from_environment()
         source = ENVIRONMENT
     if backend is None:
         for name, candidate in BACKENDS.items():
@@ -158,7 +170,7 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise _unknown("backend", backend)
     reason = _unusable(BACKENDS[backend], device, wanted)
     if reason is not None:
         raise ValueError(f"{source}={backend!r} cannot be used: {reason}")

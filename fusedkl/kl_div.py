@@ -7,7 +7,6 @@ composition.
 """
 
 # No postponed annotations here: torch.jit.script reads them, and inspect.signature equals torch's.
-import os
 import sys
 import warnings
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .backends import ENVIRONMENT
+from .backends import from_environment
 from .deferred import SPECIAL, Deferred, result
 from .deferred_kl import fused_kl_div
 from .kl_div_ops import HAS_CPU_KERNEL, kl_div_sum, observed
@@ -69,7 +68,7 @@ def _fusable(input: Tensor, target: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (input.is_inference() or target.is_inference()))
         and input.is_contiguous()  # the layout of torch's gradients to others is no simple rule
         and target.is_contiguous()
-        and os.environ.get(ENVIRONMENT, "cpu") in ("cpu", "")
+        and from_environment() in (None, "cpu")
     )
 
 

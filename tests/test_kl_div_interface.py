@@ -160,3 +160,6 @@ def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FUSEDKL_BACKEND", "reference")
         kl_div(x, t, reduction="sum").backward()
         assert before == (kernels.forward, kernels.backward)
+    monkeypatch.setenv("FUSEDKL_BACKEND", "refrence")
+    with pytest.raises(ValueError, match=r"FUSEDKL_BACKEND must be one of .* got 'refrence'"):
+        kl_div(x, t, reduction="sum")

@@ -2,78 +2,30 @@
 
 import ast
 import email
-import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from building import ROOT, SOURCE_FOLDERS, build, checkout, run, sources, unpack
 
 import fusedkl
-
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE_FOLDERS = ("fusedkl", "kernels", "csrc", "tests", "bench", "demo")
-SOURCE_SUFFIXES = {".py", ".typed", ".cpp", ".h", ".cu", ".cuh"}
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
 
 
-def sources(root: Path, folders: tuple[str, ...] = SOURCE_FOLDERS) -> set[str]:
-    return {
-        file.relative_to(root).as_posix()
-        for folder in folders
-        for file in (root / folder).rglob("*")
-        if file.suffix in SOURCE_SUFFIXES
-    }
-
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Output of a command that must succeed, in an environment without the build's switches."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDKL_")}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=clean | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
-def build(kind: str, tree: Path, into: Path, **environment: str) -> Path:
-    """The one artefact that the build backend makes of `tree`."""
-    script = f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})"
-    run(sys.executable, "-c", script, cwd=tree, **environment)
-    (artefact,) = into.iterdir()
-    return artefact
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as a clone has it: building must not write into the checkout under test."""
-    copy = tmp_path_factory.mktemp("checkout") / "fusedkl"
-    left_out = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "out", "*.egg-info", "*.so", "__pycache__", ".*_cache"
-    )
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    return copy
+    return checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="module")
 def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution."""
     archive = build("sdist", tree, tmp_path_factory.mktemp("sdist"))
-    unpacked = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(archive) as tar:
-        tar.extractall(unpacked, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    (folder,) = unpacked.iterdir()
-    return folder
+    return unpack(archive, tmp_path_factory.mktemp("unpacked"))
 
 
 def test_pure_wheel_maps_the_packages(tree: Path, tmp_path: Path) -> None:

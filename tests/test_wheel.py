@@ -1,0 +1,117 @@
+"""The wheel that is published: audited, installed far from its sources, tested on two torches."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from building import ROOT, build, checkout, run, unpack
+
+pytestmark = pytest.mark.full
+
+# Of the oldest torch that is supported, the newest patch release.
+OLDEST = "torch==2.11.*"
+# Tests of sources, benchmarks or scripts have nothing to say of an installed wheel.
+OF_SOURCES = re.compile(r"parents\[1\]|parent\.parent|bench_modules|cuda_on_cpu|cuda_sass|building")
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the optimised wheel that is built of it."""
+    folder = tmp_path_factory.mktemp
+    sdist = build("sdist", checkout(folder("checkout")), folder("sdist"))
+    switches = {"FUSEDKL_BUILD_CUDA": "0"}
+    wheel = build("wheel", unpack(sdist, folder("unpacked")), folder("wheel"), **switches)
+    return sdist, wheel
+
+
+def needs(tool: str) -> None:
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed: pip install 'fusedkl[dev]'")
+
+
+def test_the_index_would_take_it(artefacts: tuple[Path, Path], tmp_path: Path) -> None:
+    needs("twine")
+    checked = run(sys.executable, "-m", "twine", "check", "--strict", *artefacts, cwd=tmp_path)
+    assert checked.count("PASSED") == 2, checked
+
+
+def test_only_the_limited_api(artefacts: tuple[Path, Path], tmp_path: Path) -> None:
+    needs("abi3audit")
+    wheel = artefacts[1]
+    if "abi3" not in wheel.name:
+        pytest.skip("built by a Python that has no limited API")
+    audit = (sys.executable, "-m", "abi3audit", "--strict", "--summary", wheel)
+    assert "0 ABI version mismatches and 0 ABI violations" in run(*audit, cwd=tmp_path)
+
+
+def test_it_holds_nothing_but_the_package(artefacts: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(artefacts[1]) as archive:
+        names = {i.filename: i.file_size for i in archive.infolist()}
+    folders = {name.split("/")[0].split("-")[0] for name in names}
+    suffixes = {Path(name).suffix for name in names if ".dist-info" not in name}
+    assert folders == {"fusedkl"}
+    assert suffixes <= {".py", ".typed", ".so", ".pyd", ".dylib"}
+    assert sum(names.values()) < 8 << 20
+
+
+def oldest_torch(into: Path) -> Path:
+    """Where the oldest torch lies, without what it depends on: this environment has that."""
+    needs("pip")
+    asked = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(into), OLDEST)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{OLDEST} could not be had within 15 minutes")
+    if done.returncode:
+        pytest.skip(f"{OLDEST} could not be had: {done.stderr.strip().splitlines()[-1]}")
+    return into
+
+
+@pytest.mark.parametrize("which", ["this torch", "oldest torch"])
+def test_installed_it_passes_the_quick_tests(
+    which: str, artefacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    paths = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    if which == "oldest torch":
+        paths.insert(0, str(oldest_torch(tmp_path / "torch")))
+    home = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
+    python = next(home.glob("[bS]*/python*"))
+    (site,) = home.glob("[lL]ib/**/site-packages")
+    # Packages of this environment, but not what its own .pth files add: an editable fusedkl.
+    (site / "shared.pth").write_text("\n".join(paths))
+    found = (python, "-P", "-c", "import torch; print(torch.__version__)")
+    if which == "this torch":
+        assert run(*found, cwd=tmp_path).split() == [torch.__version__]
+    elif not run_quietly(*found):
+        pytest.skip(f"{OLDEST} does not import beside the packages of {torch.__version__}")
+
+    install = ("install", "--no-deps", "--no-index", "--ignore-installed", artefacts[1])
+    run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
+    away = tmp_path / "away"
+    away.mkdir()
+    shutil.copy(ROOT / "pyproject.toml", away)
+    shutil.copytree(ROOT / "tests", away / "tests", ignore=shutil.ignore_patterns("cuda_on_cpu"))
+    for file in (away / "tests").glob("test_*.py"):
+        if OF_SOURCES.search(file.read_text()):
+            file.unlink()
+    where = "import fusedkl, fusedkl._library as l; print(fusedkl.__file__, l.why_not(), sep='|')"
+    file, missing = run(python, "-P", "-c", where, cwd=away).strip().split("|")
+    assert Path(file).is_relative_to(site) and missing == "None"
+    tests = ("pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow")
+    summary = run(python, "-P", "-m", *tests, cwd=away).splitlines()[-1]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed and int(passed[1]) > 1000, summary
+    print(f"{which}: {summary}")
+
+
+def run_quietly(*command: str | Path) -> bool:
+    return subprocess.run([str(c) for c in command], capture_output=True).returncode == 0
