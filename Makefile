@@ -77,10 +77,6 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # The `pytest` command, not `python -m pytest`: that puts this folder on the path, where ./kernels
 # would answer to `import kernels`. PYTHONSAFEPATH would do it too, but hides the scripts of demo/
 # from each other.
-# The tests of values once more, for the Triton kernels, which run on a CPU in an interpreter only.
-INTERPRETED := tests/test_triton.py tests/test_values.py tests/test_edges.py tests/test_gradients.py \
-  tests/test_registry.py tests/test_inplace_grad.py
-
 test: $(VENV)/.installed ## all tests but the longest (25 minutes on 2 cores at most)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
@@ -88,7 +84,6 @@ test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.demo-smollm2 ## every test: real models, long fuzzing, huge tensors (75 minutes)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "" $(INTERPRETED) $(PYTEST_ARGS)
 	$(BIN)/pytest -m "" $(PYTEST_ARGS)
 
 bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU

@@ -97,4 +97,5 @@ def store_tokens(
     value = tl.load(found + row * k + j, mask=j < k, other=0.0)
     out = row_pointer(gradient, local, inner, g_outer, g_inner) + token
     inside = (repeated == 0) & (token < vocab)
-    tl.store(out, value.to(gradient.dtype.element_ty), mask=inside)
+    # by way of float32: not every backend of Triton goes from float64 to bfloat16 at once
+    tl.store(out, value.to(tl.float32).to(gradient.dtype.element_ty), mask=inside)
