@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -65,11 +66,13 @@ def cubin(source: str, target: str) -> tuple[bytes, str]:
     made_from = digest(sources(csrc / "cuda", csrc), flags)
     code = ROOT / "build" / "cuda_static" / f"{source}.{target}.{made_from}.cubin"
     log = code.with_suffix(".txt")
-    if not log.is_file():
-        code.parent.mkdir(parents=True, exist_ok=True)
-        command = [home / "bin" / "nvcc", *flags, csrc / "cuda" / f"{source}.cu", "-o", code]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{source}.cu for sm_{target}:\n{done.stdout}{done.stderr}")
-        log.write_text(done.stdout + done.stderr)
+    code.parent.mkdir(parents=True, exist_ok=True)
+    with code.with_suffix(".lock").open("w") as lock:  # of two test processes, one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.is_file():
+            command = [home / "bin" / "nvcc", *flags, csrc / "cuda" / f"{source}.cu", "-o", code]
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{source}.cu for sm_{target}:\n{done.stdout}{done.stderr}")
+            log.write_text(done.stdout + done.stderr)
     return code.read_bytes(), log.read_text()

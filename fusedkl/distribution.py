@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import autograd, validation
 from .backends import needs, resolve
-from .layout import inverse_temperature, rows
+from .layout import inverse_temperature, rows, token_ids
 
 
 def _one_field(
     logits: Tensor,
     field: str,
-    token_ids: Tensor | None,
+    ids: Tensor | None,
     temperature: float | Tensor,
     backend: str | None,
 ) -> Tensor:
     inverse = inverse_temperature(temperature, logits)
     name = resolve(backend, logits.device, needs(logits, field))
-    return autograd.row_stats(rows(logits), None, token_ids, (field,), None, inverse, backend=name)
+    return autograd.row_stats(rows(logits), None, ids, (field,), None, inverse, backend=name)
 
 
 def logsumexp(
@@ -101,11 +99,8 @@ def selective_log_softmax(
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
     validation.logits("logits", logits)
-    validation.token_index(index, logits)
-    many = index.dim() == logits.dim()
-    rows_, per_row = math.prod(logits.shape[:-1]), index.shape[-1] if many else 1
-    ids = index.reshape(rows_, per_row).contiguous()
-    values = _one_field(logits, "logprob", ids, temperature, backend)
+    validation.token_index("index", index, logits)
+    values = _one_field(logits, "logprob", token_ids(index, logits), temperature, backend)
     return values.t().reshape(index.shape)
 
 

@@ -79,7 +79,7 @@ TopkState topk_state(const TopkCall& c, int64_t r, TopkRoom& room) {
         store_double(room.segment.data(), d, *next - begin, -INFINITY);
       from = room.segment.data();
     }
-    room.parts.push_back(exact ? single_f64(from, d, length, inv_t)
+    room.parts.push_back(exact ? single_f64({from, d}, length, inv_t)
                                : kernels().single[static_cast<int>(d)](from, length, inv_t, false));
   }
   const RowState rest = total(room.parts);
