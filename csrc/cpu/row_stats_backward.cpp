@@ -113,8 +113,8 @@ static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t
     const Logits ys = c.reference ? Logits{c.reference->row(r), c.reference->dtype, c.cap} : xs;
     const double x = xs[id], y = c.reference ? ys[id] : -INFINITY;
     if (job.gx && to_policy != 0)
-      tokens.push_back(
-          {job.gx, c.policy.dtype, id, policy_gradient_at(s, job.gradient, x, y, job.inv_t) + to_policy * job.inv_t});
+      tokens.push_back({job.gx, c.policy.dtype, id,
+                        (policy_gradient_at(s, job.gradient, x, y, job.inv_t) + to_policy * job.inv_t) * xs.slope(id)});
     if (job.gy && to_reference != 0)
       tokens.push_back({job.gy, c.reference->dtype, id,
                         (reference_gradient_at(s, job.gradient, x, y, job.inv_t) + to_reference * job.inv_t) * ys.slope(id)});
