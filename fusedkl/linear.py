@@ -93,7 +93,7 @@ def linear_divergence(
     inverse, counted, weights = _per_token(
         hidden, temperature, mask, labels, ignore_index, token_weight
     )
-    inputs = _inputs(
+    inputs = head_inputs(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, precision, tile,
         (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
     )._replace(
@@ -123,7 +123,7 @@ def _per_token(
     return inverse, counted, reductions.token_weights(hidden, weight, dtype)
 
 
-def _inputs(
+def head_inputs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
