@@ -73,6 +73,14 @@ $(VENV)/.trainers: $(VENV)/.demo-smollm2
 	$(PIP) --quiet 'fusedkl[trl]'
 	@touch $@
 
+# ttsem asks for Python 3.12 and runs on 3.11; its extra would pin torch.
+$(VENV)/.static: $(VENV)/.installed
+	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
+	$(PIP) --quiet 'fusedkl[static]'
+	$(PIP) --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(PIP) --quiet $(CUDA_PACKAGES)
+	@touch $@
+
 cuda-tools: $(VENV)/.installed ## nvcc and the CUDA headers from PyPI, where there is no toolkit
 	$(PIP) --quiet $(CUDA_PACKAGES)
 
@@ -96,7 +104,7 @@ test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at m
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.trainers ## every test: real models, long fuzzing, huge tensors (75 minutes)
+test-full: $(VENV)/.trainers $(VENV)/.static ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU

@@ -63,10 +63,12 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
   plan.mean_p = (s.residual + R) * t;
   plan.mean_q = (s.residual - F) * t;
-  // where the differences lie close together far from 0, l - R and l + F must be right to their spread; the mean over a slice
-  // would be another mean
-  plan.refine = s.whole != 0 && plan.fate == kSweep && F + R > 0.02 &&
-                ((plan.policy && plan.g.reverse != 0) || (plan.reference && plan.g.ref_forward != 0));
+  // where the differences lie close together far from 0, l - R and l + F must be right to their spread, and at the top of a
+  // peaked reference l + F is what the few others left; the mean over a slice would be another mean
+  const bool close = F + R > 0.02, peaked = fabs(s.reference_log_sum) < 0.01;
+  plan.refine =
+      s.whole != 0 && plan.fate == kSweep &&
+      ((plan.policy && plan.g.reverse != 0 && close) || (plan.reference && plan.g.ref_forward != 0 && (close || peaked)));
   return plan;
 }
 
