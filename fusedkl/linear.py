@@ -86,6 +86,9 @@ def linear_divergence(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2025, for a head whose
+    logits never exist; for divergences of two heads: docs/linear.md.
     """
     fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.reduction(reduction)
@@ -97,9 +100,9 @@ def linear_divergence(
     inverse, counted, weights = per_token(
         hidden, temperature, mask, labels, ignore_index, token_weight
     )
-    inputs = inputs_of(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, fields, precision, tile,
-        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
+    inputs = head_inputs(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, precision, tile,
+        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend, fields,
     )._replace(
         parameter=parameter,
         inv_temperature=inverse,
@@ -145,7 +148,7 @@ def per_token(
     return inverse, counted, reductions.token_weights(hidden, weight, dtype)
 
 
-def inputs_of(
+def head_inputs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -153,12 +156,12 @@ def inputs_of(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     ref_logits: Tensor | None,
-    fields: tuple[str, ...],
     precision: str | None,
     tile: tuple[int, int] | None,
     scales: tuple[float, float],
     softcaps: tuple[float | None, float | None],
     backend: str | None,
+    fields: tuple[str, ...] = (),
 ) -> Inputs:
     """The two heads, checked, with tokens flattened."""
     if precision not in PRECISIONS:

@@ -8,7 +8,7 @@ d hidden over all tiles, d weight tile by tile, each finished and rounded before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -239,12 +239,21 @@ class _Running:
             state[:, reference.STATE.index(column)] = numbers
 
 
-def forward(engine: Engine, asked: list[Rows]) -> list[tuple[Tensor, Tensor]]:
-    """Values [R, n] and state [n, S] of each question, in the state's dtype."""
+def forward(
+    engine: Engine,
+    asked: list[Rows],
+    watch: Callable[[Tensor, slice, slice], None] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Values [R, n] and state [n, S] of each question, in the state's dtype.
+
+    `watch` is called with each tile of the policy's logits, its tokens and its columns.
+    """
     running = [_Running(one, engine) for one in asked]
     for columns in engine.columns():
         for tokens in engine.blocks():
             x, y = engine.logits(tokens, columns)
+            if watch is not None:
+                watch(x, tokens, columns)
             for one in running:
                 one.take(x, y, tokens, columns)
         for one in running:

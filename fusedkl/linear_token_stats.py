@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import divergences, reductions, validation
-from .linear import inputs_of, per_token
+from .linear import head_inputs, per_token
 from .linear_autograd import linear_stats
 from .stats import TokenStats, packed, wanted_fields
 
@@ -61,9 +61,9 @@ def linear_token_stats(
     if not any(divergences.FIELDS[name].needs_reference for name in wanted):
         ref_hidden = ref_weight = ref_bias = ref_logits = None
     inverse, counted, _ = per_token(hidden, temperature, mask, None, -100, None)
-    inputs = inputs_of(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, wanted, precision, tile,
-        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
+    inputs = head_inputs(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, precision, tile,
+        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend, wanted,
     )._replace(
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, None),
