@@ -223,8 +223,8 @@ class _Running:
             self._values[at] = row
         if self.swept:  # NaN where a row is no distribution
             self._values[self.swept[1]] = torch.where(merged[-1].isnan(), torch.nan, 0)
-        for at, _, side in self._tokens:
-            self._values[at] -= _normaliser(state, side, self.asked.inverse)
+        for here, _, side in self._tokens:
+            self._values[here] -= _normaliser(state, side, self.asked.inverse)
         return self._values, state
 
     def end_again(self, values: Tensor, state: Tensor) -> None:
