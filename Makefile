@@ -90,10 +90,6 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # Two test processes, each with torch on one thread; whoever is idle takes over from the other.
 WORKERS := -n 2 --dist worksteal
 
-# The tests of values once more, for the Triton kernels, which run on a CPU in an interpreter only.
-INTERPRETED := tests/test_triton.py tests/test_values.py tests/test_edges.py tests/test_gradients.py \
-  tests/test_registry.py tests/test_inplace_grad.py
-
 test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at most)
 	$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
 
@@ -101,7 +97,6 @@ test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.trainers ## every test: real models, long fuzzing, huge tensors (75 minutes)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "" $(INTERPRETED) $(WORKERS) $(PYTEST_ARGS)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU
