@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +90,17 @@ def test_kinds_of_distillation(models: Models, tmp_path: Path, beta: float) -> N
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_model(tmp_path: Path, name: str) -> None:
     agree(name, Models(None, tmp_path), tmp_path, 20)
+
+
+@pytest.mark.full
+def test_benchmark(tmp_path: Path) -> None:
+    """What it times is the same loss, and the same gradients."""
+    script, out = EXAMPLES.parent / "bench" / "trainers.py", tmp_path / "found.json"
+    subprocess.run(
+        [sys.executable, script, "--quick", "--rounds", "1", "--output", out], check=True
+    )
+    results = json.loads(out.read_text())["results"]
+    assert len(results) >= 3
+    for found in results:
+        numbers = found["loss_and_gradient_norms"]
+        assert numbers["ours"] == pytest.approx(numbers["trl"], rel=1e-4), found["case"]

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import divergences, reference
+from .. import divergences
 from ..linear_backward import Wanted, backward
 from ..linear_ops import Inputs, engine_of
 from ..linear_tiles import Rows, forward
 
-# Columns of a row's state that operator row_sums fills.
-_SUMS = ("divergence", "policy_slope", "reference_slope")
 Watcher = Callable[[Tensor, slice, slice], None]
 
 
@@ -49,7 +47,7 @@ class _HeadNumbers(torch.autograd.Function):
             state = None
             values = hidden.new_zeros((len(i.fields), 0), dtype=i.result_dtype())
         else:
-            values, state = _numbers(i, watch)
+            ((values, state),) = forward(engine_of(i), [_question(i)], watch)
         ctx.names = [name for name, _ in i.tensors()]
         ctx.rest = i.changed(dict.fromkeys(ctx.names))
         given = {"hidden": hidden, "weight": weight, "bias": bias}  # not their detached forms
@@ -73,31 +71,6 @@ class _HeadNumbers(torch.autograd.Function):
         made, _ = backward(engine_of(i), [_question(i)], [grad], [state], (wanted, Wanted()))
         to_hidden = None if made.hidden is None else made.hidden.to(i.hidden.dtype)
         return to_hidden, made.weight, made.bias, None, None
-
-
-def _numbers(i: Inputs, watch: Watcher | None) -> tuple[Tensor, Tensor]:
-    """Values [R, N] and state [N, S]; a divergence of two sweeps takes the tiles twice."""
-    engine = engine_of(i)
-    two = [name for name in i.fields if divergences.FIELDS[name].second_sweep]
-    one = [name for name in i.fields if name not in two]
-    if two:  # its second sweep needs both normalisers, which this one's state has
-        one.append("forward_kl")
-    ((values, state),) = forward(engine, [_question(i._replace(fields=one))], watch)
-    if not two:
-        return values, state
-    (field,) = two
-    sums = state.new_zeros(state.shape[0], 3)
-    for columns in engine.columns():
-        for tokens in engine.blocks():
-            x, y = engine.logits(tokens, columns)
-            inverse = _question(i).part(tokens, columns)[1]
-            sums[tokens] += torch.ops.fusedkl.row_sums(
-                x, y, state[tokens], field, i.parameter, inverse, None, None, None, i.backend
-            )
-    for name, column in zip(_SUMS, sums.unbind(1), strict=True):
-        state[:, reference.STATE.index(name)] = column
-    found = dict(zip(one, values, strict=True)) | {field: sums[:, 0]}
-    return torch.stack([found[name] for name in i.fields]), state
 
 
 def _question(i: Inputs) -> Rows:
