@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import distribution, divergences, validation
 from ..layout import inverse_temperature
-from ..linear import head_inputs
+from ..linear import inputs_of
 from ..linear_ops import Inputs
 from ..named import jsd
 from ..stats import token_stats
@@ -200,8 +200,8 @@ def _head(
     if ref_hidden is not None and ref_weight is not None:
         ref_weight = ref_weight.to(ref_hidden.dtype)
         ref_bias = None if ref_bias is None else ref_bias.to(ref_hidden.dtype)
-    inputs = head_inputs(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, None, None, None,
+    inputs = inputs_of(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, None, (), None, None,
         (scale, ref_scale), (softcap, ref_softcap), None,
     )  # fmt: skip
     return inputs._replace(inv_temperature=inverse_temperature(temperature, hidden))
