@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 MODEL ?= smollm2
+SECONDS ?= 60
 PYTEST_ARGS ?=
 
 # The tests compile and run the CUDA kernels on their own; the library is only for a machine with a GPU.
@@ -33,7 +34,7 @@ endif
 # A half-made stamp must not count as made.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel site clean
+.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel site fuzz coverage clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -129,6 +130,12 @@ format: $(VENV)/.dev ## rewrite the sources as `make lint` wants them
 
 wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
+
+coverage: $(VENV)/.dev ## which lines of Python the quick tests run; a page in out/coverage/
+	$(BIN)/pytest -m "not full and not slow" --cov=fusedkl --cov-report=term --cov-report=html:out/coverage
+
+fuzz: $(VENV)/.installed ## random calls of the public functions, for SECONDS=60
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 site: $(VENV)/.docs ## build the documentation into out/site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

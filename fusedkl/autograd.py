@@ -241,7 +241,9 @@ def composed_gradients(
     ]
     if not all(t.requires_grad for t in wanted):
         raise RuntimeError("fusedkl: the result of torch.func.vjp is not differentiable; nest vjp")
-    found = torch.autograd.grad(values, wanted, grad.to(values.dtype), create_graph=True)
+    found = torch.autograd.grad(
+        values, wanted, grad.to(values.dtype), create_graph=True, materialize_grads=True
+    )
     # A zero upstream gradient silences a NaN row, and stays differentiable everywhere else.
     silent = values.detach().isnan().any(0) & (grad == 0).all(0)
     silent = silent.view(*policy.shape[:-1], 1)

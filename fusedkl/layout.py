@@ -31,7 +31,8 @@ def rows(logits: Tensor) -> Tensor:
     if logits.dim() == 1:
         logits = logits.unsqueeze(0)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
+        # Not contiguous(), which leaves an empty tensor its strides, whatever they are.
+        logits = logits.clone(memory_format=torch.contiguous_format)
     return logits.flatten(0, -2) if logits.dim() > _MAX_DIMS else logits
 
 

@@ -54,6 +54,9 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2025, for a head whose
+    logits never exist.
     """
     validation.tensor("hidden", hidden)
     paired = ref_hidden is not None or ref_logits is not None

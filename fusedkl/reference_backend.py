@@ -115,7 +115,9 @@ def row_stats_backward(
                 valid_vocab,
                 softcap,
             )
-            found = torch.autograd.grad(values, wanted, upstream.to(values.dtype))
+            # A field of one row alone leaves the other a gradient of 0.
+            upstream_ = upstream.to(values.dtype)
+            found = torch.autograd.grad(values, wanted, upstream_, materialize_grads=True)
         live = (upstream != 0).any(0)[:, None]  # 0 times the NaN of a bad row would be NaN
         for out, gradient in zip(flat, found, strict=True):
             out[part] = torch.where(live, gradient, 0)

@@ -32,6 +32,7 @@ class Call:
     name: str
     positional: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
+    floor: float = 1e-7  # absolute errors that are nobody's fault
 
     def fresh(self) -> Arguments:
         tensors: list[Tensor] = []

@@ -113,6 +113,32 @@ def test_softcap_of_statistics_and_masks(backend: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("field", ["logprob", "ref_logprob", "log_ratio", "logsumexp"])
+def test_softcap_in_the_gradients_of_statistics(backend: str, field: str) -> None:
+    """The tokens' own gradients are stored apart, and have the slope of the cap too."""
+    rows = [(8 * torch.randn(4, 90)).requires_grad_() for _ in "xy"]
+    ids = torch.randint(90, (4, 2))
+    row = rows[field.startswith("ref_")]
+    stats = fusedkl.token_stats(*rows, ids, fields=[field], softcap=5.0, backend=backend)
+    (found,) = torch.autograd.grad(getattr(stats, field).sum(), row)
+    log_p = torch.log_softmax(capped(row, 5.0, 1.0), -1)
+    value = log_p.gather(-1, ids).sum()
+    if field == "logsumexp":
+        value = torch.logsumexp(capped(row, 5.0, 1.0), -1).sum()
+    (expected,) = torch.autograd.grad(value, row)
+    assert oracle.relative_l2(found, expected) <= oracle.GRADIENT_TOLERANCE[found.dtype]
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7)])
+def test_empty_rows_of_a_strided_last_dim(backend: str, shape: tuple[int, ...]) -> None:
+    """torch calls an empty tensor contiguous whatever its strides, so it is not copied."""
+    x = torch.empty(*shape[:-1], 2 * shape[-1])[..., ::2].requires_grad_()
+    loss = fusedkl.forward_kl(x, x.detach(), reduction="sum", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss == 0 and gradient.shape == shape
+    assert fusedkl.logsumexp(x, backend=backend).shape == shape[:-1]
+
+
 def test_logit_scale_is_one_over_temperature(backend: str) -> None:
     policy, reference = torch.randn(2, 3, 40)
     scaled = fusedkl.jsd(policy, reference, logit_scale=0.25, backend=backend)

@@ -40,7 +40,7 @@ def run(files: tuple[str, ...], marks: str, least: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("files", SUITE, ids=["values", "gradients"])
 def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "not full", 50)
+    run(files, "not full", 40)
 
 
 @pytest.mark.full
