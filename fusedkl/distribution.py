@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import autograd, validation
+from . import autograd, distributed, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _one_field(
@@ -17,15 +21,25 @@ def _one_field(
     field: str,
     token_ids: Tensor | None,
     temperature: float | Tensor,
+    group: ProcessGroup | None,
     backend: str | None,
 ) -> Tensor:
+    validation.logits("logits", logits, sliced=group is not None)
     inverse = inverse_temperature(temperature, logits)
-    name = resolve(backend, logits.device, needs(logits, field))
-    return autograd.row_stats(rows(logits), None, token_ids, (field,), None, inverse, backend=name)
+    wanted = needs(logits, field)
+    name = resolve(backend, logits.device, wanted)
+    shards = distributed.shards(group, logits, dtype=wanted[0], field=field, T=temperature)
+    return autograd.row_stats(
+        rows(logits), None, token_ids, (field,), None, inverse, shards=shards, backend=name
+    )
 
 
 def logsumexp(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """log sum exp(logits / T) over the last dim of [..., V].
 
@@ -43,12 +57,16 @@ def logsumexp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
-    validation.logits("logits", logits)
-    return _one_field(logits, "logsumexp", None, temperature, backend)[0].reshape(logits.shape[:-1])
+    values = _one_field(logits, "logsumexp", None, temperature, group, backend)
+    return values[0].reshape(logits.shape[:-1])
 
 
 def entropy(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """-sum p log p over the last dim of [..., V], p = softmax(logits / T), in nats.
 
@@ -69,8 +87,8 @@ def entropy(
 
     Shannon, "A Mathematical Theory of Communication", 1948.
     """
-    validation.logits("logits", logits)
-    return _one_field(logits, "entropy", None, temperature, backend)[0].reshape(logits.shape[:-1])
+    values = _one_field(logits, "entropy", None, temperature, group, backend)
+    return values[0].reshape(logits.shape[:-1])
 
 
 def selective_log_softmax(
@@ -105,7 +123,7 @@ def selective_log_softmax(
     many = index.dim() == logits.dim()
     rows_, per_row = math.prod(logits.shape[:-1]), index.shape[-1] if many else 1
     ids = index.reshape(rows_, per_row).contiguous()
-    values = _one_field(logits, "logprob", ids, temperature, backend)
+    values = _one_field(logits, "logprob", ids, temperature, None, backend)
     return values.t().reshape(index.shape)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from . import autograd, divergences, reductions, reference, scalar_loss, validation
+from . import autograd, distributed, divergences, reductions, reference, scalar_loss, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def divergence(
@@ -21,6 +26,7 @@ def divergence(
     ignore_index: int = -100,
     reduction: str = "none",
     inplace_grad: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divergence between the distributions of two rows of logits, for every row, in nats.
@@ -59,6 +65,8 @@ def divergence(
             one. For logits that nothing else needs: autograd refuses to use them afterwards, and a
             second backward or create_graph raises. A leaf's .grad then shares its memory. Under
             torch.compile the compiler decides whether memory is reused.
+        group: a torch.distributed.ProcessGroup whose ranks each hold a slice of the vocabulary, in
+            the order of ranks, of any size; docs/sharding.md. No double backward.
         backend: None for the best one (see `explain`), or a name from `backends()`, which then runs
             or raises.
 
@@ -73,7 +81,7 @@ def divergence(
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
     definition = divergences.get(kind)
-    validation.pair(policy_logits, reference_logits)
+    validation.pair(policy_logits, reference_logits, sliced=group is not None)
     validation.reduction(reduction)
     validation.flag("inplace_grad", inplace_grad)
     shape = policy_logits.shape[:-1]
@@ -87,6 +95,9 @@ def divergence(
     weights = reductions.token_weights(policy_logits, weight, dtype)
     wanted = needs(policy_logits, reference_logits, *definition.fields)
     name = resolve(backend, policy_logits.device, wanted)
+    shards = distributed.shards(
+        group, policy_logits, kind=kind, dtype=wanted[:2], temperature=temperature
+    )
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 
@@ -97,7 +108,8 @@ def divergence(
         return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
 
     fields = definition.fields
-    if reduction != "none" and not inplace_grad and scalar_loss.gradient_ahead(x, y, weights, name):
+    ahead = reduction != "none" and not inplace_grad and shards is None
+    if ahead and scalar_loss.gradient_ahead(x, y, weights, name):
         share = reductions.shares(
             shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name
         )
@@ -116,7 +128,16 @@ def divergence(
         )
     return reduced(
         autograd.row_stats(
-            x, y, None, fields, None, inverse, read, inplace_grad=inplace_grad, backend=name
+            x,
+            y,
+            None,
+            fields,
+            None,
+            inverse,
+            read,
+            inplace_grad=inplace_grad,
+            shards=shards,
+            backend=name,
         )
     )
 

@@ -23,6 +23,7 @@ struct KernelTable {
   RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse);
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
   void (*gradient[3])(GradientJob);
+  void (*sharpen[3])(GradientJob, RowState&);
   void (*widen[3])(const void* from, float* to, int64_t n);
   void (*narrow[3])(const float* from, void* to, int64_t n);
   void (*log_softmax)(float* logits, int64_t n, const RowState& state);                        // in place
@@ -41,6 +42,13 @@ const KernelTable* avx512_bf16_kernels();
 
 // Where 1/T alone takes fp32 arithmetic out of its range; such rows take the double path.
 static inline bool extreme_temperature(double inv_t) { return !(inv_t < 1e6 && inv_t > 1e-6); }
+
+// Logits, divergences or a temperature that fp32 arithmetic has no room for: masks at finfo.min, T below 1e-6.
+static inline bool beyond_float(const RowState& s, double inv_t) {
+  auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
+  return extreme_temperature(inv_t) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) || large(s.forward_kl, 1e30) ||
+         large(s.reverse_kl, 1e30);
+}
 
 // fp64 rows, in double throughout
 RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t);

@@ -11,6 +11,7 @@
    {divergence_segment<DType::f32>, divergence_segment<DType::bf16>, divergence_segment<DType::f16>}, \
    {single_segment<DType::f32>, single_segment<DType::bf16>, single_segment<DType::f16>},             \
    {gradient_row<DType::f32>, gradient_row<DType::bf16>, gradient_row<DType::f16>},                   \
+   {sharpen_state<DType::f32>, sharpen_state<DType::bf16>, sharpen_state<DType::f16>},                \
    {widen_block<DType::f32>, widen_block<DType::bf16>, widen_block<DType::f16>},                      \
    {narrow_block<DType::f32>, narrow_block<DType::bf16>, narrow_block<DType::f16>},                   \
    log_softmax_block,                                                                                 \

@@ -43,30 +43,27 @@ double BackwardCall::grad_at(int64_t field, int64_t r) const {
                                                   : static_cast<const float*>(grad.const_data_ptr())[i];
 }
 
+void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
+  const size_t n = static_cast<size_t>(job.n);
+  x.resize(n);
+  y.resize(n);
+  kernels().widen[static_cast<int>(dx)](job.x, x.data(), job.n);
+  kernels().widen[static_cast<int>(dy)](job.y, y.data(), job.n);
+  job.x = x.data();
+  job.y = y.data();
+}
+
 // Different dtypes: the whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded
 // once into its own dtype.
 static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
   const KernelTable& k = kernels();
   void *const gx = job.gx, *const gy = job.gy;
-  const size_t n = static_cast<size_t>(job.n);
-  room.x.resize(n);
-  room.y.resize(n);
-  k.widen[static_cast<int>(dx)](job.x, room.x.data(), job.n);
-  k.widen[static_cast<int>(dy)](job.y, room.y.data(), job.n);
-  job.x = room.x.data();
-  job.y = room.y.data();
+  room.widen(job, dx, dy);
   job.gx = gx ? room.x.data() : nullptr;
   job.gy = gy ? room.y.data() : nullptr;
   k.gradient[0](job);
   if (gx) k.narrow[static_cast<int>(dx)](room.x.data(), gx, job.n);
   if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
-}
-
-// Logits, divergences or a temperature that fp32 arithmetic has no room for: masks at finfo.min, T below 1e-6.
-static bool beyond_float(const RowState& s, double inv_t) {
-  auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
-  return extreme_temperature(inv_t) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) || large(s.forward_kl, 1e30) ||
-         large(s.reverse_kl, 1e30);
 }
 
 void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {

@@ -1,0 +1,78 @@
+"""Starts worlds of processes that each hold a slice of a vocabulary, and writes what they found.
+
+    python tests/sharding_worlds.py OUT
+
+imports torch once and forks: 2 and 4 ranks that run every case of sharding_cases.py, and worlds
+that go wrong on purpose. OUT/<world>.<rank>.json: the name of a case -> None or what went wrong.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sharding_cases
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def _rank(
+    out: Path, world: str, rank: int, ranks: int, cases: dict[str, Callable[..., Any]], seconds: int
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/{world}.store",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        begin = time.perf_counter()
+        try:
+            found[name] = case(dist.group.WORLD)
+        except Exception:
+            found[name] = {"failed": traceback.format_exc()}
+        found[name] = {"seconds": time.perf_counter() - begin, **(found[name] or {})}
+        (out / f"{world}.{rank}.json").write_text(json.dumps(found))
+
+
+def run(
+    out: Path, world: str, ranks: int, cases: dict[str, Callable[..., Any]], seconds: int = 60
+) -> None:
+    """Fork the ranks of one world and wait for them."""
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                _rank(out, world, rank, ranks, cases, seconds)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def main(out: Path) -> None:
+    sharding_cases.prepare()
+    for ranks in (2, 4):
+        run(out, str(ranks), ranks, sharding_cases.CASES)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
