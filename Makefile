@@ -77,19 +77,22 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # The `pytest` command, not `python -m pytest`: that puts this folder on the path, where ./kernels
 # would answer to `import kernels`. PYTHONSAFEPATH would do it too, but hides the scripts of demo/
 # from each other.
+# Two test processes, each with torch on one thread; whoever is idle takes over from the other.
+WORKERS := -n 2 --dist worksteal
+
 # The tests of values once more, for the Triton kernels, which run on a CPU in an interpreter only.
 INTERPRETED := tests/test_triton.py tests/test_values.py tests/test_edges.py tests/test_gradients.py \
   tests/test_registry.py tests/test_inplace_grad.py
 
 test: $(VENV)/.installed ## all tests but the longest (25 minutes on 2 cores at most)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
-	$(BIN)/pytest -m "not full and not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
 test-full: $(VENV)/.demo-smollm2 ## every test: real models, long fuzzing, huge tensors (75 minutes)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "" $(INTERPRETED) $(PYTEST_ARGS)
-	$(BIN)/pytest -m "" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "" $(INTERPRETED) $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU
 	$(BIN)/python bench/run.py --device cpu
@@ -103,7 +106,8 @@ mypy: $(VENV)/.dev
 	$(BIN)/mypy fusedkl setup.py
 	MYPYPATH=bench $(BIN)/mypy bench
 	MYPYPATH=demo $(BIN)/mypy demo
-	MYPYPATH=examples:demo $(BIN)/mypy examples
+	MYPYPATH=examples:demo $(BIN)/mypy examples/*.py
+	MYPYPATH=examples/dropin $(BIN)/mypy examples/dropin
 
 format: $(VENV)/.dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix

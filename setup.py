@@ -26,6 +26,7 @@ CPU_SOURCES = [
     "csrc/cpu/isa_avx512.cpp",
     "csrc/cpu/isa_avx512_bf16.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/family_series.cpp",
     "csrc/cpu/rows_f64.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/row_stats.cpp",

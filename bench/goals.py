@@ -148,6 +148,19 @@ GOALS: dict[str, Goal] = {
     "gradient_cancelling": Goal(
         "gradient, relative L2, where its terms cancel by 1e4 to 1e8", unit=""
     ),
+    "family_error": Goal(
+        "worst relative error of the other divergences",
+        1e-5,
+        1e-6,
+        unit="",
+        isa=None,
+        any_size=True,
+    ),
+    "grpo_compile": _faster("GRPO step statistics, forward + backward vs torch.compile", 4.0, 8.0),
+    "grpo_eager": _faster("GRPO step statistics, forward + backward vs eager", 8.0, 20.0),
+    "jsd_compile": _faster("jsd, forward + backward vs torch.compile", 3.0, 6.0),
+    "jsd_eager": _faster("jsd, forward + backward vs TRL's operators", 20.0, 50.0),
+    "token_stats": Goal("token_stats with every field vs forward_kl", 1.8, 1.3),
     "flatness": Goal("cost per pair, dearest shape vs cheapest, >= 100k pairs", 1.5, 1.1),
     "call_cost": Goal("fixed cost of a call (1 x 1024)", unit="us"),
     "threads_row": Goal("two threads vs one, one row of V = 1M", higher_is_better=True),

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import accuracy
+import family
 import growth
 import inputs
 import jobs_io
@@ -64,6 +65,8 @@ JOBS: dict[str, Job] = {
     "accuracy": Job(accuracy.run),
     "accuracy-avx2": Job(accuracy.run, AVX2, needs_avx2=True),
     "forward": Job(speed.run_forward),
+    "family-accuracy": Job(family.run_accuracy),
+    "family": Job(family.run_steps, {"THP_MEM_ALLOC_ENABLE": "1"}),
     "inputs": Job(inputs.run_inputs),
     # torch's own switch for its side; ours asks for huge pages by itself.
     "backward-huge": Job(speed.run_backward, {"THP_MEM_ALLOC_ENABLE": "1"}),

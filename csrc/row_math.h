@@ -36,9 +36,12 @@ struct RowState {
   double reference_max, reference_log_sum;  // logsumexp(y/T)
   double centre, residual;                  // D = lse(x/T) - lse(y/T) = centre/T + residual: l = ((x - y) - centre)/T - residual
   double forward_kl, reverse_kl, entropy, reference_entropy;
-  double whole;  // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one
+  double whole;              // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one
+  double logit_sum, tokens;  // sum of x/T, over how many logits; mean log p = logit_sum / tokens - lse(x/T)
+  // of a divergence that takes a second sweep: its value and the means of its slopes (family_math.h); of the whole row only
+  double divergence, policy_slope, reference_slope;
 };
-constexpr int kStateColumns = 11;
+constexpr int kStateColumns = 16;
 static_assert(sizeof(RowState) == kStateColumns * sizeof(double));
 
 constexpr double kLog2e = 1.4426950408889634074;
@@ -195,9 +198,27 @@ FUSEDKL_HD static inline bool difference_too_coarse(double centre, double kl) {
   return centre * centre * 0x1p-48 > 2e-12 * (kl < 1 ? kl : 1);
 }
 
+// A side that is no distribution (NaN, +inf, or no mass at all) takes with it what stands on it, and leaves the other side alone.
+FUSEDKL_HD static inline void lose_pair(RowState& s) {
+  s.centre = s.residual = s.forward_kl = s.reverse_kl = s.divergence = s.policy_slope = s.reference_slope = NAN;
+}
+FUSEDKL_HD static inline void lose_policy(RowState& s) {
+  s.policy_max = s.policy_log_sum = s.entropy = s.logit_sum = NAN;
+  lose_pair(s);
+}
+FUSEDKL_HD static inline void lose_reference(RowState& s) {
+  s.reference_max = s.reference_log_sum = s.reference_entropy = NAN;
+  lose_pair(s);
+}
 FUSEDKL_HD static inline RowState nan_state() {
-  const double v = NAN;
-  return {v, v, v, v, v, v, v, v, v, v, 0};
+  RowState s{};
+  lose_policy(s);
+  lose_reference(s);
+  return s;
+}
+
+FUSEDKL_HD static inline double mean_logprob(const RowState& s) {
+  return (s.logit_sum / s.tokens - s.policy_max) - s.policy_log_sum;
 }
 
 // A row of which the maxima and the sums about them are known, before its divergences: masses, and D where it cannot be better.
@@ -235,9 +256,11 @@ FUSEDKL_HD static inline double merged_log_sum(const RowState* parts, int count,
 // by an exponential that may underflow).
 FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double inv_t) {
   if (count == 1) return parts[0];
-  for (int i = 0; i < count; i++)
-    if (parts[i].policy_log_sum != parts[i].policy_log_sum || parts[i].reference_log_sum != parts[i].reference_log_sum)
-      return nan_state();
+  bool bad_policy = false, bad_reference = false;
+  for (int i = 0; i < count; i++) {
+    bad_policy |= parts[i].policy_log_sum != parts[i].policy_log_sum;
+    bad_reference |= parts[i].reference_log_sum != parts[i].reference_log_sum;
+  }
   RowState row{};
   int top_p, top_q;
   const double more_p = merged_log_sum(parts, count, true, &top_p), more_q = merged_log_sum(parts, count, false, &top_q);
@@ -280,54 +303,107 @@ FUSEDKL_HD static inline RowState merge(const RowState* parts, int count, double
     else row.reverse_kl += q;
     if (has_p) row.entropy += p * (parts[i].entropy - log_p(i));
     if (has_q) row.reference_entropy += q * (parts[i].reference_entropy - log_q(i));
+    row.logit_sum += parts[i].logit_sum;
+    row.tokens += parts[i].tokens;
   }
+  if (bad_policy) lose_policy(row);
+  if (bad_reference) lose_reference(row);
   return row;
 }
 
-// One row's gradient, as coefficients of what a sweep can compute per token (l = log p - log q):
-//   d/dx = q * (forward * expm1(l)) + p * (reverse * (l - R) + mass + information * (log p + H))      (+ token scatter)
-//   d/dy = q * (ref_forward * (l + F) + ref_reverse * expm1(l))
-// Everything already carries the incoming gradient and 1/T.
-struct RowGradient {
-  double forward = 0, reverse = 0, mass = 0, information = 0;
-  double ref_forward = 0, ref_reverse = 0;
-
-  FUSEDKL_MEMBER bool policy_zero() const { return forward == 0 && reverse == 0 && mass == 0 && information == 0; }
-  FUSEDKL_MEMBER bool reference_zero() const { return ref_forward == 0 && ref_reverse == 0; }
+// The gradients that arrive for a row's values; those of tokens summed over the tokens.
+struct RowGrads {
+  double forward_kl = 0, reverse_kl = 0, entropy = 0, logsumexp = 0, mean_logprob = 0, logprob = 0, log_ratio = 0;
+  double ref_entropy = 0, ref_logsumexp = 0, ref_logprob = 0;
 };
 
-// grads of the row's values -> coefficients. Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
-FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_t, double g_forward, double g_reverse,
-                                                  double g_entropy, double g_lse, double g_logprobs) {
+// One row's gradient, as coefficients of what a sweep can compute per token (l = log p - log q):
+//   d/dx = q * (forward * expm1(l)) + p * (reverse * (l - R) + mass + information * (log p + H(p))) + uniform   (+ token scatter)
+//   d/dy = q * (ref_forward * (l + F) + ref_reverse * expm1(l) + ref_mass + ref_information * (log q + H(q)))   (+ token scatter)
+// Everything already carries the incoming gradient and 1/T.
+struct RowGradient {
+  double forward = 0, reverse = 0, mass = 0, information = 0, uniform = 0;
+  double ref_forward = 0, ref_reverse = 0, ref_mass = 0, ref_information = 0;
+  double divergence = 0, ref_divergence = 0;  // of a divergence of family_math.h
+
+  FUSEDKL_MEMBER bool policy_zero() const {
+    return forward == 0 && reverse == 0 && mass == 0 && information == 0 && uniform == 0 && divergence == 0;
+  }
+  FUSEDKL_MEMBER bool reference_zero() const {
+    return ref_forward == 0 && ref_reverse == 0 && ref_mass == 0 && ref_information == 0 && ref_divergence == 0;
+  }
+  // whether a side's gradient looks at the other row
+  FUSEDKL_MEMBER bool family() const { return divergence != 0 || ref_divergence != 0; }
+  FUSEDKL_MEMBER bool paired() const { return forward != 0 || reverse != 0 || ref_forward != 0 || ref_reverse != 0 || family(); }
+  FUSEDKL_MEMBER bool policy_nan() const { return is_nan(forward + reverse + mass + information + uniform + divergence); }
+  FUSEDKL_MEMBER bool reference_nan() const {
+    return is_nan(ref_forward + ref_reverse + ref_mass + ref_information + ref_divergence);
+  }
+
+ private:
+  FUSEDKL_MEMBER static bool is_nan(double v) { return v != v; }
+};
+
+// grads of the row's values -> coefficients. Where a KL is +inf its policy gradient is p - q and its reference gradient 0. A side
+// that is no distribution makes NaN of every coefficient that stands on it and has a gradient.
+FUSEDKL_HD static inline RowGradient row_gradient(const RowState& s, double inv_t, const RowGrads& g) {
   RowGradient r;
   const bool f_inf = s.forward_kl == INFINITY, r_inf = s.reverse_kl == INFINITY;
-  r.forward = inv_t * (g_forward + (r_inf ? g_reverse : 0));
-  r.reverse = r_inf ? 0 : inv_t * g_reverse;
-  r.ref_forward = f_inf ? 0 : -inv_t * g_forward;
-  r.ref_reverse = r_inf ? 0 : -inv_t * g_reverse;
-  r.mass = inv_t * (g_lse - g_logprobs);
-  r.information = -inv_t * g_entropy;
+  auto on = [](double value, double column) { return value != 0 && column != column ? NAN : value; };
+  const double forward = on(g.forward_kl, s.forward_kl), reverse = on(g.reverse_kl, s.reverse_kl);
+  r.forward = inv_t * (forward + (r_inf ? reverse : 0));
+  r.reverse = r_inf ? 0 : inv_t * reverse;
+  r.ref_forward = f_inf ? 0 : -inv_t * forward;
+  r.ref_reverse = r_inf ? 0 : -inv_t * reverse;
+  r.mass = inv_t * on((g.logsumexp - g.logprob) - (g.mean_logprob + on(g.log_ratio, s.residual)), s.policy_log_sum);
+  r.information = -inv_t * on(g.entropy, s.policy_log_sum);
+  r.uniform = g.mean_logprob != 0 ? inv_t * on(g.mean_logprob, s.policy_log_sum) / s.tokens : 0;
+  r.ref_mass = inv_t * on((g.ref_logsumexp - g.ref_logprob) + on(g.log_ratio, s.residual), s.reference_log_sum);
+  r.ref_information = -inv_t * on(g.ref_entropy, s.reference_log_sum);
   return r;
 }
 
-// The same gradient for one token, in double: the tokens whose log-probability was asked for are stored once, from here.
-FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t,
-                                                   bool with_reference) {
+// The state with the sides exchanged, as far as one side alone is concerned.
+FUSEDKL_HD static inline RowState reference_alone(const RowState& s) {
+  RowState r{};
+  r.policy_max = s.reference_max;
+  r.policy_log_sum = s.reference_log_sum;
+  r.entropy = s.reference_entropy;
+  return r;
+}
+FUSEDKL_HD static inline RowGradient reference_alone(const RowGradient& g) {
+  RowGradient r;
+  r.mass = g.ref_mass;
+  r.information = g.ref_information;
+  return r;
+}
+
+// What one logit gets from its own row: p (mass + information (log p + H)) + uniform; nothing where it is -inf.
+FUSEDKL_HD static inline double own_gradient_at(const RowState& s, const RowGradient& r, double x, double inv_t) {
+  if (x == -INFINITY) return 0;
   const double log_p = (x * inv_t - s.policy_max) - s.policy_log_sum, p = exp(log_p);
-  double v = p != 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0;
-  if (with_reference && (r.forward != 0 || r.reverse != 0)) {
+  return (p != 0 ? p * (r.mass + (r.information != 0 ? r.information * (log_p + s.entropy) : 0)) : 0) + r.uniform;
+}
+
+// The same gradients for one token, in double: the tokens whose log-probability was asked for are stored once, from here.
+FUSEDKL_HD static inline double policy_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t) {
+  double v = own_gradient_at(s, r, x, inv_t);
+  if (r.forward != 0 || r.reverse != 0) {
+    const double p = exp((x * inv_t - s.policy_max) - s.policy_log_sum);
     const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * inv_t - s.residual;
     v += r.forward * (q > 0 && l < 1 ? q * expm1(l) : p - q);
     if (r.reverse != 0 && p != 0) v += p * r.reverse * (l - s.reverse_kl);
   }
   return v;
 }
-
 FUSEDKL_HD static inline double reference_gradient_at(const RowState& s, const RowGradient& r, double x, double y, double inv_t) {
-  const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * inv_t - s.residual;
-  double v = r.ref_forward != 0 && q != 0 ? r.ref_forward * q * (l + s.forward_kl) : 0;
-  if (r.ref_reverse != 0)
-    v += r.ref_reverse * (q > 0 && l < 1 ? q * expm1(l) : exp((x * inv_t - s.policy_max) - s.policy_log_sum) - q);
+  double v = own_gradient_at(reference_alone(s), reference_alone(r), y, inv_t);
+  if (r.ref_forward != 0 || r.ref_reverse != 0) {
+    const double q = exp((y * inv_t - s.reference_max) - s.reference_log_sum), l = ((x - y) - s.centre) * inv_t - s.residual;
+    if (r.ref_forward != 0 && q != 0) v += r.ref_forward * q * (l + s.forward_kl);
+    if (r.ref_reverse != 0)
+      v += r.ref_reverse * (q > 0 && l < 1 ? q * expm1(l) : exp((x * inv_t - s.policy_max) - s.policy_log_sum) - q);
+  }
   return v;
 }
 

@@ -4,12 +4,22 @@ from . import inductor
 from .backends import backends, explain
 from .distillation import distillation_loss
 from .distribution import entropy, log_softmax, logsumexp, selective_log_softmax
-from .functional import divergence, forward_kl, jeffreys, reverse_kl
+from .functional import divergence
 from .gaussian import gaussian_kl
 from .kl_div import KLDivLoss, kl_div
 from .linear import linear_divergence
 from .linear_modules import LinearDivergenceLoss
-from .modules import ForwardKLLoss, JeffreysLoss, ReverseKLLoss
+from .modules import (
+    ForwardKLLoss,
+    HellingerLoss,
+    JeffreysLoss,
+    JSDLoss,
+    RenyiLoss,
+    ReverseKLLoss,
+    SkewKLLoss,
+    TVDLoss,
+)
+from .named import forward_kl, hellinger, jeffreys, jsd, renyi, reverse_kl, skew_kl, tvd
 from .patch import patch, unpatch
 from .penalties import (
     AdaptiveKLController,
@@ -19,6 +29,7 @@ from .penalties import (
     nats_to_bits,
 )
 from .second_order import fisher_vector_product
+from .stats import TokenStats, token_stats
 from .topk import TopkDivergence, topk_divergence
 
 __version__ = "0.1.0"
@@ -27,10 +38,16 @@ __all__ = [
     "AdaptiveKLController",
     "FixedKLController",
     "ForwardKLLoss",
+    "HellingerLoss",
+    "JSDLoss",
     "JeffreysLoss",
     "KLDivLoss",
     "LinearDivergenceLoss",
+    "RenyiLoss",
     "ReverseKLLoss",
+    "SkewKLLoss",
+    "TVDLoss",
+    "TokenStats",
     "TopkDivergence",
     "backends",
     "distillation_loss",
@@ -40,8 +57,10 @@ __all__ = [
     "fisher_vector_product",
     "forward_kl",
     "gaussian_kl",
+    "hellinger",
     "inductor",
     "jeffreys",
+    "jsd",
     "kl_div",
     "kl_estimate",
     "kl_penalized_rewards",
@@ -50,8 +69,12 @@ __all__ = [
     "logsumexp",
     "nats_to_bits",
     "patch",
+    "renyi",
     "reverse_kl",
     "selective_log_softmax",
+    "skew_kl",
+    "token_stats",
     "topk_divergence",
+    "tvd",
     "unpatch",
 ]

@@ -40,6 +40,11 @@ OPERATORS: dict[str, tuple[str, str]] = {
         f"Tensor grad, Tensor policy, Tensor? reference, {_FIELDS}, Tensor? mask, {_CONTROLS}",
         "(Tensor values, Tensor state, Tensor policy_grad)",
     ),
+    "row_sums": (
+        "Tensor policy, Tensor reference, Tensor state, str field, float? parameter, "
+        f"Tensor? inv_temperature, Tensor? mask, {_CONTROLS}",
+        "Tensor",
+    ),
     "merge_states": (
         "Tensor parts, str[] fields, Tensor? inv_temperature",
         "(Tensor values, Tensor state)",

@@ -27,7 +27,7 @@ class Backend:
     summary: str
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
-    takes: frozenset[str] | None = None  # dtypes of logits and fields; None: all there are
+    takes: frozenset[str] | None = None  # dtypes, fields, "softcap"; None: all there are
     gradient_ahead: bool = False  # whether one visit to a row gives both, see scalar_loss.py
 
 
@@ -48,7 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_TRITON_TAKES = frozenset(
+_GPU_TAKES = frozenset(
     (
         *("float32", "bfloat16", "float16"),
         *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
@@ -101,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
+            _GPU_TAKES | {"float64"},
             gradient_ahead=True,
         ),
         Backend(
@@ -108,7 +109,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _TRITON_TAKES,
+            _GPU_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
@@ -120,11 +121,13 @@ def kernels(name: str) -> Any:
     return BACKENDS[name].kernels
 
 
-def needs(*wanted: Tensor | str) -> tuple[str, ...]:
-    """The dtypes of some logits, and fields, as `resolve` takes them."""
+def needs(*wanted: Tensor | str | None, softcap: float | None = None) -> tuple[str, ...]:
+    """The dtypes of some logits, fields, and "softcap", as `resolve` takes them."""
+    given = (*wanted, None if softcap is None else "softcap")
     return tuple(
         str(each.dtype).removeprefix("torch.") if isinstance(each, Tensor) else each
-        for each in wanted
+        for each in given
+        if each is not None
     )
 
 

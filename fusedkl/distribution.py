@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import autograd, distributed, validation
+from . import autograd, distributed, dtensors, validation
 from .backends import needs, resolve
-from .layout import inverse_temperature, rows
+from .layout import inverse_temperature, rows, token_ids
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,19 +19,34 @@ if TYPE_CHECKING:
 def _one_field(
     logits: Tensor,
     field: str,
-    token_ids: Tensor | None,
+    index: Tensor | None,
     temperature: float | Tensor,
     group: ProcessGroup | None,
     backend: str | None,
 ) -> Tensor:
+    if dtensors.given(logits):
+        local = functools.partial(_one_field, field=field, backend=backend)
+        return dtensors.per_token(
+            local,
+            {"logits": logits},
+            index=index,
+            temperature=temperature,
+            group=group,
+        )
     validation.logits("logits", logits, sliced=group is not None)
+    if index is not None:
+        validation.token_index("index", index, logits)
     inverse = inverse_temperature(temperature, logits)
     wanted = needs(logits, field)
     name = resolve(backend, logits.device, wanted)
-    shards = distributed.shards(group, logits, dtype=wanted[0], field=field, T=temperature)
-    return autograd.row_stats(
-        rows(logits), None, token_ids, (field,), None, inverse, shards=shards, backend=name
+    ids = None if index is None else token_ids(index, logits)
+    shards = distributed.shards(group, logits, kind=field, dtype=wanted[0], temperature=temperature)
+    if shards is not None and ids is not None:
+        ids = shards.local_ids(ids, "index")
+    values = autograd.row_stats(
+        rows(logits), None, ids, (field,), None, inverse, shards=shards, backend=name
     )
+    return values.t().reshape(logits.shape[:-1] if index is None else index.shape)
 
 
 def logsumexp(
@@ -48,6 +63,7 @@ def logsumexp(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -57,8 +73,7 @@ def logsumexp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
-    values = _one_field(logits, "logsumexp", None, temperature, group, backend)
-    return values[0].reshape(logits.shape[:-1])
+    return _one_field(logits, "logsumexp", None, temperature, group, backend)
 
 
 def entropy(
@@ -76,6 +91,7 @@ def entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; -inf is skipped. Differentiable.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -87,8 +103,7 @@ def entropy(
 
     Shannon, "A Mathematical Theory of Communication", 1948.
     """
-    values = _one_field(logits, "entropy", None, temperature, group, backend)
-    return values[0].reshape(logits.shape[:-1])
+    return _one_field(logits, "entropy", None, temperature, group, backend)
 
 
 def selective_log_softmax(
@@ -96,6 +111,7 @@ def selective_log_softmax(
     index: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """log p[index] for one or K token ids a row, p = softmax(logits / T).
@@ -108,8 +124,10 @@ def selective_log_softmax(
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
-        index: int64, shape logits.shape[:-1] or that and one dim more; from 0 to V - 1.
+        index: int64, shape logits.shape[:-1] or that and one dim more; from 0 to V - 1,
+            of the whole vocabulary also where a group holds it.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -118,13 +136,7 @@ def selective_log_softmax(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
     """
-    validation.logits("logits", logits)
-    validation.token_index(index, logits)
-    many = index.dim() == logits.dim()
-    rows_, per_row = math.prod(logits.shape[:-1]), index.shape[-1] if many else 1
-    ids = index.reshape(rows_, per_row).contiguous()
-    values = _one_field(logits, "logprob", ids, temperature, None, backend)
-    return values.t().reshape(index.shape)
+    return _one_field(logits, "logprob", index, temperature, group, backend)
 
 
 def log_softmax(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,13 +57,25 @@ def row_parts(*tensors: Tensor) -> Iterator[Any]:
             yield (slice(i * inner + part.start, i * inner + part.stop), *cut)
 
 
-def inverse_temperature(temperature: float | Tensor, policy: Tensor) -> Tensor | None:
-    """1/T as [N] or [1], None for T = 1: kernels scale differences of logits, never logits."""
+def inverse_temperature(
+    temperature: float | Tensor, policy: Tensor, logit_scale: float = 1.0
+) -> Tensor | None:
+    """logit_scale/T as [N] or [1], None for 1: kernels scale differences of logits."""
     dtype = reference.inside(policy.device)
     if isinstance(temperature, Tensor):
         validation.tensor_temperature(temperature, policy)
-        return temperature.reshape(-1).to(dtype).reciprocal()
+        return logit_scale / temperature.reshape(-1).to(dtype)
     validation.number_temperature(temperature)
-    if temperature == 1:
+    if temperature == logit_scale:
         return None
-    return torch.full((1,), 1 / temperature, dtype=dtype, device=policy.device)
+    return torch.full((1,), logit_scale / temperature, dtype=dtype, device=policy.device)
+
+
+def token_ids(ids: Tensor, logits: Tensor) -> Tensor:
+    """[...] or [..., K] as the operators take it, [N, K].
+
+    To operators -1 is a token of another slice; to users it is none, so it goes one lower.
+    """
+    per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
+    flat = ids.reshape(math.prod(logits.shape[:-1]), per_row).contiguous()
+    return flat - (flat < 0).to(flat.dtype)

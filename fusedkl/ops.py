@@ -13,6 +13,13 @@ fusedkl::row_stats_backward(grad [R, N], ..., state, ...) -> gradients, contiguo
     Also of a slice of the vocabulary, given the state of the whole row.
 fusedkl::merge_states(parts [P, N, S], fields, inv_temperature?) -> values [R, N], state [N, S]
     float64; parts are the states of slices of one vocabulary, in order; fields without token ids
+fusedkl::row_sums(policy, reference, state, field, ...) -> [N, 3] float64: of a divergence that
+    takes a second sweep, over a slice of the vocabulary, given the state of the whole rows (the
+    columns up to residual): its value and the means of its slopes under p and under q; of tvd its
+    value, the sum of p where p <= q and that of q where p > q; of renyi and hellinger
+    1 - sum q^a p^(1-a), sum q^a p^(1-a) and 0. The sums of slices add up to the row's.
+A token id of -1 is a token of another slice of the vocabulary: its value is 0 and no logit gets its
+gradient, while the slice's probabilities get what they owe to it.
 """
 
 from __future__ import annotations
@@ -41,6 +48,10 @@ def run(name: str, *args: Any) -> Any:
     elif name == "row_stats_with_gradient":
         _, policy, other, *others = rest
         validation.row_stats_contents(policy, other, None, *others)
+    elif name == "row_sums":
+        policy, other, state, field, *others = rest
+        validation.row_stats_contents(policy, other, None, [field], *others)
+        validation.second_sweep(field, state, policy)
     result = getattr(kernels(backend), name)(*rest)
     if name == "row_stats_backward_":
         # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
@@ -138,6 +149,21 @@ def _row_stats_with_gradient_fake(
     return values, state, policy.new_empty(policy.shape)
 
 
+def _row_sums_fake(
+    policy: Tensor,
+    reference_: Tensor,
+    state: Tensor,
+    field: str,
+    parameter: float | None,
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    return state.new_empty((state.shape[0], 3))
+
+
 def _merge_states_fake(
     parts: Tensor, fields: list[str], inv_temperature: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -168,6 +194,7 @@ for _name, _fake in (
     ("row_stats_backward", _row_stats_backward_fake),
     ("row_stats_backward_", _row_stats_backward_inplace_fake),
     ("row_stats_with_gradient", _row_stats_with_gradient_fake),
+    ("row_sums", _row_sums_fake),
     ("merge_states", _merge_states_fake),
     ("scale_gradient_", _scale_gradient_fake),
     ("log_softmax", _log_softmax_fake),

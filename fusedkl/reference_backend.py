@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .layout import blocks
-from .reference import STATE, inside, result_dtype, row_sum, rows, softmax
+from .reference import STATE, inside, result_dtype, rows, sums_of_rows
 from .reference import topk_logprobs as reference_topk
 from .reference_merge import merge_states as merge_states
+from .reference_parts import row_sum, softmax
 
 
 @contextmanager
@@ -183,6 +184,29 @@ def row_stats_with_gradient(
         False,
     )
     return values, state, gradient
+
+
+def row_sums(
+    policy: Tensor,
+    reference: Tensor,
+    state: Tensor,
+    field: str,
+    parameter: float | None,
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Operator `row_sums` (fusedkl/ops.py)."""
+    x, y = _flat(policy), _flat(reference)
+    out = state.new_zeros((x.shape[0], 3))
+    for part in blocks(*x.shape):
+        inv, counted = (_part(t, part) for t in (inv_temperature, mask))
+        sums = sums_of_rows(
+            x[part], y[part], state[part], field, parameter, inv, valid_vocab, softcap
+        )
+        out[part] = sums if counted is None else torch.where(counted[:, None], sums, 0)
+    return out
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:

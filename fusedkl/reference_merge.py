@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .divergences import FIELDS
 from .reference import STATE, gap
 
 
-def _total(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def total(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(max, log_sum) of all parts [P, N] together as [N], and each part's log share [P, N]."""
     lse = top + log_sum
     heaviest = lse.argmax(0, keepdim=True)
@@ -46,15 +47,15 @@ def merge_states(
     """Operator `merge_states` (fusedkl/ops.py)."""
     column = {name: parts[..., i] for i, name in enumerate(STATE)}
     inv_t = parts.new_ones(1) if inv_temperature is None else inv_temperature
-    bad = (column["policy_log_sum"].isnan() | column["reference_log_sum"].isnan()).any(0)
+    bad = {side: column[f"{side}_log_sum"].isnan().any(0) for side in ("policy", "reference")}
     merged = dict.fromkeys(STATE, torch.zeros_like(parts[0, :, 0]))
     if parts.shape[0] == 1:
         merged = {name: column[name][0] for name in STATE}
     else:
-        merged["policy_max"], merged["policy_log_sum"], log_p = _total(
+        merged["policy_max"], merged["policy_log_sum"], log_p = total(
             column["policy_max"], column["policy_log_sum"]
         )
-        merged["reference_max"], merged["reference_log_sum"], log_q = _total(
+        merged["reference_max"], merged["reference_log_sum"], log_q = total(
             column["reference_max"], column["reference_log_sum"]
         )
         p, q = torch.exp(log_p), torch.exp(log_q)
@@ -80,12 +81,34 @@ def merge_states(
         for mine, log_share, share in (("entropy", log_p, p), ("reference_entropy", log_q, q)):
             terms = share * (column[mine] - log_share)
             merged[mine] = torch.where(log_share > -torch.inf, terms, 0).sum(0)
-    merged["logsumexp"] = merged["policy_max"] + merged["policy_log_sum"]
-    paired = {"forward_kl", "reverse_kl"} & set(fields)
-    none = merged["policy_log_sum"] == -torch.inf
-    if paired:
-        none = none | (merged["reference_log_sum"] == -torch.inf)
-    rows = [torch.where(bad | none, torch.nan, merged[name]) for name in fields]
+        for name in ("logit_sum", "tokens"):
+            merged[name] = column[name].sum(0)
+    numbers = merged | {
+        "logsumexp": merged["policy_max"] + merged["policy_log_sum"],
+        "ref_logsumexp": merged["reference_max"] + merged["reference_log_sum"],
+        "ref_entropy": merged["reference_entropy"],
+        "mean_logprob": (merged["logit_sum"] / merged["tokens"] - merged["policy_max"])
+        - merged["policy_log_sum"],
+    }
+    # a side without any token is no distribution as a row, and may be one slice of it
+    lost = {side: bad[side] | (merged[f"{side}_log_sum"] == -torch.inf) for side in bad}
+    lost["both"] = lost["policy"] | lost["reference"]
+    rows = [torch.where(lost[FIELDS[name].side], torch.nan, numbers[name]) for name in fields]
     values = torch.stack(rows) if rows else parts.new_empty((0, parts.shape[1]))
-    state = torch.stack([torch.where(bad, torch.nan, merged[name]) for name in STATE], -1)
-    return values, state
+    bad["both"] = bad["policy"] | bad["reference"]
+    state = []
+    for name in STATE:
+        side = _side(name)
+        column_ = merged[name]
+        state.append(column_ if side is None else column_.masked_fill(bad[side], torch.nan))
+    return values, torch.stack(state, -1)
+
+
+def _side(column: str) -> str | None:
+    """Whose logits a column of the state stands on; None: nobody's."""
+    if column in ("whole", "tokens"):
+        return None
+    if column.startswith("reference_") and column != "reference_slope":
+        return "reference"
+    own = ("policy_max", "policy_log_sum", "entropy", "logit_sum")
+    return "policy" if column in own else "both"

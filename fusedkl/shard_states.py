@@ -1,7 +1,7 @@
 """What ranks tell each other of their slices of a row: a packed part of the state, and its merge.
 
 Of a divergence 2 numbers for logsumexp(y/T), 2 for D = logsumexp(x/T) - logsumexp(y/T), and 2 for
-its value: 6 per row for one kind. A slice without any y has no D and sends logsumexp(x/T) in its place.
+its value: 6 per row for one kind. A slice without any y sends logsumexp(x/T) in the place of D.
 What is asked of one side alone adds 2 for its logsumexp, where that is not sent already, and 1 for
 each number; a token's log-probability adds its logit, 0 from the ranks that do not have the token.
 
@@ -12,7 +12,7 @@ keeps the digits of a small rest. So float32 carries what float64 does.
 fusedkl::slice_state(policy, reference?, fields, inv_temperature?, mask?, valid_vocab?, softcap?,
     means, backend) -> state [N, S] of rows that are slices, as exact as gradients need it; means:
     the gradient of reverse_kl to the policy or of forward_kl to the reference will be asked for
-fusedkl::merge_shards(gathered [P, N, C], fields, inv_temperature?, mask?, backend)
+fusedkl::merge_shards(gathered [P, N, C], fields, inv_temperature?, mask?, softcap?, backend)
     -> values [R, N], state [N, S] float64, of whole rows, the same bits on every rank
 """
 
@@ -27,6 +27,9 @@ from torch import Tensor
 from . import divergences, reference
 from ._library import LIB, NAMESPACE, TAGS
 
+# Columns that a field needs beside its own: of a mean, the sum and the number of its terms; of a
+# divergence that may be infinite, a KL that then is.
+_BESIDE = {"mean_logprob": ("logit_sum", "tokens"), "renyi": ("forward_kl",)}
 # Elements of the states that are merged at a time: rows x ranks x columns.
 _BLOCK = 2**19
 
@@ -47,13 +50,17 @@ class _Packing(NamedTuple):
         return 2 * pairs + (1 + self.narrow) * len(self.exact) + len(self.plain)
 
 
-def _packing(fields: tuple[str, ...] | list[str], sent: torch.dtype, device: torch.device) -> _Packing:
+def _packing(
+    fields: tuple[str, ...] | list[str], sent: torch.dtype, device: torch.device
+) -> _Packing:
     known = [divergences.FIELDS[name] for name in fields]
-    ratio = any(field.needs_reference for field in known)
-    exact = tuple(name for name in fields if name in ("forward_kl", "reverse_kl"))
-    plain = tuple(name for name in fields if name in reference.STATE and name not in exact)
-    alone = any(not field.needs_reference for field in known)
-    return _Packing(sent != reference.inside(device), alone, ratio, ratio, exact, plain)
+    sides = {field.side for field in known}
+    columns = [c for field in known for c in (field.column, *_BESIDE.get(field.name, ())) if c]
+    exact = tuple(c for c in columns if c in ("forward_kl", "reverse_kl"))
+    plain = tuple(c for c in columns if c not in (*exact, "divergence"))
+    both = "both" in sides
+    narrow = sent != reference.inside(device)
+    return _Packing(narrow, "policy" in sides, both or "reference" in sides, both, exact, plain)
 
 
 def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,11 +69,11 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(t.isinf(), t, t.clamp(-largest, largest)).to(dtype)
 
 
-def _scale(inv_temperature: Tensor | None, like: Tensor) -> Tensor:
+def scale(inv_temperature: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(1) if inv_temperature is None else inv_temperature
 
 
-class _Writer:
+class Writer:
     """The columns of a payload."""
 
     def __init__(self, dtype: torch.dtype, narrow: bool, inv_t: Tensor) -> None:
@@ -111,8 +118,8 @@ def pack(
 ) -> Tensor:
     """[N, C] of `dtype`: the state [N, S] of a slice, and logits [N, K] of tokens."""
     column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
-    inv_t, plan = _scale(inv_temperature, state), _packing(fields, dtype, state.device)
-    writer = _Writer(dtype, plan.narrow, inv_t)
+    inv_t, plan = scale(inv_temperature, state), _packing(fields, dtype, state.device)
+    writer = Writer(dtype, plan.narrow, inv_t)
     for side in ("policy", "reference"):
         if getattr(plan, side):
             writer.logsumexp(column[f"{side}_max"], column[f"{side}_log_sum"])
@@ -144,7 +151,9 @@ def _unpack(gathered: Tensor, plan: _Packing, inv_t: Tensor) -> Tensor:
         first, rest = next(sent), next(sent)
         has = column["reference_log_sum"] > -torch.inf
         if not plan.policy:
-            other = [torch.where(has, column[f"reference_{half}"], 0) for half in ("max", "log_sum")]
+            other = [
+                torch.where(has, column[f"reference_{half}"], 0) for half in ("max", "log_sum")
+            ]
             column["policy_max"] = other[0] + first * inv_t
             column["policy_log_sum"] = other[1] + rest
         alone = torch.where(column["policy_log_sum"] > -torch.inf, torch.inf, 0)
@@ -159,57 +168,96 @@ def _unpack(gathered: Tensor, plan: _Packing, inv_t: Tensor) -> Tensor:
     return torch.stack([column.get(name, none) for name in reference.STATE], -1)
 
 
+def local_fields(fields: tuple[str, ...] | list[str]) -> list[str]:
+    """What is asked of a slice, so that its state has all that these fields need."""
+    stand_in = {"policy": "logsumexp", "reference": "ref_logsumexp", "both": "forward_kl"}
+    found = [
+        stand_in[field.side] if field.needs_token_ids or field.second_sweep else field.name
+        for field in (divergences.FIELDS[name] for name in fields)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def token_sides(fields: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The rows whose logits at token_ids the fields need."""
+    of_tokens = {f.side for f in (divergences.FIELDS[n] for n in fields) if f.needs_token_ids}
+    return tuple(side for side in ("policy", "reference") if of_tokens & {side, "both"})
+
+
+def _token_values(
+    tokens: dict[str, Tensor], state: Tensor, inv_t: Tensor, softcap: float | None
+) -> dict[str, Tensor]:
+    """log p and log q of tokens, and log(p/q), [K, n], from their logits and the rows' state."""
+    column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
+    if softcap is not None:
+        tokens = {side: reference.capped(x, softcap) for side, x in tokens.items()}
+    found = {
+        "logprob" if side == "policy" else "ref_logprob": (x * inv_t - column[f"{side}_max"])
+        - column[f"{side}_log_sum"]
+        for side, x in tokens.items()
+    }
+    if len(tokens) == 2:
+        apart = (tokens["policy"] - tokens["reference"]) - column["centre"]
+        found["log_ratio"] = apart * inv_t - column["residual"]
+    return found
+
+
 def _merge_shards(
     gathered: Tensor,
     fields: list[str],
     inv_temperature: Tensor | None,
     mask: Tensor | None,
+    softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plan = _packing(fields, gathered.dtype, gathered.device)
-    parts, n, width = gathered.shape
-    values, state = _merge_shards_fake(gathered, fields, inv_temperature, mask, backend)
-    whole = [name for name in fields if not divergences.FIELDS[name].needs_token_ids]
+    parts, n, _ = gathered.shape
+    values, state = _merge_shards_fake(gathered, fields)
+    sides = token_sides(fields)
+    known = [divergences.FIELDS[name] for name in fields]
+    whole = [f.name for f in known if not f.needs_token_ids and not f.second_sweep]
     step = max(1, _BLOCK // (parts * len(reference.STATE)))
     for at in range(0, n, step):
         rows = slice(at, min(at + step, n))
         inverse = inv_temperature
         if inverse is not None and inverse.shape[0] != 1:
             inverse = inverse[rows]
-        inv_t = _scale(inverse, state)
+        inv_t = scale(inverse, state)
         block = gathered[:, rows]
         found, state[rows] = torch.ops.fusedkl.merge_states(
             _unpack(block[..., : plan.columns], plan, inv_t), whole, inverse, backend
         )
-        # Of one rank a logit, of the others 0: adding them up changes no bit.
-        tokens = block[..., plan.columns :].sum(0).to(state.dtype).t()
-        logprobs = (tokens * inv_t - state[rows, 0]) - state[rows, 1]
-        rest, i = iter(found), 0
-        for name in fields:
-            per_token = divergences.FIELDS[name].needs_token_ids
-            size = width - plan.columns if per_token else 1
-            values[i : i + size, rows] = logprobs if per_token else next(rest)
-            i += size
+        got = {name: row[None] for name, row in zip(whole, found, strict=True)}
+        if sides:
+            # Of one rank a logit, of the others 0: adding them up changes no bit.
+            logits = block[..., plan.columns :].sum(0).to(state.dtype).t().chunk(len(sides))
+            tokens = dict(zip(sides, logits, strict=True))
+            got |= _token_values(tokens, state[rows], inv_t, softcap)
+        if any(f.second_sweep for f in known):  # to come
+            got |= {f.name: torch.zeros_like(state[rows, :1]).t() for f in known if f.second_sweep}
+        values[:, rows] = torch.cat([got[name] for name in fields])
     if mask is not None:
         values.masked_fill_(~mask, 0)
     return values, state
 
 
-def _merge_shards_fake(
-    gathered: Tensor,
-    fields: list[str],
-    inv_temperature: Tensor | None,
-    mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _, n, width = gathered.shape
+def _merge_shards_fake(gathered: Tensor, fields: list[str], *_: Any) -> tuple[Tensor, Tensor]:
+    n, width = gathered.shape[1:]
     plan = _packing(fields, gathered.dtype, gathered.device)
+    per_row = (width - plan.columns) // max(1, len(token_sides(fields)))
     inner = reference.inside(gathered.device)
-    rows = divergences.value_rows(fields, width - plan.columns)
     return (
-        gathered.new_empty((rows, n), dtype=inner),
+        gathered.new_empty((divergences.value_rows(fields, per_row), n), dtype=inner),
         gathered.new_empty((n, len(reference.STATE)), dtype=inner),
     )
+
+
+def empty_state(rows: Tensor) -> Tensor:
+    """The state [N, S] of slices that hold nothing of rows [..., V]."""
+    state = _slice_state_fake(rows).zero_()
+    for side in ("policy", "reference"):
+        state[:, reference.STATE.index(f"{side}_log_sum")] = -torch.inf
+    return state
 
 
 def _slice_state(
@@ -224,15 +272,12 @@ def _slice_state(
     backend: str,
 ) -> Tensor:
     if valid_vocab == 0 or policy.shape[-1] == 0:
-        state = _slice_state_fake(policy).zero_()
-        for side in ("policy", "reference"):
-            state[:, reference.STATE.index(f"{side}_log_sum")] = -torch.inf
-        return state
+        return empty_state(policy)
     controls = (inv_temperature, mask, valid_vocab)
-    _, made = torch.ops.fusedkl.row_stats(
+    state: Tensor
+    _, state = torch.ops.fusedkl.row_stats(
         policy, reference_, None, fields, None, *controls, softcap, backend
     )
-    state = made
     if backend == "cpu" and softcap is None and {"forward_kl", "reverse_kl"} & set(fields):
         OPS._sharpen_states(policy, reference_, state, means, *controls)
     return state
@@ -253,8 +298,8 @@ for _name, _schema, _kernel, _fake in (
     ),
     (
         "merge_shards",
-        "(Tensor gathered, str[] fields, Tensor? inv_temperature, Tensor? mask, str backend) "
-        "-> (Tensor values, Tensor state)",
+        "(Tensor gathered, str[] fields, Tensor? inv_temperature, Tensor? mask, float? softcap, "
+        "str backend) -> (Tensor values, Tensor state)",
         _merge_shards,
         _merge_shards_fake,
     ),

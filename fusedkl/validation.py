@@ -45,17 +45,54 @@ def logits(name: str, value: object, sliced: bool = False) -> None:
         raise ValueError(f"{name} must have a vocabulary of at least 1; got {list(t.shape)}")
 
 
-def pair(policy: object, reference: object, sliced: bool = False) -> None:
+def pair(
+    policy: object, reference: object, valid_vocab: object = None, sliced: bool = False
+) -> None:
     """Two logits of one shape on one device; their dtypes may differ."""
     logits("policy_logits", policy, sliced)
     logits("reference_logits", reference, sliced)
     assert isinstance(policy, Tensor) and isinstance(reference, Tensor)
-    if policy.shape != reference.shape:
+    if valid_vocab is not None and not sliced:  # of slices one rank cannot tell
+        vocabulary(valid_vocab, policy, reference)
+        same = policy.shape[:-1] == reference.shape[:-1]
+    else:
+        same = policy.shape == reference.shape
+    if not same:
+        if policy.shape[:-1] == reference.shape[:-1]:
+            raise ValueError(
+                "policy_logits and reference_logits have vocabularies of different sizes, "
+                f"{policy.shape[-1]} and {reference.shape[-1]}: valid_vocab must say how many "
+                "logits of each row exist"
+            )
         raise ValueError(
             "reference_logits must have the shape of policy_logits (nothing is broadcast; expand() "
             f"costs nothing), which is {list(policy.shape)}; got {list(reference.shape)}"
         )
     on_device("reference_logits", reference, policy)
+
+
+def vocabulary(valid_vocab: object, *logits_: Tensor) -> None:
+    """An int from 1 to the smallest vocabulary."""
+    if isinstance(valid_vocab, bool) or not isinstance(valid_vocab, (int, torch.SymInt)):
+        raise TypeError(f"valid_vocab must be an int; got {type(valid_vocab).__name__}")
+    smallest = min(t.shape[-1] for t in logits_)
+    if not 1 <= valid_vocab <= smallest:
+        raise ValueError(f"valid_vocab must be from 1 to {smallest}; got {valid_vocab}")
+
+
+def controls(softcap: object, logit_scale: object) -> float | None:
+    """Positive finite numbers; the cap of logits that are not yet scaled."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if name == "softcap" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite; got {value}")
+    if softcap is None:
+        return None
+    assert isinstance(softcap, (int, float)) and isinstance(logit_scale, (int, float))
+    return softcap / logit_scale
 
 
 def on_device(name: str, value: Tensor, policy: Tensor) -> None:
@@ -165,18 +202,18 @@ def tensor_temperature(value: Tensor, policy: Tensor) -> None:
     on_device("temperature", value, policy)
 
 
-def token_index(value: object, policy: Tensor) -> None:
+def token_index(name: str, value: object, policy: Tensor) -> None:
     """An int64 tensor of shape logits.shape[:-1], or that and one dim more."""
-    t = tensor("index", value)
+    t = tensor(name, value)
     if t.dtype != torch.int64:
-        raise TypeError(f"index must be an int64 tensor; got {_said(t.dtype)}")
+        raise TypeError(f"{name} must be an int64 tensor; got {_said(t.dtype)}")
     leading = policy.shape[:-1]
     if t.shape != leading and (t.dim() != len(leading) + 1 or t.shape[:-1] != leading):
         raise ValueError(
-            f"index must have shape logits.shape[:-1] = {list(leading)}, or that with one more "
+            f"{name} must have shape logits.shape[:-1] = {list(leading)}, or that with one more "
             f"dim at the end; got {list(t.shape)}"
         )
-    on_device("index", t, policy)
+    on_device(name, t, policy)
 
 
 def _may_overlap(t: Tensor) -> bool:
@@ -267,6 +304,15 @@ def row_stats_contents(
             raise ValueError(f"field {name} needs a reference")
         if field.needs_token_ids and token_ids is None:
             raise ValueError(f"field {name} needs token_ids")
+        if field.parameter is not None and parameter is None:
+            raise ValueError(f"field {name} needs a parameter, its {field.parameter}")
+    swept = [name for name in fields if divergences.FIELDS[name].second_sweep]
+    if swept and not {*fields} - {*swept} <= {"logsumexp", "logprob", "mean_logprob"}:
+        raise ValueError(
+            f"field {swept[0]} goes with logsumexp, logprob and mean_logprob; got {fields}"
+        )
+    if len(swept) > 1:
+        raise ValueError(f"one field of a second sweep at a time; got {swept}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite; got {softcap}")
     if policy.device.type != "cpu":
@@ -280,10 +326,25 @@ def row_stats_contents(
             wrong = 1 / counted[~valid][0].item() if counted[~valid][0] != 0 else math.inf
             raise ValueError(f"temperature must be positive and finite; got {wrong}")
     if token_ids is not None and token_ids.numel() > 0:
-        low, high = (int(v) for v in token_ids.aminmax())
+        ids = token_ids if mask is None else token_ids[mask]
         last = (shape[-1] if valid_vocab is None else valid_vocab) - 1
-        if low < 0 or high > last:
-            raise ValueError(f"index must hold token ids from 0 to {last}; got {low} to {high}")
+        low, high = (int(v) for v in ids.aminmax()) if ids.numel() > 0 else (0, 0)
+        if low < -1 or high > last:
+            # users' negative ids arrive one lower: see layout.token_ids
+            low = low + 1 if low < -1 else low
+            raise ValueError(
+                f"index or token_ids must hold ids from 0 to {last}; got {low} to {high}"
+            )
+
+
+def second_sweep(field: str, state: Tensor, policy: Tensor) -> None:
+    """A field of operator row_sums, and the rows' state."""
+    if not divergences.FIELDS[field].second_sweep:
+        names = [name for name, f in divergences.FIELDS.items() if f.second_sweep]
+        raise ValueError(f"field must be one of {', '.join(names)}; got {field!r}")
+    expected = (math.prod(policy.shape[:-1]), len(reference_.STATE))
+    if state.shape != expected or state.dtype != reference_.inside(policy.device):
+        raise ValueError(f"state must be float64 of shape {expected}; got {list(state.shape)}")
 
 
 def merge_states(parts: Tensor, fields: list[str], inv_temperature: Tensor | None) -> None:
@@ -300,6 +361,11 @@ def merge_states(parts: Tensor, fields: list[str], inv_temperature: Tensor | Non
             f"inv_temperature must have shape ({n},) or (1,); got {list(inv_temperature.shape)}"
         )
     for name in fields:
-        if name not in divergences.FIELDS or divergences.FIELDS[name].needs_token_ids:
-            rows = [f.name for f in divergences.FIELDS.values() if not f.needs_token_ids]
+        known = divergences.FIELDS.get(name)
+        if known is None or known.needs_token_ids or known.second_sweep:
+            rows = [
+                f.name
+                for f in divergences.FIELDS.values()
+                if not f.needs_token_ids and not f.second_sweep
+            ]
             raise ValueError(f"fields must be of {', '.join(rows)}; got {name!r}")

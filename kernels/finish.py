@@ -78,6 +78,8 @@ def store_row(
     for i in tl.static_range(10):
         tl.store(out + i, tl.where(counted, state[i], 0.0), mask=live)
     tl.store(out + 10, whole, mask=live)
+    for i in tl.static_range(11, STATE_COLUMNS):
+        tl.store(out + i, 0.0, mask=live)
     state = without_mass(state, PAIR)
     at = values + row
     tokens = (token_ids, row, counted, live, n, k, vocab, inv_t)

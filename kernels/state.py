@@ -1,6 +1,7 @@
 """RowState of csrc/row_math.h as ten float64 tensors, in the order of the state's columns.
 
 The eleventh column, `whole`, is 1 for a row and 0 for one merged from slices: no kernel reads it.
+Those after it are of fields that these kernels do not make; they are 0.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-STATE_COLUMNS = tl.constexpr(11)
+STATE_COLUMNS = tl.constexpr(16)
 
 
 @triton.constexpr_function

@@ -50,7 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-@pytest.fixture(params=[name for name in BACKENDS if (name == "triton") == INTERPRETED])
+# The backend of a device has a suite of its own: tests/test_cuda_suite.py.
+ON_CPU = [name for name in BACKENDS if name != "cuda" and (name == "triton") == INTERPRETED]
+
+
+@pytest.fixture(params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that can run on CPU tensors."""
     name: str = request.param

@@ -35,7 +35,7 @@ class Row:
     log_prob: list[float] = field(default_factory=list)
 
 
-def _log_probs(logits: Sequence[float], temperature: float) -> tuple[list[mpmath.mpf], mpmath.mpf]:
+def log_probs(logits: Sequence[float], temperature: float) -> tuple[list[mpmath.mpf], mpmath.mpf]:
     scaled = [mpmath.mpf(v) / mpmath.mpf(temperature) for v in logits]
     top = max(scaled)
     total = mpmath.fsum(mpmath.exp(v - top) for v in scaled)
@@ -73,7 +73,7 @@ def row(
                 out.values[name], out.gradients[name] = nan, ([nan] * n, zeros)
             out.log_prob = [nan] * n
         else:
-            lp, lse = _log_probs(policy, temperature)
+            lp, lse = log_probs(policy, temperature)
             p = [mpmath.exp(v) for v in lp]
             h = -mpmath.fsum(a * b for a, b in zip(p, lp, strict=True) if a > 0)
             out.values = {"entropy": _number(h), "logsumexp": _number(lse)}
@@ -87,7 +87,7 @@ def row(
             for name in ("forward_kl", "reverse_kl"):
                 out.values[name], out.gradients[name] = nan, ([nan] * n, [nan] * n)
             return out
-        lq, _ = _log_probs(reference, temperature)
+        lq, _ = log_probs(reference, temperature)
         q = [mpmath.exp(v) for v in lq]
         for name, value in (("forward_kl", _kl(lq, lp)), ("reverse_kl", _kl(lp, lq))):
             out.values[name] = _number(value)
@@ -137,6 +137,19 @@ def fields(
                     out[f"{name}forward_kl{suffix}"] + out[f"{name}reverse_kl{suffix}"]
                 )
     return out
+
+
+def log_ratio(policy: Tensor, reference: Tensor, temperature: float | Tensor) -> Tensor:
+    """log p - log q [N, V] of rows, the difference taken in 60 digits."""
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64).expand(policy.shape[0])
+    rows = []
+    with mpmath.workdps(60):
+        for x, y, t in zip(
+            policy.double().tolist(), reference.double().tolist(), temperatures, strict=True
+        ):
+            pair = (log_probs(z, float(t))[0] for z in (x, y))
+            rows.append([float(a - b) for a, b in zip(*pair, strict=True)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from family_oracle import FAMILY
+from torch import Tensor
+
+import fusedkl
 
 OPS = torch.ops.fusedkl
 
@@ -29,3 +34,91 @@ def test_logits_beyond_valid_vocab_do_not_exist(backend: str, width: int) -> Non
     assert gx.shape == x.shape and gy.shape == y.shape
     assert torch.equal(gx[:, :width], ex) and torch.equal(gy[:, :width], ey)
     assert not gx[:, width:].any() and not gy[:, width:].any()
+
+
+def test_vocabularies_of_different_sizes() -> None:
+    policy, reference = torch.randn(2, 3, 50), torch.randn(2, 3, 64)
+    with pytest.raises(ValueError, match=r"sizes, 50 and 64: valid_vocab must say"):
+        fusedkl.forward_kl(policy, reference)
+    with pytest.raises(ValueError, match=r"valid_vocab must be from 1 to 50; got 51"):
+        fusedkl.forward_kl(policy, reference, valid_vocab=51)
+    with pytest.raises(TypeError, match=r"valid_vocab must be an int; got float"):
+        fusedkl.forward_kl(policy, reference, valid_vocab=50.0)
+    with pytest.raises(ValueError, match="reference_logits must have the shape"):
+        fusedkl.forward_kl(policy, reference[:, :2])
+
+
+def test_valid_vocab_in_every_function(backend: str) -> None:
+    policy, reference = torch.randn(2, 3, 50), torch.randn(2, 3, 64)
+    policy[..., 40:], reference[..., 40:] = torch.nan, torch.inf
+    cut = policy[..., :40], reference[..., :40]
+    ids = torch.randint(0, 40, (2, 3))
+    for kind, parameter in FAMILY.values():
+        options = {"backend": backend, **parameter}
+        padded = fusedkl.divergence(policy, reference, kind, valid_vocab=40, **options)
+        assert torch.equal(padded, fusedkl.divergence(*cut, kind, **options))
+    stats = fusedkl.token_stats(policy, reference, ids, valid_vocab=40, backend=backend)
+    for a, b in zip(stats, fusedkl.token_stats(*cut, ids, backend=backend), strict=True):
+        assert torch.equal(a, b)
+    x = policy.clone().requires_grad_()
+    fusedkl.jsd(x, reference, valid_vocab=40, reduction="mean", backend=backend).backward()
+    assert bool(x.grad[..., :40].any()) and not x.grad[..., 40:].any()
+    with pytest.raises(ValueError, match="from 0 to 39; got 40 to 40"):
+        fusedkl.token_stats(policy, token_ids=0 * ids + 40, valid_vocab=40, backend=backend)
+
+
+def capped(logits: Tensor, softcap: float, scale: float) -> Tensor:
+    return softcap * torch.tanh(scale * logits.double() / softcap)
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap_and_scale(backend: str, dtype: torch.dtype, sigma: float) -> None:
+    """Of logits whose difference the cap leaves small too: values and gradients."""
+    policy = (20 * torch.randn(3, 700)).to(dtype)
+    reference = (policy.double() + sigma * torch.randn(3, 700)).to(dtype)
+    options = {"softcap": 30.0, "logit_scale": 0.5, "temperature": 0.8}
+    for kind, parameter in [("forward_kl", {}), ("reverse_kl", {}), *FAMILY.values()]:
+        x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+        value = fusedkl.divergence(x, y, kind, backend=backend, **parameter, **options)
+        u, v = policy.double().requires_grad_(), reference.double().requires_grad_()
+        true = fusedkl.divergence(
+            capped(u, 30.0, 0.5),
+            capped(v, 30.0, 0.5),
+            kind,
+            temperature=0.8,
+            backend="reference",
+            **parameter,
+        )
+        assert oracle.relative_error(value.detach(), true.detach(), 1e-12) <= 1e-5, kind
+        if float(true.detach().min()) < 1e-12:
+            continue
+        found = torch.autograd.grad(value.sum(), (x, y))
+        expected = torch.autograd.grad(true.sum(), (u, v))
+        for a, b in zip(found, expected, strict=True):
+            assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype], kind
+
+
+def test_softcap_of_statistics_and_masks(backend: str) -> None:
+    policy, reference = 20 * torch.randn(2, 4, 90)
+    policy[:, ::5] = reference[:, ::5] = -torch.inf  # absent, not a logit of -softcap
+    ids = torch.full((4,), 7)
+    found = fusedkl.token_stats(policy, reference, ids, softcap=15.0, backend=backend)
+    absent = policy == -torch.inf
+    x, y = (
+        torch.where(absent, -torch.inf, capped(t.nan_to_num(), 15.0, 1.0))
+        for t in (policy, reference)
+    )
+    for a, b in zip(found, fusedkl.token_stats(x, y, ids, backend="reference"), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_logit_scale_is_one_over_temperature(backend: str) -> None:
+    policy, reference = torch.randn(2, 3, 40)
+    scaled = fusedkl.jsd(policy, reference, logit_scale=0.25, backend=backend)
+    assert torch.equal(scaled, fusedkl.jsd(policy, reference, temperature=4.0, backend=backend))
+    per_row = torch.tensor([1.0, 2.0, 4.0])
+    both = fusedkl.tvd(policy, reference, logit_scale=2.0, temperature=per_row, backend=backend)
+    assert torch.equal(
+        both, fusedkl.tvd(policy, reference, temperature=per_row / 2, backend=backend)
+    )

@@ -18,7 +18,16 @@ pytestmark = pytest.mark.skipif(
 B, T, V = 4, 9, 20_000
 # A few numbers of eight bytes for each of the 32 tokens.
 SMALL = 16_384
-KINDS = ["forward_kl", "reverse_kl", "jeffreys"]
+# kind, options: one sweep, two directions, and each kind of second sweep.
+KINDS = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jeffreys": {},
+    "jsd": {"beta": 0.3},
+    "skew_kl": {},
+    "renyi": {"alpha": 0.5},
+    "tvd": {},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +68,7 @@ def test_the_measure_sees_a_copy() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_allocates_nothing_of_the_logits_size(kind: str, dtype: torch.dtype) -> None:
     policy, reference, options = inputs(dtype)
+    options |= KINDS[kind]
 
     def run() -> Tensor:
         return fusedkl.divergence(
@@ -67,7 +77,8 @@ def test_forward_allocates_nothing_of_the_logits_size(kind: str, dtype: torch.dt
 
     assert peak(run) < SMALL
     one = reference[0, 0].expand(policy.shape)
-    assert peak(lambda: fusedkl.divergence(policy, one, kind, backend="cpu")) < SMALL
+    own = KINDS[kind]
+    assert peak(lambda: fusedkl.divergence(policy, one, kind, backend="cpu", **own)) < SMALL
 
 
 def test_one_distribution_allocates_nothing_of_the_logits_size() -> None:
@@ -84,6 +95,7 @@ def test_one_distribution_allocates_nothing_of_the_logits_size() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_allocates_the_gradients(kind: str, dtype: torch.dtype) -> None:
     policy, reference, options = inputs(dtype)
+    options |= KINDS[kind]
     policy, reference = policy.detach().requires_grad_(), reference.detach()
     gradient = policy.numel() * policy.element_size()
 
@@ -102,6 +114,7 @@ def test_backward_allocates_the_gradients(kind: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_inplace_grad_allocates_nothing_of_the_logits_size(kind: str, dtype: torch.dtype) -> None:
     policy, reference, options = inputs(dtype)
+    options |= KINDS[kind]
     logits = policy.clone().requires_grad_() * 1
 
     def run() -> object:
@@ -117,6 +130,23 @@ def test_inplace_grad_allocates_nothing_of_the_logits_size(kind: str, dtype: tor
         return torch.autograd.grad(loss, logits)
 
     assert peak(run) < SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_token_stats_allocate_the_gradients(dtype: torch.dtype) -> None:
+    policy, reference, _ = inputs(dtype)
+    ids = torch.randint(0, V, (B, T - 1))
+    policy, reference = policy.detach().requires_grad_(), reference.detach().requires_grad_()
+    with torch.no_grad():
+        assert peak(lambda: fusedkl.token_stats(policy, reference, ids, backend="cpu")) < SMALL
+    gradient = policy.numel() * policy.element_size()
+
+    def run() -> object:
+        stats = fusedkl.token_stats(policy, reference, ids, backend="cpu")
+        total = sum(value.sum() for value in (*stats, stats.k2, stats.k3))
+        return torch.autograd.grad(total, (policy, reference))
+
+    assert 2 * gradient <= peak(run) < 2 * gradient + 2 * SMALL
 
 
 def test_a_leaf_shares_its_memory_with_its_inplace_gradient() -> None:

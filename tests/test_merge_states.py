@@ -153,7 +153,7 @@ def test_equal_rows_are_exactly_zero_apart(backend: str) -> None:
 def test_bad_input(backend: str) -> None:
     state = stats(*torch.randn(2, 3, 9), None, backend)[1]
     for parts, fields, said in (
-        (state, FIELDS, r"parts must be float64 of shape \[P, N, 11\].*\[3, 11\]"),
+        (state, FIELDS, r"parts must be float64 of shape \[P, N, 16\].*\[3, 16\]"),
         (state[None].float(), FIELDS, "parts must be float64.*got float32"),
         (state[None][:0], FIELDS, "P >= 1"),
         (state[None], ["logprob"], "fields must be of .*got 'logprob'"),

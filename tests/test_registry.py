@@ -7,23 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import fusedkl
-from fusedkl import divergences, modules, reference
+from fusedkl import divergences, modules, named, reference, reference_family
 from fusedkl._library import OPERATORS
 from fusedkl.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = (
-    "temperature",
-    "mask",
-    "weight",
-    "labels",
-    "ignore_index",
-    "reduction",
-    "inplace_grad",
-    "backend",
-)
+# A value of the parameter of each field and divergence that has one.
+PARAMETERS = {"jsd": 0.3, "skew_kl": 0.2, "renyi": 0.6}
+
+
+def number(name: str) -> float | None:
+    return PARAMETERS.get(name)
 
 
 @pytest.mark.parametrize("field", divergences.FIELDS.values(), ids=lambda f: f.name)
@@ -31,9 +28,8 @@ def test_a_backend_computes_every_field(backend: str, field: divergences.Field) 
     policy, other = torch.randn(2, 3, 7)
     ids = torch.randint(0, 7, (3, 2)) if field.needs_token_ids else None
     second = other if field.needs_reference else None
-    values, state = torch.ops.fusedkl.row_stats(
-        policy, second, ids, [field.name], None, None, None, None, None, backend
-    )
+    arguments = (policy, second, ids, [field.name], number(field.name), *(None,) * 4, backend)
+    values, state = torch.ops.fusedkl.row_stats(*arguments)
     assert values.shape == (divergences.value_rows([field.name], 2), 3)
     assert state.shape == (3, len(reference.STATE))
     assert bool(values.isfinite().all()) and bool((values != 0).all())
@@ -42,34 +38,37 @@ def test_a_backend_computes_every_field(backend: str, field: divergences.Field) 
 def test_fields_come_in_the_order_asked_for(backend: str) -> None:
     policy, other = torch.randn(2, 3, 7)
     ids = torch.randint(0, 7, (3, 2))
-    names = ["logprob", "reverse_kl", "logsumexp", "entropy", "forward_kl"]
-    together, _ = torch.ops.fusedkl.row_stats(
-        policy, other, ids, names, None, None, None, None, None, backend
-    )
+    names = [name for name, field in divergences.FIELDS.items() if not field.second_sweep][::-1]
+
+    def stats(fields: list[str], second: Tensor | None, tokens: Tensor | None) -> Tensor:
+        values, _ = torch.ops.fusedkl.row_stats(
+            policy, second, tokens, fields, *(None,) * 5, backend
+        )
+        return values
+
+    definitions = [divergences.FIELDS[name] for name in names]
     alone = [
-        torch.ops.fusedkl.row_stats(
-            policy,
-            other if divergences.FIELDS[name].needs_reference else None,
-            ids if name == "logprob" else None,
-            [name],
-            *(None,) * 5,
-            backend,
-        )[0]
-        for name in names
+        stats([f.name], other if f.needs_reference else None, ids if f.needs_token_ids else None)
+        for f in definitions
     ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(stats(names, other, ids), torch.cat(alone), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_a_divergence_has_its_function_and_module(name: str) -> None:
     function = getattr(fusedkl, name)
     assert name in fusedkl.__all__
-    parameters = inspect.signature(function).parameters
-    assert tuple(parameters) == ("policy_logits", "reference_logits", *OPTIONS)
     general = inspect.signature(fusedkl.divergence).parameters
-    for option in OPTIONS:
-        assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameters[option].default == general[option].default
+    own = divergences.DIVERGENCES[name].parameter
+    parameters = inspect.signature(function).parameters
+    expected = ["policy_logits", "reference_logits", *([own] if own else []), "options"]
+    assert list(parameters) == expected
+    if own:
+        default = divergences.DIVERGENCES[name].default
+        given = parameters[own].default
+        assert given == (inspect.Parameter.empty if default is None else default)
+    accepted = set(named.DivergenceOptions.__annotations__) | {"kind", "beta", "alpha"}
+    assert accepted | {"policy_logits", "reference_logits"} == set(general)
     found = [
         value
         for value in vars(modules).values()
@@ -77,14 +76,16 @@ def test_a_divergence_has_its_function_and_module(name: str) -> None:
     ]
     assert len(found) == 1 and found[0].__name__ in fusedkl.__all__
     policy, other = torch.randn(2, 3, 7)
-    value = fusedkl.divergence(policy, other, name)
-    assert torch.equal(function(policy, other), value)
-    assert torch.equal(found[0]()(policy, other), value)
+    options = {own: number(name)} if own else {}
+    value = fusedkl.divergence(policy, other, name, **options)
+    assert torch.equal(function(policy, other, **options), value)
+    assert torch.equal(found[0](**options)(policy, other), value)
 
 
 @pytest.mark.parametrize("field", divergences.FIELDS)
 def test_the_mathematics_of_a_field_stands_in_each_of_its_homes(field: str) -> None:
-    assert f'"{field}"' in inspect.getsource(reference)
+    homes = inspect.getsource(reference) + inspect.getsource(reference_family)
+    assert f'"{field}"' in homes
     compiled = [path.read_text() for path in (ROOT / "csrc").rglob("*.[ch]*")]
     assert any(f'"{field}"' in text for text in compiled)
     triton = [path for path in (ROOT / "kernels").glob("*.py") if path.name != "__init__.py"]

@@ -199,7 +199,8 @@ def test_more_dims_than_kernels_take(backend: str) -> None:
     expected = fusedkl.forward_kl(
         policy.reshape(-1, 5), reference.reshape(-1, 5).clone(), backend=backend
     )
-    assert torch.equal(found, expected.view(policy.shape[:-1]))
+    # not bits: the copy's rows are aligned otherwise, which may move a token to another lane
+    torch.testing.assert_close(found, expected.view(policy.shape[:-1]), rtol=2e-6, atol=0)
 
 
 def test_a_row_does_not_depend_on_its_batch(backend: str) -> None:

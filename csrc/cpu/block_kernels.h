@@ -50,6 +50,7 @@ struct Frame {
 
 struct BlockSums {
   CentredSums sums;
+  double E, X;  // of sweeps for entropies: sums of w t and of w e^u t, t the exponent of w = 2^t
   float reach;  // largest |u|; NaN differences are not in it, they show in the sums
 };
 
@@ -142,14 +143,14 @@ SIMD_INLINE const float* polynomial() {
 }
 
 struct LaneSums {
-  vf S, A, B, C, reach;
+  vf S, A, B, C, E, X, reach;
 };
-SIMD_INLINE LaneSums zero_sums() { return {set1(0.f), set1(0.f), set1(0.f), set1(0.f), set1(0.f)}; }
+SIMD_INLINE LaneSums zero_sums() { return {set1(0.f), set1(0.f), set1(0.f), set1(0.f), set1(0.f), set1(0.f), set1(0.f)}; }
 
 // All |u| within the polynomial's range (the caller checks `reach`): one exponential and one polynomial per pair.
 // The temperature is folded into the coefficients: with v = T u, g(u) = v^2 sum_j (c_j / T^(j+2)) v^j.
 // MASKED: tokens at -inf in both rows are skipped (their weight is exactly 0, their difference is made so).
-template <DType D, int DEGREE, bool REVERSE, bool MASKED>
+template <DType D, int DEGREE, bool REVERSE, bool ENTROPY, bool MASKED>
 static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame& f) {
   const vf log2e = set1(f.log2e_t), minus_shift = set1(-f.shift), hi = set1(f.centre_hi), lo = set1(f.centre_lo);
   const vf inv_t = set1(f.inv_t), inv_t2 = set1(f.inv_t * f.inv_t), minus_one = set1(-1.f);
@@ -160,10 +161,14 @@ static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame
   LaneSums acc[2] = {zero_sums(), zero_sums()};
   sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
     LaneSums& a = acc[group];
-    vf w = exp2_lanes(fma_exact(yv, log2e, minus_shift));
+    vf t = fma_exact(yv, log2e, minus_shift), w = exp2_lanes(t);
     if (tail) w = w * keep;
     vf v = centred_difference<D>(xv, yv, hi, lo);
-    if constexpr (MASKED) v = zero_unless(mask_not(mask_and(equal(xv, absent), equal(yv, absent))), v);
+    if constexpr (MASKED) {
+      const vm present = mask_not(mask_and(equal(xv, absent), equal(yv, absent)));
+      v = zero_unless(present, v);
+      t = zero_unless(present, t);
+    }
     const vf v2 = v * v, wv2 = w * v2;
     vf P = coefficient[DEGREE];
     for (int j = DEGREE - 1; j >= 0; j--) P = fma(P, v, coefficient[j]);
@@ -171,6 +176,10 @@ static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame
     a.A = fma(w, v, a.A);
     a.B = fma(wv2, P, a.B);
     a.reach = max2(v2, a.reach);
+    if constexpr (ENTROPY) {
+      a.E = fma(w, t, a.E);
+      a.X = fma(fma(wv2, P, fma(w * v, inv_t, w)), t, a.X);
+    }
     if constexpr (REVERSE) a.C = fma(wv2, fma(P, fma(v, inv_t, minus_one), inv_t2), a.C);  // k(u) = u^2 (1 + P (u - 1))
   });
   BlockSums out;
@@ -178,6 +187,8 @@ static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame
   out.sums.A = static_cast<double>(sum_lanes(acc[0].A + acc[1].A)) * f.inv_t;
   out.sums.B = sum_lanes(acc[0].B + acc[1].B);
   if constexpr (REVERSE) out.sums.C = sum_lanes(acc[0].C + acc[1].C);
+  out.E = ENTROPY ? sum_lanes(acc[0].E + acc[1].E) : 0;
+  out.X = ENTROPY ? sum_lanes(acc[0].X + acc[1].X) : 0;
   out.reach = sqrtf(max_lanes(max2(acc[0].reach, acc[1].reach))) * f.inv_t;
   return out;
 }
@@ -198,7 +209,7 @@ SIMD_INLINE vf k_lanes(const Split& e, vf u) { return e.s * fma(e.q, u - set1(1.
 SIMD_INLINE vf expm1_lanes(const Split& e) { return fma(e.s, e.q + e.r, e.s - set1(1.f)); }
 
 // Any |u| <= kNear. MASKED as above.
-template <DType D, bool REVERSE, bool MASKED>
+template <DType D, bool REVERSE, bool ENTROPY, bool MASKED>
 static BlockSums split_block(const void* x, const void* y, int64_t n, const Frame& f) {
   const vf log2e = set1(f.log2e_t), minus_shift = set1(-f.shift), hi = set1(f.centre_hi), lo = set1(f.centre_lo);
   const vf inv_t = set1(f.inv_t);
@@ -206,15 +217,23 @@ static BlockSums split_block(const void* x, const void* y, int64_t n, const Fram
   LaneSums acc[2] = {zero_sums(), zero_sums()};
   sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
     LaneSums& a = acc[group];
-    vf w = exp2_lanes(fma_exact(yv, log2e, minus_shift));
+    vf t = fma_exact(yv, log2e, minus_shift), w = exp2_lanes(t);
     if (tail) w = w * keep;
     vf u = centred_difference<D>(xv, yv, hi, lo) * inv_t;
-    if constexpr (MASKED) u = zero_unless(mask_not(mask_and(equal(xv, absent), equal(yv, absent))), u);
+    if constexpr (MASKED) {
+      const vm present = mask_not(mask_and(equal(xv, absent), equal(yv, absent)));
+      u = zero_unless(present, u);
+      t = zero_unless(present, t);
+    }
     const Split e = split_exponential(u);
     a.S = a.S + w;
     a.A = fma(w, u, a.A);
     a.B = fma(w, g_lanes(e, u), a.B);
     a.reach = max_abs(a.reach, u);
+    if constexpr (ENTROPY) {
+      a.E = fma(w, t, a.E);
+      a.X = fma(fma(w, expm1_lanes(e), w), t, a.X);
+    }
     if constexpr (REVERSE) a.C = fma(w, k_lanes(e, u), a.C);
   });
   BlockSums out;
@@ -222,6 +241,8 @@ static BlockSums split_block(const void* x, const void* y, int64_t n, const Fram
   out.sums.A = sum_lanes(acc[0].A + acc[1].A);
   out.sums.B = sum_lanes(acc[0].B + acc[1].B);
   if constexpr (REVERSE) out.sums.C = sum_lanes(acc[0].C + acc[1].C);
+  out.E = ENTROPY ? sum_lanes(acc[0].E + acc[1].E) : 0;
+  out.X = ENTROPY ? sum_lanes(acc[0].X + acc[1].X) : 0;
   out.reach = max_lanes(max2(acc[0].reach, acc[1].reach));
   return out;
 }

@@ -48,6 +48,24 @@ static double sum_block(const float* v, int64_t n) {
   return sum_lanes(s[0] + s[1]);
 }
 
+// of the logits less the first one: a common offset must not cost their digits
+template <DType D>
+static double logit_sum_row(const void* x, int64_t n) {
+  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  const float first = load_float<D>(x, 0), about = first - first == 0 ? first : 0.f;
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const void* const block = static_cast<const char*>(x) + i * kSize;
+    vf s[2] = {set1(0.f), set1(0.f)};
+    sweep<D>(block, block, n - i < kBlock ? n - i : kBlock, [&](int group, vf a, vf, vf keep, bool tail) STEP_INLINE {
+      const vf d = a - set1(about);
+      s[group] = s[group] + (tail ? zero_unless(equal(keep, set1(1.f)), d) : d);
+    });
+    total += sum_lanes(s[0] + s[1]);
+  }
+  return total + static_cast<double>(about) * static_cast<double>(n);
+}
+
 static void log_softmax_gradient_block(const float* output, float* grad, int64_t n, double grad_sum) {
   const vf log2e = set1(static_cast<float>(kLog2e)), total = set1(static_cast<float>(grad_sum));
   int64_t i = 0;

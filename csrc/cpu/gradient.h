@@ -21,6 +21,7 @@ struct GradientFrame {
   float weight;           // one lane of weight_y
   vf shift_x, weight_x;   // p likewise, for tokens too far from the reference
   vf max_x, log_sum_x;    // log p = (x - max_x)/T - log_sum_x
+  vf max_y, log_sum_y;    // log q likewise
 
   explicit GradientFrame(const GradientJob& job) {
     const RowState& s = job.state;
@@ -31,9 +32,14 @@ struct GradientFrame {
     splat_centre({s.centre, s.residual * t}, ratio_hi, ratio_lo);
     weight = splat_weight(s.reference_max, s.reference_log_sum, t, slope, shift_y, weight_y);
     splat_weight(s.policy_max, s.policy_log_sum, t, slope, shift_x, weight_x);
-    const float mx = static_cast<float>(s.policy_max * t);
-    max_x = set1(mx);
-    log_sum_x = set1(static_cast<float>(s.policy_log_sum + (s.policy_max - mx * job.inv_t)));
+    splat_log_sum(s.policy_max, s.policy_log_sum, job.inv_t, max_x, log_sum_x);
+    splat_log_sum(s.reference_max, s.reference_log_sum, job.inv_t, max_y, log_sum_y);
+  }
+
+  __attribute__((always_inline)) static inline void splat_log_sum(double max, double log_sum, double inv_t, vf& m, vf& rest) {
+    const float rounded = static_cast<float>(max / inv_t);
+    m = set1(rounded);
+    rest = set1(static_cast<float>(log_sum + (max - rounded * inv_t)));
   }
 
   __attribute__((always_inline)) static inline void splat_centre(const Centre& c, vf& hi, vf& lo) {
@@ -218,8 +224,11 @@ static void general_gradient(const GradientJob& job, const Means& m) {
            mass = set1(static_cast<float>(g.mass));
   const vf information = set1(static_cast<float>(g.information)), ref_forward = set1(static_cast<float>(g.ref_forward));
   const vf ref_reverse = set1(static_cast<float>(g.ref_reverse)), absent = set1(-INFINITY), zero = set1(0.f);
-  const vf H = set1(static_cast<float>(job.state.entropy));
-  const bool alone = g.mass != 0 || g.information != 0;
+  const vf H = set1(static_cast<float>(job.state.entropy)), uniform = set1(static_cast<float>(g.uniform));
+  const vf ref_mass = set1(static_cast<float>(g.ref_mass)), ref_information = set1(static_cast<float>(g.ref_information));
+  const vf ref_H = set1(static_cast<float>(job.state.reference_entropy));
+  const bool alone = g.mass != 0 || g.information != 0 || g.uniform != 0;
+  const bool ref_alone = job.gy && (g.ref_mass != 0 || g.ref_information != 0);
   vf p_hi, p_lo, q_hi, q_lo;
   GradientFrame::splat_centre(m.policy, p_hi, p_lo);
   GradientFrame::splat_centre(m.reference, q_hi, q_lo);
@@ -240,10 +249,14 @@ static void general_gradient(const GradientJob& job, const Means& m) {
     gx = fma(forward, moved, (p * above_p) * reverse);
     if (alone) {
       const vf log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x);
-      gx = fma(p * zero_unless(has_x, log_p + H), information, fma(p, mass, gx));
+      gx = fma(p * zero_unless(has_x, log_p + H), information, fma(p, mass, gx + uniform));
     }
     gx = select(has_x, gx, select(has_y, forward * moved, zero));
     gy = fma(ref_reverse, moved, (q * above_q) * ref_forward);
+    if (ref_alone) {
+      const vf log_q = bounded((y - f.max_y) * f.inv_t - f.log_sum_y);
+      gy = fma(q * zero_unless(has_y, log_q + ref_H), ref_information, fma(q, ref_mass, gy));
+    }
   };
   map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
     token(x0, y0, a0, b0);
@@ -251,18 +264,21 @@ static void general_gradient(const GradientJob& job, const Means& m) {
   });
 }
 
-// No reference: gx = p (mass + information (log p + H))
+// No reference: gx = p (mass + information (log p + H)) + uniform
 template <DType D>
 static void single_gradient(const GradientJob& job) {
   const GradientFrame f(job);
   const vf mass = set1(static_cast<float>(job.gradient.mass)), information = set1(static_cast<float>(job.gradient.information));
   const vf H = set1(static_cast<float>(job.state.entropy)), absent = set1(-INFINITY);
-  const bool entropy = job.gradient.information != 0;
+  const bool entropy = job.gradient.information != 0, everywhere = job.gradient.uniform != 0;
+  const vf uniform = set1(static_cast<float>(job.gradient.uniform));
   auto token = [&](vf x) STEP_INLINE {
     const vf p = exp2_for_store<D>(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
-    if (!entropy) return p * mass;
+    if (!entropy && !everywhere) return p * mass;
+    const vf rest = fma(p, mass, zero_unless(mask_not(equal(x, absent)), uniform));
+    if (!entropy) return rest;
     const vf log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x);
-    return fma(p * zero_unless(mask_not(equal(x, absent)), log_p + H), information, p * mass);
+    return fma(p * zero_unless(mask_not(equal(x, absent)), log_p + H), information, rest);
   };
   map_row<D>(job.x, job.x, job.gx, nullptr, job.n, [&](vf x0, vf x1, vf, vf, vf& a0, vf& a1, vf&, vf&) STEP_INLINE {
     a0 = token(x0);
@@ -339,7 +355,7 @@ static void gradient_row(GradientJob job) {
   const Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
   if (lack.any()) refine_means<D>(job, m);
   if (lack.ratio) set_ratio(job.state, m, job.inv_t);
-  if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0) forward_gradient<D>(job);
+  if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
   else general_gradient<D>(job, m);
 }
 

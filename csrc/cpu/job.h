@@ -1,9 +1,26 @@
 // Plain data between the operators and the instruction-set specific kernels.
 #pragma once
-#include "../row_math.h"
+#include "../family_math.h"
 #include "dtype.h"
 
 namespace fusedkl {
+
+// A row of logits as the double path reads it.
+struct Logits {
+  const void* data;
+  DType dtype;
+  double cap = 0;  // logits are cap tanh(x / cap), unless 0
+
+  double operator[](int64_t i) const {
+    const double x = load_double(data, dtype, i);
+    return cap == 0 || x == -INFINITY ? x : cap * tanh(x / cap);
+  }
+  double slope(int64_t i) const {
+    if (cap == 0) return 1;
+    const double c = cosh(load_double(data, dtype, i) / cap);
+    return 1 / (c * c);
+  }
+};
 
 // One row of a gradient sweep; x and y have one dtype, gradients too. gx may be x.
 struct GradientJob {
@@ -13,17 +30,31 @@ struct GradientJob {
   void* gy = nullptr;
   int64_t n = 0;
   double inv_t = 1;
+  double cap = 0;
   RowState state;
   RowGradient gradient;
+  FamilyKind kind;  // of gradient.divergence, or of the sums
 };
+
+// Two Taylor series in l = log(p/q), per unit of q: the terms of the sums (value, policy slope) or both gradients.
+constexpr int kSeriesTerms = 15;  // relative error 1e-7 at |l| = 1: the nearest singularity is at a distance of pi or more
+struct FamilySeries {
+  float first[kSeriesTerms], second[kSeriesTerms];
+};
+FamilySeries family_sums_series(const FamilyKind& kind);
+FamilySeries family_gradient_series(const GradientJob& job);
 
 // The kernels of one instruction set; arrays are indexed by DType (f32, bf16, f16).
 struct KernelTable {
   const char* isa;
-  RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse);
+  // entropies: whether both are wanted too; on return, whether they were made
+  RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies);
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
+  double (*logit_sum[3])(const void* x, int64_t n);
   void (*gradient[3])(GradientJob);
   void (*sharpen[3])(GradientJob, RowState&);
+  FamilySums (*family_sums[3])(const GradientJob&);
+  void (*family_gradient[3])(GradientJob);
   void (*widen[3])(const void* from, float* to, int64_t n);
   void (*narrow[3])(const float* from, void* to, int64_t n);
   void (*log_softmax)(float* logits, int64_t n, const RowState& state);                        // in place
@@ -51,8 +82,10 @@ static inline bool beyond_float(const RowState& s, double inv_t) {
 }
 
 // fp64 rows, in double throughout
-RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t);
-RowState single_f64(const void* x, DType dx, int64_t n, double inv_t);
+RowState divergence_f64(const Logits& x, const Logits& y, int64_t n, double inv_t);
+RowState single_f64(const Logits& x, int64_t n, double inv_t);
+FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy);
 void gradient_f64(const GradientJob& job, DType dx, DType dy);
+double logit_sum(const Logits& x, int64_t n);  // of any dtype, in index order
 
 }  // namespace fusedkl

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& parts, const std::vector<s
                       parts.scalar_type() == ScalarType::Double && parts.size(0) > 0,
                   "parts: contiguous float64 of shape [P, N, ", kStateColumns, "], P >= 1");
   const int64_t count = parts.size(0), rows = parts.size(1);
-  const Fields fields(names, 0);
+  const Fields fields(names, 0, std::nullopt);
   STD_TORCH_CHECK(fields.logprob < 0, "log-probabilities of tokens are not numbers of a state");
   STD_TORCH_CHECK(!inverse || (inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous() &&
                                (inverse->numel() == 1 || inverse->numel() == rows)),
@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& parts, const std::vector<s
       RowState merged = merge(slices.data(), static_cast<int>(count), inv_t ? inv_t[r * step] : 1);
       if (count > 1) merged.whole = 0;
       to[r] = merged;
-      row_values(fields, no_mass(fields, merged) ? nan_state() : merged,
-                 [&](int64_t field, double v) { numbers[field * rows + r] = v; });
+      row_values(fields, settled(merged), [&](int64_t field, double v) { numbers[field * rows + r] = v; });
     }
   });
   return {values, state};

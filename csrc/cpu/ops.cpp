@@ -22,6 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor&, const 
                                                            const std::vector<std::string>&, std::optional<double>,
                                                            const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                            std::optional<int64_t>, std::optional<double>);
+Tensor row_sums(const Tensor&, const Tensor&, const Tensor&, std::string, std::optional<double>, const std::optional<Tensor>&,
+                const std::optional<Tensor>&, std::optional<int64_t>, std::optional<double>);
 void scale_gradient_(Tensor, const Tensor&);
 std::tuple<Tensor, Tensor> merge_states(const Tensor&, const std::vector<std::string>&, const std::optional<Tensor>&);
 
@@ -46,7 +48,7 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
     std::vector<RowState> parts(static_cast<size_t>(seg.count));
     for (int64_t r = begin; r < end && in.length > 0; r++) {
       if (f64) {
-        const RowState s = single_f64(in.row(r), in.dtype, in.length, 1);
+        const RowState s = single_f64({in.row(r), in.dtype}, in.length, 1);
         for (int64_t i = 0; i < in.length; i++)
           store_double(out.row(r), out_type, i, (load_double(in.row(r), in.dtype, i) - s.policy_max) - s.policy_log_sum);
         continue;
@@ -138,6 +140,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkl, CPU, m) {
   m.impl("_row_stats_backward", TORCH_BOX(&fusedkl::row_stats_backward));
   m.impl("_row_stats_backward_", TORCH_BOX(&fusedkl::row_stats_backward_));
   m.impl("_row_stats_with_gradient", TORCH_BOX(&fusedkl::row_stats_with_gradient));
+  m.impl("_row_sums", TORCH_BOX(&fusedkl::row_sums));
   m.impl("_scale_gradient_", TORCH_BOX(&fusedkl::scale_gradient_));
   m.impl("_merge_states", TORCH_BOX(&fusedkl::merge_states));
   m.impl("_log_softmax", TORCH_BOX(&fusedkl::log_softmax));

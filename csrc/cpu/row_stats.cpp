@@ -4,7 +4,6 @@
 namespace fusedkl {
 
 void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls) {
-  STD_TORCH_CHECK(!controls.softcap, "softcap is not supported by the cpu backend yet");
   const int64_t length = controls.valid_vocab.value_or(policy.length);
   STD_TORCH_CHECK(length <= policy.length && (!reference || (reference->count == policy.count && length <= reference->length &&
                                                              (controls.valid_vocab || length == reference->length))),
@@ -18,11 +17,12 @@ ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& ref
                          const std::optional<Tensor>& counted_, const Controls& controls)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
-      fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0) {
+      fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0, controls.parameter) {
   cut_rows(policy, reference, controls);
   const int64_t rows = policy.count, length = policy.length;
-  STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
+  STD_TORCH_CHECK(!(fields.divergence() || fields.reference()) || reference, "a divergence needs a reference");
   STD_TORCH_CHECK(length > 0, "the vocabulary is empty");
+  cap = controls.softcap.value_or(0);
   f64 = policy.dtype == DType::f64 || (reference && reference->dtype == DType::f64);
   if (inverse) {
     STD_TORCH_CHECK(inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous(),
@@ -36,15 +36,15 @@ ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& ref
                     "mask: contiguous bool, one per row");
     mask = static_cast<const bool*>(counted_->const_data_ptr());
   }
-  STD_TORCH_CHECK(fields.logprob < 0 || token_ids, "logprob needs token_ids");
-  if (token_ids && fields.logprob >= 0) {
+  STD_TORCH_CHECK(!fields.tokens() || token_ids, "logprob, ref_logprob and log_ratio need token_ids");
+  if (fields.tokens()) {
     ids_per_row = token_ids->size(token_ids->dim() - 1);
     STD_TORCH_CHECK(
         token_ids->scalar_type() == ScalarType::Long && token_ids->is_contiguous() && token_ids->numel() == rows * ids_per_row,
         "token_ids: contiguous int64, the same number for each row");
     ids = static_cast<const int64_t*>(token_ids->const_data_ptr());
     for (int64_t i = 0; i < rows * ids_per_row; i++)
-      STD_TORCH_CHECK(!counted(i / ids_per_row) || (ids[i] >= 0 && ids[i] < length), "token id ", ids[i],
+      STD_TORCH_CHECK(!counted(i / ids_per_row) || (ids[i] >= -1 && ids[i] < length), "token id ", ids[i],
                       " is outside of the vocabulary of ", length);
   }
   kernels();  // an unusable instruction set must throw here, not inside a parallel region
@@ -65,28 +65,41 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
   const DType dx = c.policy.dtype;
   const double inv_t = c.inv_t(r);
   RowState s{};
-  if (c.fields.divergence()) {
+  const bool wants_entropy = c.fields.entropy >= 0 || c.fields.ref_entropy >= 0;
+  bool entropies = wants_entropy, paired = c.fields.divergence();
+  if (paired) {
     const void* y = c.reference->row(r, begin);
     const DType dy = c.reference->dtype;
     const bool reverse = c.fields.reverse_kl >= 0;
-    if (c.f64 || extreme_temperature(inv_t)) s = divergence_f64(x, dx, y, dy, n, inv_t);
-    else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse);
-    else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse);
+    if (c.in_double(inv_t)) s = divergence_f64({x, dx, c.cap}, {y, dy, c.cap}, n, inv_t), entropies = false;
+    else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse, entropies);
+    else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse, entropies);
+    paired = s.residual == s.residual;  // else one side is no distribution; the other may be
+    // a float sum knows log S to 1e-7: small entropies take a sweep of their own
+    entropies = entropies && s.entropy > 0.05 && s.reference_entropy > 0.05;
   }
-  if (c.fields.single()) {
-    const bool entropy = c.fields.entropy >= 0;
-    const RowState own = c.f64 || extreme_temperature(inv_t) ? single_f64(x, dx, n, inv_t)
-                                                             : kernels().single[static_cast<int>(dx)](x, n, inv_t, entropy);
+  auto alone = [&](const void* row, DType d, bool entropy) {
+    return c.in_double(inv_t) ? single_f64({row, d, c.cap}, n, inv_t)
+                              : kernels().single[static_cast<int>(d)](row, n, inv_t, entropy);
+  };
+  if ((c.fields.policy() || !c.reference) && !(paired && (entropies || c.fields.entropy < 0))) {
+    const RowState own = alone(x, dx, c.fields.entropy >= 0);
     s.policy_max = own.policy_max;
     s.policy_log_sum = own.policy_log_sum;
     s.entropy = own.entropy;
   }
+  if (c.fields.reference() && !(paired && (entropies || c.fields.ref_entropy < 0))) {
+    const RowState own = alone(c.reference->row(r, begin), c.reference->dtype, c.fields.ref_entropy >= 0);
+    s.reference_max = own.policy_max;
+    s.reference_log_sum = own.policy_log_sum;
+    s.reference_entropy = own.entropy;
+  }
+  if (c.fields.mean_logprob >= 0) {
+    s.tokens = static_cast<double>(n);
+    const bool plain = dx != DType::f64 && c.cap == 0;
+    s.logit_sum = inv_t * (plain ? kernels().logit_sum[static_cast<int>(dx)](x, n) : logit_sum({x, dx, c.cap}, n));
+  }
   return s;
-}
-
-// A row without any mass is no distribution: its values are NaN. Its state says -inf, because it may be a slice of a longer row.
-bool no_mass(const Fields& fields, const RowState& s) {
-  return s.policy_log_sum == -INFINITY || (fields.divergence() && s.reference_log_sum == -INFINITY);
 }
 
 template <class V>
@@ -96,24 +109,110 @@ static void write_values(const ForwardCall& c, int64_t r, const RowState& state,
     for (int64_t f = 0; f < c.fields.rows; f++) values[f * rows + r] = 0;
     return;
   }
-  const RowState s = no_mass(c.fields, state) ? nan_state() : state;
+  const RowState s = settled(state);
   auto put = [&](int64_t field, double v) { values[field * rows + r] = static_cast<V>(v); };
   row_values(c.fields, s, put);
+  const double inv_t = c.inv_t(r);
   for (int64_t k = 0; k < c.ids_per_row; k++) {
-    const double x = load_double(c.policy.row(r), c.policy.dtype, c.ids[r * c.ids_per_row + k]);
-    put(c.fields.logprob + k, (x * c.inv_t(r) - s.policy_max) - s.policy_log_sum);
+    const int64_t id = c.ids[r * c.ids_per_row + k];
+    auto put_token = [&](int64_t field, auto value) {
+      if (field >= 0) put(field + k, id < 0 ? 0 : value());
+    };
+    auto x = [&] { return Logits{c.policy.row(r), c.policy.dtype, c.cap}[id]; };
+    auto y = [&] { return Logits{c.reference->row(r), c.reference->dtype, c.cap}[id]; };
+    put_token(c.fields.logprob, [&] { return (x() * inv_t - s.policy_max) - s.policy_log_sum; });
+    put_token(c.fields.ref_logprob, [&] { return (y() * inv_t - s.reference_max) - s.reference_log_sum; });
+    put_token(c.fields.log_ratio, [&] { return ((x() - y()) - s.centre) * inv_t - s.residual; });
   }
 }
 
-void finish_row(const ForwardCall& c, int64_t r, const RowState* parts) {
-  RowState s{};
-  if (c.counted(r)) {
-    s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
-    s.whole = 1;
+FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const RowState& row, Widened& room) {
+  const int64_t begin = segment * c.segment_length(), left = c.policy.length - begin;
+  const DType dx = c.policy.dtype, dy = c.reference->dtype;
+  GradientJob job;
+  job.n = left < c.segment_length() ? left : c.segment_length();
+  job.inv_t = c.inv_t(r);
+  job.state = row;
+  job.cap = c.cap;
+  job.kind = c.fields.kind;
+  job.x = c.policy.row(r, begin);
+  job.y = c.reference->row(r, begin);
+  FamilySums sums;
+  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t)) {
+    GradientJob wide = job;
+    if (dx != dy) {
+      wide.x = room.policy(job.x, dx, job.n);
+      wide.y = room.reference(job.y, dy, job.n);
+    }
+    sums = kernels().family_sums[dx == dy ? static_cast<int>(dx) : 0](wide);
+    if (is_finite(sums.value) && is_finite(sums.policy_slope)) return sums;
   }
+  return family_sums_f64(job, dx, dy);
+}
+
+RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
+  RowState s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
+  s.whole = 1;
+  return s;
+}
+
+void finish_row(const ForwardCall& c, int64_t r, const RowState& s) {
   static_cast<RowState*>(c.state.mutable_data_ptr())[r] = s;
   if (c.f64) write_values(c, r, s, static_cast<double*>(c.values.mutable_data_ptr()));
   else write_values(c, r, s, static_cast<float*>(c.values.mutable_data_ptr()));
+}
+
+void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, Widened& room) {
+  RowState s{};
+  if (c.counted(r)) {
+    for (int64_t i = 0; i < c.segments(); i++) parts[static_cast<size_t>(i)] = segment_state(c, r, i, room);
+    s = merged_row(c, r, parts.data());
+    if (c.fields.family >= 0 && is_finite(s.residual)) {
+      FamilySums sums;
+      for (int sweeps = 0; sweeps == 0 || (sweeps < 3 && mend_log_ratio(s, sums)); sweeps++) {
+        sums = FamilySums{};
+        for (int64_t i = 0; i < c.segments(); i++) sums.add(segment_sums(c, r, i, s, room));
+      }
+      set_family(s, c.fields.kind, sums);
+    }
+  }
+  finish_row(c, r, s);
+}
+
+static void family_by_segments(const ForwardCall& c, std::vector<RowState>& rows) {
+  const int64_t segments = c.segments(), count = c.policy.count;
+  std::vector<FamilySums> parts(static_cast<size_t>(count * segments)), sums(static_cast<size_t>(count));
+  std::vector<char> wanted(static_cast<size_t>(count));
+  for (int64_t r = 0; r < count; r++) wanted[r] = c.counted(r) && is_finite(rows[r].residual);
+  for (int sweeps = 0; sweeps < 3; sweeps++) {
+    torch::stable::parallel_for(0, count * segments, grain_of(c.segment_length()), [&](int64_t begin, int64_t end) {
+      Widened room;
+      for (int64_t i = begin; i < end; i++)
+        if (wanted[i / segments]) parts[i] = segment_sums(c, i / segments, i % segments, rows[i / segments], room);
+    });
+    for (int64_t r = 0; r < count; r++) {
+      if (!wanted[r]) continue;
+      sums[r] = FamilySums{};
+      for (int64_t i = 0; i < segments; i++) sums[r].add(parts[r * segments + i]);
+      wanted[r] = sweeps < 2 && mend_log_ratio(rows[r], sums[r]);
+      if (!wanted[r]) set_family(rows[r], c.fields.kind, sums[r]);
+    }
+  }
+}
+
+// Few long rows: threads share a row. The same segments in the same order as one thread has them.
+static void forward_by_segments(const ForwardCall& c) {
+  const int64_t rows = c.policy.count, segments = c.segments(), grain = grain_of(c.segment_length());
+  std::vector<RowState> parts(static_cast<size_t>(rows * segments)), merged(static_cast<size_t>(rows));
+  torch::stable::parallel_for(0, rows * segments, grain, [&](int64_t begin, int64_t end) {
+    Widened room;
+    for (int64_t i = begin; i < end; i++)
+      if (c.counted(i / segments)) parts[static_cast<size_t>(i)] = segment_state(c, i / segments, i % segments, room);
+  });
+  for (int64_t r = 0; r < rows; r++)
+    if (c.counted(r)) merged[static_cast<size_t>(r)] = merged_row(c, r, parts.data() + r * segments);
+  if (c.fields.family >= 0) family_by_segments(c, merged);
+  for (int64_t r = 0; r < rows; r++) finish_row(c, r, merged[static_cast<size_t>(r)]);
 }
 
 std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<Tensor>& reference,
@@ -122,26 +221,42 @@ std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<T
                                      const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab,
                                      std::optional<double> softcap) {
   const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask, {parameter, valid_vocab, softcap});
-  const int64_t rows = c.policy.count, segments = c.segments(), threads = torch::stable::get_num_threads();
-  if (segments > 1 && rows < 4 * threads && threads > 1) {  // few long rows: threads share a row
-    std::vector<RowState> parts(static_cast<size_t>(rows * segments));
-    torch::stable::parallel_for(0, rows * segments, grain_of(c.segment_length()), [&](int64_t begin, int64_t end) {
-      Widened room;
-      for (int64_t i = begin; i < end; i++)
-        if (c.counted(i / segments)) parts[static_cast<size_t>(i)] = segment_state(c, i / segments, i % segments, room);
-    });
-    for (int64_t r = 0; r < rows; r++) finish_row(c, r, parts.data() + r * segments);
+  const int64_t rows = c.policy.count, threads = torch::stable::get_num_threads();
+  if (c.segments() > 1 && rows < 4 * threads && threads > 1) {
+    forward_by_segments(c);
   } else {
     torch::stable::parallel_for(0, rows, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
       Widened room;
-      std::vector<RowState> parts(static_cast<size_t>(segments));
-      for (int64_t r = begin; r < end; r++) {
-        for (int64_t i = 0; i < segments && c.counted(r); i++) parts[static_cast<size_t>(i)] = segment_state(c, r, i, room);
-        finish_row(c, r, parts.data());
-      }
+      std::vector<RowState> parts(static_cast<size_t>(c.segments()));
+      for (int64_t r = begin; r < end; r++) forward_row(c, r, parts, room);
     });
   }
   return {c.values, c.state};
+}
+
+// The sums of a second sweep over a slice of the vocabulary, given the state of the whole rows.
+Tensor row_sums(const Tensor& policy, const Tensor& reference, const Tensor& state, std::string field,
+                std::optional<double> parameter, const std::optional<Tensor>& inv_temperature, const std::optional<Tensor>& mask,
+                std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
+  const ForwardCall c(policy, reference, std::nullopt, {field}, inv_temperature, mask, {parameter, valid_vocab, softcap});
+  STD_TORCH_CHECK(c.fields.family >= 0, "field ", field, " takes no second sweep");
+  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == c.policy.count && state.size(1) == kStateColumns &&
+                      state.scalar_type() == ScalarType::Double,
+                  "state does not fit the policy");
+  const RowState* const states = static_cast<const RowState*>(state.const_data_ptr());
+  const Tensor out = torch::stable::new_empty(policy, {c.policy.count, 3}, ScalarType::Double);
+  double* const result = static_cast<double*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, c.policy.count, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
+    Widened room;
+    for (int64_t r = begin; r < end; r++) {
+      FamilySums sums;
+      for (int64_t i = 0; i < c.segments() && c.counted(r); i++) sums.add(segment_sums(c, r, i, states[r], room));
+      result[3 * r] = sums.value;
+      result[3 * r + 1] = sums.policy_slope;
+      result[3 * r + 2] = sums.reference_slope;
+    }
+  });
+  return out;
 }
 
 }  // namespace fusedkl

@@ -1,4 +1,5 @@
 // fusedkl::_row_stats_backward, its in-place form, and forward and gradient in one visit to each row, on the CPU.
+#include "../family_terms.h"
 #include "rows.h"
 
 namespace fusedkl {
@@ -11,20 +12,21 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
                            const Tensor* reference_grad_)
     : policy(Rows::of(policy_, "policy")),
       reference(reference_ ? std::optional<Rows>(Rows::of(*reference_, "reference")) : std::nullopt),
-      fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0),
+      fields(names, token_ids ? token_ids->size(token_ids->dim() - 1) : 0, controls.parameter),
       grad(grad_),
       states(static_cast<const RowState*>(state.const_data_ptr())),
       ids(token_ids ? static_cast<const int64_t*>(token_ids->const_data_ptr()) : nullptr),
-      ids_per_row(token_ids && fields.logprob >= 0 ? token_ids->size(token_ids->dim() - 1) : 0),
+      ids_per_row(token_ids && fields.tokens() ? token_ids->size(token_ids->dim() - 1) : 0),
       inv_temperature(inverse ? static_cast<const double*>(inverse->const_data_ptr()) : nullptr),
-      per_row_temperature(inverse && inverse->numel() != 1) {
+      per_row_temperature(inverse && inverse->numel() != 1),
+      cap(controls.softcap.value_or(0)) {
   cut_rows(policy, reference, controls);
   if (policy_grad_) policy_grad.emplace(*policy_grad_, "policy gradient", policy_grad_->mutable_data_ptr());
   if (reference_grad_) reference_grad.emplace(*reference_grad_, "reference gradient", reference_grad_->mutable_data_ptr());
   STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns,
                   "state does not fit the policy");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
-  STD_TORCH_CHECK(!fields.divergence() || reference, "a divergence needs a reference");
+  STD_TORCH_CHECK(!(fields.divergence() || fields.reference()) || reference, "a divergence needs a reference");
   STD_TORCH_CHECK(!inverse || (inverse->scalar_type() == ScalarType::Double && inverse->is_contiguous() &&
                                (inverse->numel() == 1 || inverse->numel() == policy.count)),
                   "inv_temperature: contiguous float64, one, or one per row");
@@ -53,6 +55,8 @@ void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
   job.y = y.data();
 }
 
+double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { return field < 0 ? 0 : grad_at(field + k, r); }
+
 // Different dtypes: the whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded
 // once into its own dtype.
 static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
@@ -61,76 +65,135 @@ static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) 
   room.widen(job, dx, dy);
   job.gx = gx ? room.x.data() : nullptr;
   job.gy = gy ? room.y.data() : nullptr;
-  k.gradient[0](job);
+  if (job.gradient.family()) k.family_gradient[0](job);
+  else k.gradient[0](job);
   if (gx) k.narrow[static_cast<int>(dx)](room.x.data(), gx, job.n);
   if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
 }
 
+// A token whose log-probability was asked for: where its gradient goes, and what it is.
+struct TokenGradient {
+  void* row;
+  DType dtype;
+  int64_t id;
+  double value;
+};
+
+static RowGrads grads_of_row(const BackwardCall& c, int64_t r) {
+  const Fields& f = c.fields;
+  RowGrads g;
+  g.forward_kl = c.grad_at(f.forward_kl, r);
+  g.reverse_kl = c.grad_at(f.reverse_kl, r);
+  g.entropy = c.grad_at(f.entropy, r);
+  g.logsumexp = c.grad_at(f.logsumexp, r);
+  g.mean_logprob = c.grad_at(f.mean_logprob, r);
+  g.ref_entropy = c.grad_at(f.ref_entropy, r);
+  g.ref_logsumexp = c.grad_at(f.ref_logsumexp, r);
+  for (int64_t k = 0; k < c.ids_per_row; k++) {
+    g.logprob += c.token_grad(f.logprob, k, r);
+    g.ref_logprob += c.token_grad(f.ref_logprob, k, r);
+    g.log_ratio += c.token_grad(f.log_ratio, k, r);
+  }
+  return g;
+}
+
+// Their values before the sweep, which may overwrite the logits.
+static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t r, const GradientJob& job) {
+  const Fields& f = c.fields;
+  const RowState& s = job.state;
+  std::vector<TokenGradient> tokens;
+  for (int64_t k = 0; k < c.ids_per_row; k++) {
+    const int64_t id = c.ids[r * c.ids_per_row + k];
+    double to_policy = 0, to_reference = 0;
+    bool seen = id < 0;
+    for (int64_t j = 0; j < c.ids_per_row && !seen; j++) {
+      if (c.ids[r * c.ids_per_row + j] != id) continue;
+      seen = j < k;
+      to_policy += c.token_grad(f.logprob, j, r) + c.token_grad(f.log_ratio, j, r);
+      to_reference += c.token_grad(f.ref_logprob, j, r) - c.token_grad(f.log_ratio, j, r);
+    }
+    if (seen) continue;
+    const Logits xs{c.policy.row(r), c.policy.dtype, c.cap};
+    const Logits ys = c.reference ? Logits{c.reference->row(r), c.reference->dtype, c.cap} : xs;
+    const double x = xs[id], y = c.reference ? ys[id] : -INFINITY;
+    if (job.gx && to_policy != 0)
+      tokens.push_back(
+          {job.gx, c.policy.dtype, id, policy_gradient_at(s, job.gradient, x, y, job.inv_t) + to_policy * job.inv_t});
+    if (job.gy && to_reference != 0)
+      tokens.push_back({job.gy, c.reference->dtype, id,
+                        (reference_gradient_at(s, job.gradient, x, y, job.inv_t) + to_reference * job.inv_t) * ys.slope(id)});
+  }
+  return tokens;
+}
+
+static void run_job(const GradientJob& job, DType dx, DType dy, MixedRow& room) {
+  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t))
+    gradient_f64(job, dx, dy);
+  else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);
+  else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
+  else mixed_gradient(job, dx, dy, room);
+}
+
 void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   const DType dx = c.policy.dtype, dy = c.reference ? c.reference->dtype : dx;
-  const RowState& s = c.states[r];
   GradientJob job;
   job.n = c.policy.length;
   job.inv_t = !c.inv_temperature ? 1 : c.inv_temperature[c.per_row_temperature ? r : 0];
-  job.state = s;
+  job.cap = c.cap;
+  job.state = settled(c.states[r]);
   job.x = c.policy.row(r);
-  double logprobs = 0;
-  bool any_token = false;
-  for (int64_t k = 0; k < c.ids_per_row; k++) {
-    const double g = c.grad_at(c.fields.logprob + k, r);
-    logprobs += g;
-    any_token |= g != 0;
-  }
-  const double g_forward = c.grad_at(c.fields.forward_kl, r), g_reverse = c.grad_at(c.fields.reverse_kl, r);
-  const double g_entropy = c.grad_at(c.fields.entropy, r), g_lse = c.grad_at(c.fields.logsumexp, r);
-  // rows without an incoming gradient stay at 0 coefficients whatever their temperature is
-  if (g_forward != 0 || g_reverse != 0 || g_entropy != 0 || g_lse != 0 || any_token)
-    job.gradient = row_gradient(s, job.inv_t, g_forward, g_reverse, g_entropy, g_lse, logprobs);
-  if (c.fields.divergence()) job.y = c.reference->row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
+
+  // rows without an incoming gradient are exactly 0 and not read, whatever they and their temperature hold
+  bool live = false;
+  for (int64_t i = 0; i < c.fields.rows; i++) live |= c.grad_at(i, r) != 0;
+  if (live) {
+    job.gradient = row_gradient(job.state, job.inv_t, grads_of_row(c, r));
+    job.kind = c.fields.kind;
+    if (c.fields.family >= 0) add_family_gradient(job.gradient, job.kind, job.state, job.inv_t, c.grad_at(c.fields.family, r));
+  }
   auto zero_from = [&](const Rows& gradient, int64_t column) {
     memset(gradient.row(r, column), 0, static_cast<size_t>((gradient.length - column) * size_of(gradient.dtype)));
   };
-  if (job.gx) zero_from(*c.policy_grad, job.n);
-  if (job.gy) zero_from(*c.reference_grad, job.n);
-  // rows without an incoming gradient are exactly 0 and not read: they may hold anything
-  if (job.gx && job.gradient.policy_zero() && !any_token) {
+  if (job.gx) zero_from(*c.policy_grad, live ? job.n : 0);
+  if (job.gy) zero_from(*c.reference_grad, live ? job.n : 0);
+  if (!live) return;
+
+  // no distribution: no token of it may look like one that was merely masked
+  auto all_nan = [&](void*& gradient, DType d) {
+    for (int64_t i = 0; i < job.n; i++) store_double(gradient, d, i, NAN);
+    gradient = nullptr;
+  };
+  if (job.gx && job.gradient.policy_nan()) all_nan(job.gx, dx);
+  if (job.gy && job.gradient.reference_nan()) all_nan(job.gy, dy);
+  if (!job.gx && !job.gy) return;
+
+  const std::vector<TokenGradient> tokens = token_gradients(c, r, job);
+  if (job.gx && job.gradient.policy_zero()) {
     zero_from(*c.policy_grad, 0);
     job.gx = nullptr;
   }
   if (job.gy && job.gradient.reference_zero()) {
-    // an infinite or NaN row reaches here only by its coefficients; NaN gradients compare unequal to 0
     zero_from(*c.reference_grad, 0);
     job.gy = nullptr;
   }
-  if (!job.gx && !job.gy) return;
-
-  if (s.policy_log_sum != s.policy_log_sum ||
-      no_mass(c.fields, s)) {  // no distribution: no token of it may look like one that was merely masked
-    for (int64_t i = 0; i < job.n; i++) {
-      if (job.gx) store_double(job.gx, dx, i, NAN);
-      if (job.gy) store_double(job.gy, dy, i, NAN);
+  if (job.gradient.paired()) {
+    job.y = c.reference->row(r);
+    run_job(job, dx, dy, room);
+  } else {
+    GradientJob other = job;
+    other.state = reference_alone(job.state);
+    other.gradient = reference_alone(job.gradient);
+    other.gx = job.gy;
+    job.gy = other.gy = nullptr;
+    if (other.gx) {
+      other.x = c.reference->row(r);
+      run_job(other, dy, dy, room);
     }
-    return;
+    if (job.gx) run_job(job, dx, dx, room);
   }
-
-  // tokens whose log-probability was asked for: their values now, because the sweep may overwrite the logits
-  std::vector<std::pair<int64_t, double>> tokens;
-  if (any_token && job.gx) {
-    for (int64_t k = 0; k < c.ids_per_row; k++) {
-      const int64_t id = c.ids[r * c.ids_per_row + k];
-      double direct = 0;
-      for (int64_t j = 0; j < c.ids_per_row; j++)
-        if (c.ids[r * c.ids_per_row + j] == id) direct += c.grad_at(c.fields.logprob + j, r);
-      const double x = load_double(job.x, dx, id), y = job.y ? load_double(job.y, dy, id) : 0;
-      tokens.emplace_back(id, policy_gradient_at(s, job.gradient, x, y, job.inv_t, job.y != nullptr) + direct * job.inv_t);
-    }
-  }
-  if (dx == DType::f64 || dy == DType::f64 || beyond_float(s, job.inv_t)) gradient_f64(job, dx, dy);
-  else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
-  else mixed_gradient(job, dx, dy, room);
-  for (const auto& [id, value] : tokens) store_double(job.gx, dx, id, value);
+  for (const TokenGradient& t : tokens) store_double(t.row, t.dtype, t.id, t.value);
 }
 
 static void run(const BackwardCall& c) {
@@ -199,8 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(
     MixedRow room;
     std::vector<RowState> parts(static_cast<size_t>(f.segments()));
     for (int64_t r = begin; r < end; r++) {
-      for (int64_t i = 0; i < f.segments() && f.counted(r); i++) parts[static_cast<size_t>(i)] = segment_state(f, r, i, wide);
-      finish_row(f, r, parts.data());
+      forward_row(f, r, parts, wide);
       gradient_of_row(b, r, room);
     }
   });

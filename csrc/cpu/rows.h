@@ -24,6 +24,7 @@ struct ForwardCall {
   const int64_t* ids = nullptr;
   int64_t ids_per_row = 0;
   bool f64 = false;
+  double cap = 0;
   Tensor values, state;
 
   ForwardCall(const Tensor& policy, const std::optional<Tensor>& reference, const std::optional<Tensor>& token_ids,
@@ -31,6 +32,7 @@ struct ForwardCall {
               const std::optional<Tensor>& mask, const Controls& controls);
 
   double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
+  bool in_double(double inv_t) const { return f64 || cap != 0 || extreme_temperature(inv_t); }
   bool counted(int64_t r) const { return !mask || mask[r]; }
   // in double, a row is not cut: it is the exact path, and its rows are short
   int64_t segments() const { return f64 ? 1 : Segments(policy.length).count; }
@@ -49,16 +51,29 @@ class Widened {
 };
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
-void finish_row(const ForwardCall& c, int64_t r, const RowState* parts);  // writes the row's values and state
-bool no_mass(const Fields& fields, const RowState& s);
+void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, Widened& room);  // writes values and state
 
-// put(field's row of `values`, number) for all that a state holds: everything but the log-probabilities of tokens
+// A side without any mass is kept as such in the state, which a slice of a row may have; as a row it is no distribution.
+inline RowState settled(RowState s) {
+  if (s.policy_log_sum == -INFINITY) lose_policy(s);
+  if (s.reference_log_sum == -INFINITY) lose_reference(s);
+  return s;
+}
+
+// put(field's row of `values`, number) for all that a state holds: everything but the numbers of tokens
 template <class Put>
 inline void row_values(const Fields& fields, const RowState& s, Put put) {
-  if (fields.forward_kl >= 0) put(fields.forward_kl, s.forward_kl);
-  if (fields.reverse_kl >= 0) put(fields.reverse_kl, s.reverse_kl);
-  if (fields.entropy >= 0) put(fields.entropy, s.entropy);
-  if (fields.logsumexp >= 0) put(fields.logsumexp, s.policy_max + s.policy_log_sum);
+  auto maybe = [&](int64_t field, double v) {
+    if (field >= 0) put(field, v);
+  };
+  maybe(fields.forward_kl, s.forward_kl);
+  maybe(fields.reverse_kl, s.reverse_kl);
+  maybe(fields.entropy, s.entropy);
+  maybe(fields.logsumexp, s.policy_max + s.policy_log_sum);
+  maybe(fields.mean_logprob, mean_logprob(s));
+  maybe(fields.ref_entropy, s.reference_entropy);
+  maybe(fields.ref_logsumexp, s.reference_max + s.reference_log_sum);
+  maybe(fields.family, s.divergence);
 }
 
 // Both rows in fp32, where their dtypes differ.
@@ -79,6 +94,7 @@ struct BackwardCall {
   int64_t ids_per_row;
   const double* inv_temperature;
   bool per_row_temperature;
+  double cap;
 
   BackwardCall(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
                const std::optional<Tensor>& token_ids, const Tensor& state, const std::vector<std::string>& names,
@@ -86,6 +102,7 @@ struct BackwardCall {
                const Tensor* reference_grad);
 
   double grad_at(int64_t field, int64_t r) const;
+  double token_grad(int64_t field, int64_t k, int64_t r) const;  // of a row's k-th token
 };
 
 // The rows of a pair, cut to the logits that exist.

@@ -1,5 +1,6 @@
 // fp64 rows (either input fp64): the two-sweep form in double with the library's exponentials. For gradcheck and for references,
 // not for speed.
+#include "../family_terms.h"
 #include "job.h"
 
 namespace fusedkl {
@@ -11,26 +12,26 @@ struct Mass {
   bool invalid = false;
 };
 
-Mass mass_of(const void* x, DType d, int64_t n, double inv_t) {
+Mass mass_of(const Logits& x, int64_t n, double inv_t) {
   Mass m;
   for (int64_t i = 0; i < n; i++) {
-    const double v = load_double(x, d, i);
+    const double v = x[i];
     if (!(v < INFINITY)) m.invalid = true;  // NaN or +inf
     if (v > m.max) m.max = v;
   }
-  for (int64_t i = 0; i < n && !m.invalid && m.max > -INFINITY; i++) m.about.add((m.max - load_double(x, d, i)) * inv_t);
+  for (int64_t i = 0; i < n && !m.invalid && m.max > -INFINITY; i++) m.about.add((m.max - x[i]) * inv_t);
   return m;
 }
 
 }  // namespace
 
-RowState single_f64(const void* x, DType dx, int64_t n, double inv_t) {
-  const Mass m = mass_of(x, dx, n, inv_t);
+RowState single_f64(const Logits& x, int64_t n, double inv_t) {
+  const Mass m = mass_of(x, n, inv_t);
   return m.invalid ? nan_state() : exact_masses(m.max, m.about, m.max, m.about, inv_t);
 }
 
-RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_t n, double inv_t) {
-  const Mass mx = mass_of(x, dx, n, inv_t), my = mass_of(y, dy, n, inv_t);
+RowState divergence_f64(const Logits& x, const Logits& y, int64_t n, double inv_t) {
+  const Mass mx = mass_of(x, n, inv_t), my = mass_of(y, n, inv_t);
   if (mx.invalid || my.invalid) return nan_state();
   RowState s = exact_masses(mx.max, mx.about, my.max, my.about, inv_t);
   if (mx.max == -INFINITY || my.max == -INFINITY) return s;
@@ -38,17 +39,17 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
   const double direct = (mx.max - my.max) * inv_t + (s.policy_log_sum - s.reference_log_sum), scale = exp(-s.reference_log_sum);
   double origin = NAN, mean = 0;
   for (int64_t i = 0; i < n; i++) {
-    const double d = load_double(x, dx, i) - load_double(y, dy, i);
+    const double d = x[i] - y[i];
     if (!is_finite(d)) continue;
     if (origin != origin) origin = d;
-    mean += exp((load_double(y, dy, i) - my.max) * inv_t) * scale * (d - origin);
+    mean += exp((y[i] - my.max) * inv_t) * scale * (d - origin);
   }
   double centre = origin + mean;
   if (!(fabs(centre * inv_t - direct) < 0.5)) centre = direct / inv_t;
   const double kappa = exp(direct - centre * inv_t - s.policy_log_sum);
   ExactSums all;
   for (int64_t i = 0; i < n; i++) {
-    const double x_i = load_double(x, dx, i), y_i = load_double(y, dy, i);
+    const double x_i = x[i], y_i = y[i];
     all.add(x_i, y_i, exp((y_i - my.max) * inv_t) * scale, exp((x_i - mx.max) * inv_t) * kappa, centre, inv_t);
   }
   s.centre = centre;
@@ -58,15 +59,43 @@ RowState divergence_f64(const void* x, DType dx, const void* y, DType dy, int64_
   return s;
 }
 
-void gradient_f64(const GradientJob& job, DType dx, DType dy) {
-  const RowState& s = job.state;
-  const RowGradient& g = job.gradient;
+FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy) {
+  const FamilyConstants<ScalarOps> c(job.kind);
+  const Logits x{job.x, dx, job.cap}, y{job.y, dy, job.cap};
+  FamilySums out;
   for (int64_t i = 0; i < job.n; i++) {
-    const double x = load_double(job.x, dx, i), y = job.y ? load_double(job.y, dy, i) : 0;
-    const bool absent = x == -INFINITY && (!job.y || y == -INFINITY);
-    if (job.gy) store_double(job.gy, dy, i, absent ? 0 : reference_gradient_at(s, g, x, y, job.inv_t));
-    if (job.gx) store_double(job.gx, dx, i, absent ? 0 : policy_gradient_at(s, g, x, y, job.inv_t, job.y != nullptr));
+    const FamilyToken<ScalarOps> t = family_token(job.state, x[i], y[i], job.inv_t);
+    const auto terms = family_switch(c.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(c, t); });
+    const double apart = t.big * t.d;
+    out.add({terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart});
   }
+  return out;
+}
+
+void gradient_f64(const GradientJob& job, DType dx, DType dy) {
+  const FamilyConstants<ScalarOps> c(job.kind);
+  const RowGradient& g = job.gradient;
+  const Logits xs{job.x, dx, job.cap}, ys{job.y, dy, job.cap};
+  for (int64_t i = 0; i < job.n; i++) {
+    const double x = xs[i], y = job.y ? ys[i] : -INFINITY, slope = xs.slope(i);
+    const bool absent = x == -INFINITY && y == -INFINITY;
+    const auto own = g.family() ? family_gradient_at(c, job.state, x, y, job.inv_t) : FamilyGradient<ScalarOps>{0, 0};
+    auto with = [](double v, double coefficient, double term) { return coefficient != 0 ? v + coefficient * term : v; };
+    if (job.gy) {
+      const double v = absent ? 0 : reference_gradient_at(job.state, g, x, y, job.inv_t);
+      store_double(job.gy, dy, i, with(v, g.ref_divergence, own.reference) * ys.slope(i));
+    }
+    if (job.gx) {
+      const double v = absent ? 0 : policy_gradient_at(job.state, g, x, y, job.inv_t);
+      store_double(job.gx, dx, i, with(v, g.divergence, own.policy) * slope);
+    }
+  }
+}
+
+double logit_sum(const Logits& x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += x[i];
+  return sum;
 }
 
 }  // namespace fusedkl

@@ -24,14 +24,25 @@ static double difference_at(const void* x, const void* y, int64_t i) {
   return static_cast<double>(load_float<D>(x, i)) - load_float<D>(y, i);
 }
 
-template <DType D, bool REVERSE>
-static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out) {
+// Entropies from sums relative to a sampled maximum hold while they are not small against their parts; a peaked row takes a sweep
+// of its own (entropy_block).
+static bool set_entropies(RowState& out, const CentredSums& row, double E, double X) {
+  const double log_S = log(row.S), below_q = kLn2 * E / row.S, below_p = kLn2 * X / row.policy_mass();
+  out.reference_entropy = log_S - below_q;
+  out.entropy = (log_S - below_p) - out.reverse_kl;
+  return out.reference_entropy > 0.05 * (fabs(log_S) + fabs(below_q)) &&
+         out.entropy > 0.05 * (fabs(log_S) + fabs(below_p) + out.reverse_kl);
+}
+
+// ENTROPY (with REVERSE): both entropies too; `entropies` says whether they hold.
+template <DType D, bool REVERSE, bool ENTROPY>
+static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out, bool& entropies) {
   using Kernel = BlockSums (*)(const void*, const void*, int64_t, const Frame&);
   // tiers by the block's largest |u|; the second row also skips tokens masked in both rows
-  static constexpr Kernel kTier[2][4] = {{poly_block<D, 4, REVERSE, false>, poly_block<D, 6, REVERSE, false>,
-                                          poly_block<D, 8, REVERSE, false>, split_block<D, REVERSE, false>},
-                                         {poly_block<D, 4, REVERSE, true>, poly_block<D, 6, REVERSE, true>,
-                                          poly_block<D, 8, REVERSE, true>, split_block<D, REVERSE, true>}};
+  static constexpr Kernel kTier[2][4] = {{poly_block<D, 4, REVERSE, ENTROPY, false>, poly_block<D, 6, REVERSE, ENTROPY, false>,
+                                          poly_block<D, 8, REVERSE, ENTROPY, false>, split_block<D, REVERSE, ENTROPY, false>},
+                                         {poly_block<D, 4, REVERSE, ENTROPY, true>, poly_block<D, 6, REVERSE, ENTROPY, true>,
+                                          poly_block<D, 8, REVERSE, ENTROPY, true>, split_block<D, REVERSE, ENTROPY, true>}};
   static constexpr float kReach[] = {0.5f, 1.f, 2.f, kNear};
   constexpr int kLast = 3;
 
@@ -66,6 +77,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   while (tier < kLast && !(1.5f * probe.reach <= kReach[tier])) tier++;
 
   CentredSums row;
+  double E = 0, X = 0;
   double noise = 0;  // sum of |B| as accumulated: what fp32 rounding is relative to
   int misses = 0, since_probe = 0, patience = 16;
   bool masked = false;
@@ -87,7 +99,9 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
         const float higher = max_block<D>(by, size);
         if (higher > max) {
           const float shift = higher * t.log2e_t;
-          const double factor = exp2(static_cast<double>(f.shift) - static_cast<double>(shift));
+          const double down = static_cast<double>(f.shift) - static_cast<double>(shift), factor = exp2(down);
+          E = factor * (E + down * row.S);
+          X = factor * (X + down * row.policy_mass());
           row.scale(factor);
           noise *= factor;
           f.shift = shift;
@@ -116,8 +130,10 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
         const double moved = (f.centre() - before) * t.inv_t;
         if (moved != 0 && fabs(moved) < 80) {
           noise *= exp(-moved);
+          X *= exp(-moved);
           if (fabs(moved) < 0.25 && sum.A * sum.A <= 0.5 * sum.B * sum.S) {  // B keeps its digits when it is moved
             sum.recentre(moved);
+            b.X *= exp(-moved);
             break;
           }
           row.recentre(moved);
@@ -139,6 +155,8 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       misses = 0;
     }
     row = sum;
+    E += b.E;
+    X += b.X;
     noise += fabs(b.sums.B);
   }
 
@@ -162,6 +180,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   out.policy_log_sum = out.reference_log_sum + row.log_ratio_about_centre();
   out.forward_kl = forward;
   out.reverse_kl = REVERSE ? row.reverse_kl() : 0;
+  entropies = ENTROPY && set_entropies(out, row, E, X);
   return true;
 }
 
@@ -189,7 +208,7 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   const bool has_x = max_x > -INFINITY, has_y = max_y > -INFINITY;
   // x log2(e)/T would leave the range of float: nobody's logits, but a value all the same
   if ((has_x && fabsf(max_x) * t.log2e_t > 1e38f) || (has_y && fabsf(max_y) * t.log2e_t > 1e38f))
-    return divergence_f64(x, D, y, D, n, t.inv_t);
+    return divergence_f64({x, D}, {y, D}, n, t.inv_t);
   Frame f{};
   f.log2e_t = t.log2e_t;
   f.inv_t = t.inv_t_f;
@@ -230,7 +249,7 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
     for (int64_t i = 0; i < n; i += kCarefulBlock)
       add_careful(all, careful_block<D>(part(x, i), part(y, i), n - i < kCarefulBlock ? n - i : kCarefulBlock, f));
     // differences near the limit of float (masks at finfo.min on one side only): their products may have saturated
-    if (!(fabs(all.far_policy_u) < 1e30 && fabs(all.far_reference_u) < 1e30)) return divergence_f64(x, D, y, D, n, t.inv_t);
+    if (!(fabs(all.far_policy_u) < 1e30 && fabs(all.far_reference_u) < 1e30)) return divergence_f64({x, D}, {y, D}, n, t.inv_t);
     // policy weights about the centre, on the reference's scale: wx * kappa
     const double kappa = exp2(static_cast<double>(f.policy_shift) - f.shift - f.centre() * static_cast<double>(t.log2e_t));
     sums.S = all.S;
@@ -252,11 +271,15 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
 }
 
 template <DType D>
-static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse) {
+static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies) {
   [[maybe_unused]] const FlushSubnormals scope;
   const Scale t(inv_t);
   RowState out;
-  if (reverse ? one_sweep_segment<D, true>(x, y, n, t, out) : one_sweep_segment<D, false>(x, y, n, t, out)) return out;
+  const auto sweep = entropies ? one_sweep_segment<D, true, true>
+                     : reverse ? one_sweep_segment<D, true, false>
+                               : one_sweep_segment<D, false, false>;
+  entropies = false;
+  if (sweep(x, y, n, t, out, entropies)) return out;
   return careful_segment<D>(x, y, n, t);
 }
 

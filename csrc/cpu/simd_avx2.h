@@ -53,6 +53,10 @@ SIMD_INLINE vf pow2_int(vf k) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23));
 }
 
+SIMD_INLINE vf exponent_of(vf a) {
+  const __m256i field = _mm256_srli_epi32(_mm256_castps_si256(a * set1(1.41421356f)), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(field, _mm256_set1_epi32(127)));
+}
 SIMD_INLINE vf clamp_exponent(vf t) { return min2(set1(128.f), max2(set1(-127.f), t)); }
 SIMD_INLINE vf exp2_fraction(vf t) {
   t = clamp_exponent(t);

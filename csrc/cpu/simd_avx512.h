@@ -42,6 +42,9 @@ SIMD_INLINE vf zero_unless(vm m, vf a) { return _mm512_maskz_mov_ps(m, a); }
 // 2^k for integral k; saturates to 0 and inf
 SIMD_INLINE vf pow2_int(vf k) { return _mm512_scalef_ps(set1(1.f), k); }
 
+// k with a = 2^k f, f in [sqrt(1/2), sqrt 2), for a > 0
+SIMD_INLINE vf exponent_of(vf a) { return _mm512_getexp_ps(a * set1(1.41421356f)); }
+
 // p(r) 2^floor(t) where r = t - floor(t): scalef floors its exponent itself, so -inf gives exactly 0 and nothing is clamped
 SIMD_INLINE vf exp2_fraction(vf t) { return _mm512_reduce_ps(t, 0x09); }
 SIMD_INLINE vf scale_floor(vf p, vf t) { return _mm512_scalef_ps(p, t); }

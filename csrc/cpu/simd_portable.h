@@ -59,6 +59,7 @@ SIMD_INLINE vf pow2_int(vf k) {
   k = zero_unless(k == k, k);
   return from_bits((__builtin_convertvector(k, vm) + 127) << 23);
 }
+SIMD_INLINE vf exponent_of(vf a) { return __builtin_convertvector((bits(a * set1(1.41421356f)) >> 23) - 127, vf); }
 SIMD_INLINE vf floor1(vf a) {  // |a| <= 128
   const vf r = round_even(a);
   return r - from_bits((r > a) & bits(set1(1.f)));

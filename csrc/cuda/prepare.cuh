@@ -32,18 +32,19 @@ FUSEDKL_DEVICE double grad_at(const GradientArgs& a, int64_t field, int64_t r) {
 FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState& s) {
   RowPlan plan{};
   const double inv_t = a.in.inv_t(r);
-  double logprobs = 0;
+  RowGrads grads;
   bool token = false;
   for (int64_t k = 0; k < a.ids_per_row && a.at.logprob >= 0; k++) {
     const double g = a.ids[r * a.ids_per_row + k] >= 0 ? grad_at(a, a.at.logprob + k, r) : 0;
-    logprobs += g;
+    grads.logprob += g;
     token |= g != 0;
   }
-  const double forward = grad_at(a, a.at.forward_kl, r), reverse = grad_at(a, a.at.reverse_kl, r);
-  const double entropy = grad_at(a, a.at.entropy, r), lse = grad_at(a, a.at.logsumexp, r);
+  grads.forward_kl = grad_at(a, a.at.forward_kl, r);
+  grads.reverse_kl = grad_at(a, a.at.reverse_kl, r);
+  grads.entropy = grad_at(a, a.at.entropy, r);
+  grads.logsumexp = grad_at(a, a.at.logsumexp, r);
   // rows without an incoming gradient stay at 0 whatever they hold
-  if (forward != 0 || reverse != 0 || entropy != 0 || lse != 0 || token)
-    plan.g = row_gradient(s, inv_t, forward, reverse, entropy, lse, logprobs);
+  plan.g = row_gradient(s, inv_t, grads);
   plan.policy = a.gx.data && (!plan.g.policy_zero() || token);
   plan.reference = a.gy.data && !plan.g.reference_zero();
   const bool wide = a.in.dx == DType::f64 || a.in.dy == DType::f64;
@@ -132,7 +133,7 @@ FUSEDKL_DEVICE double token_gradient(const GradientArgs& a, const RowPlan& plan,
   for (int64_t j = which; j < a.ids_per_row; j++)
     if (ids[j] == id) direct += grad_at(a, a.at.logprob + j, r);
   const double x = load_any(a.in.x.row(r), a.in.dx, id), y = load_any(a.in.y.row(r), a.in.dy, id), inv_t = a.in.inv_t(r);
-  return policy_gradient_at(a.state[r], plan.g, x, y, inv_t, a.with_reference) + direct * inv_t;
+  return policy_gradient_at(a.state[r], plan.g, x, y, inv_t) + direct * inv_t;
 }
 
 FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, int64_t r) {
@@ -145,7 +146,7 @@ FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, i
     const double x = load_any(a.in.x.row(r), a.in.dx, i), y = load_any(a.in.y.row(r), a.in.dy, i);
     const bool absent = x == -INFINITY && y == -INFINITY;
     double vx = 0, vy = 0;
-    if (plan.policy && !absent) vx = policy_gradient_at(s, plan.g, x, y, inv_t, a.with_reference);
+    if (plan.policy && !absent) vx = policy_gradient_at(s, plan.g, x, y, inv_t);
     if (plan.reference && !absent) vy = reference_gradient_at(s, plan.g, x, y, inv_t);
     if (gx) store_any(gx, a.in.dx, i, plan.policy && invalid ? NAN : vx);
     if (gy) store_any(gy, a.in.dy, i, plan.reference && invalid ? NAN : vy);

@@ -8,6 +8,7 @@ hash of all that went into it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -95,18 +96,26 @@ def build(
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of two test processes, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            _compile(sources, target, everything, [*flags, *link])
+    return target
 
+
+def _compile(
+    sources: Sequence[Path], target: Path, compiling: Sequence[str], linking: Sequence[str]
+) -> None:
     def compile_one(source: Path) -> Path:
-        made = folder / f"{source.name}.o"
-        run(["g++", *everything, "-x", "c++", "-c", source, "-o", made])
+        made = target.with_name(f"{source.name}.o")
+        run(["g++", *compiling, "-x", "c++", "-c", source, "-o", made])
         return made
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile_one, sources))
-    partial = folder / f"{output}.partial"
-    run(["g++", *flags, *objects, "-pthread", *link, "-o", partial])
+    partial = target.with_name(f"{target.name}.partial")
+    run(["g++", *objects, "-pthread", *linking, "-o", partial])
     partial.rename(target)
-    return target
 
 
 @functools.cache

@@ -92,7 +92,7 @@ void check(int64_t length, const Case& kind, int skew_x, int skew_y, bool shifte
   launch(shifted ? gradient_kernel<false, X, Y, true> : gradient_kernel<true, X, Y, false>, pieces, kGradientThreads, nullptr, g);
   for (int64_t r = 0; r < kRows; r++) {
     const char *const xr = x0 + r * length * size_of(X), *const yr = y0 + r * length * size_of(Y);
-    const RowState want = divergence_f64(xr, X, yr, Y, length, 1);
+    const RowState want = divergence_f64({xr, X}, {yr, Y}, length, 1);
     const RowState& s = state[static_cast<size_t>(r)];
     expect(close(s.forward_kl, want.forward_kl, 1e-5), kind.name, length, s.forward_kl, want.forward_kl);
     expect(close(s.reverse_kl, want.reverse_kl, 1e-5), "reverse_kl", length, s.reverse_kl, want.reverse_kl);
@@ -104,7 +104,7 @@ void check(int64_t length, const Case& kind, int skew_x, int skew_y, bool shifte
     double error = 0, size = 0;
     for (int64_t i = 0; i < length && r == 0; i++) {
       const double a = load_double(xr, X, i), b = load_double(yr, Y, i);
-      const double v = a == -INFINITY && b == -INFINITY ? 0 : policy_gradient_at(want, coefficients, a, b, 1, true);
+      const double v = a == -INFINITY && b == -INFINITY ? 0 : policy_gradient_at(want, coefficients, a, b, 1);
       const double found = load_double(gx.data(), X, i);
       error += (found - v) * (found - v);
       size += v * v;
@@ -153,7 +153,7 @@ void check_cluster(int64_t length, int blocks, std::mt19937& random) {
   launch_cluster<DType::bf16>(c, true, nullptr);
   for (int64_t r = 0; r < kRows; r++) {
     const char *const xr = x.data() + 2 * r * length, *const yr = y.data() + 2 * r * length;
-    const RowState want = divergence_f64(xr, DType::bf16, yr, DType::bf16, length, 1);
+    const RowState want = divergence_f64({xr, DType::bf16}, {yr, DType::bf16}, length, 1);
     expect(close(state[static_cast<size_t>(r)].forward_kl, want.forward_kl, 1e-5), "cluster", length,
            state[static_cast<size_t>(r)].forward_kl, want.forward_kl);
     expect(done[static_cast<size_t>(r)] == 1, "cluster's row, done in one launch,", length, done[static_cast<size_t>(r)], 1);
@@ -162,7 +162,7 @@ void check_cluster(int64_t length, int blocks, std::mt19937& random) {
     double error = 0, size = 1e-300;
     for (int64_t i = 0; i < length; i++) {
       const double v =
-          policy_gradient_at(want, coefficients, load_double(xr, DType::bf16, i), load_double(yr, DType::bf16, i), 1, true);
+          policy_gradient_at(want, coefficients, load_double(xr, DType::bf16, i), load_double(yr, DType::bf16, i), 1);
       const double found = load_double(gx.data() + 2 * r * length, DType::bf16, i);
       error += (found - v) * (found - v);
       size += v * v;

@@ -1,0 +1,116 @@
+// The divergences that need both normalisers before their terms: a second sweep over the row, given its RowState.
+//
+//   l = log(p/q),  v = |l|,  d = 1 - e^-v;  of a token's p and q, `big` is the larger and small = big (1 - d) the other
+//   m = beta q + (1 - beta) p,  h(z) = z - log1p(z) >= 0
+//
+//   jsd      beta KL(q || m) + (1 - beta) KL(p || m)
+//   skew_kl  KL(q || m), beta = alpha
+//   tvd      sum |p - q| / 2
+//   renyi, hellinger   by N = 1 - sum q^a p^(1-a):  D_a = log1p(-N) / (a - 1);  hellinger is N at a = 1/2
+//
+// All terms are of one sign, and none is a difference of large numbers: KL(q || m) = sum q h(m/q - 1), because the sum of m - q is 0.
+// The terms of a token: family_terms.h.
+#pragma once
+#include "row_math.h"
+
+namespace fusedkl {
+
+enum class Family : int { none, mixture, tvd, tilted };
+
+// A divergence of this file, with its parameter put in.
+struct FamilyKind {
+  Family family = Family::none;
+  double beta = 0;                    // mixture: weight of q in m;  tilted: the order a
+  double weight_q = 0, weight_p = 0;  // mixture: of KL(q || m) and KL(p || m)
+  bool hellinger = false;
+
+  static FamilyKind jsd(double beta) { return {Family::mixture, beta, beta, 1 - beta, false}; }
+  static FamilyKind skew_kl(double alpha) { return {Family::mixture, alpha, 1, 0, false}; }
+  static FamilyKind tvd() { return {Family::tvd, 0, 0, 0, false}; }
+  static FamilyKind renyi(double alpha) { return {Family::tilted, alpha, 0, 0, false}; }
+  static FamilyKind squared_hellinger() { return {Family::tilted, 0.5, 0, 0, true}; }
+};
+
+// Sums over a slice of the vocabulary. The slopes of a divergence are its derivatives by p and by q; their means are what a
+// gradient subtracts.
+//   mixture  value, mean of the slope under p, under q
+//   tvd      value, sum of p where p <= q, sum of q where p > q: a difference from +-1/2 would lose a peaked row's digits
+//   tilted   N, sum q^a p^(1-a), 0
+struct FamilySums {
+  double value = 0, policy_slope = 0, reference_slope = 0;
+  double apart = 0, excess = 0;  // sum |p - q|, sum (p - q): 0 but for what the row's log-ratio lacks
+
+  FUSEDKL_MEMBER void add(const FamilySums& o) {
+    value += o.value;
+    policy_slope += o.policy_slope;
+    reference_slope += o.reference_slope;
+    apart += o.apart;
+    excess += o.excess;
+  }
+};
+
+// Of the whole row: what the state keeps as `divergence`, given the sums.
+FUSEDKL_HD static inline double family_value(const FamilyKind& k, const RowState& s, const FamilySums& sums) {
+  // of the two equal sums, that of p - q > 0 and that of q - p, the one over less mass: it knows the log-ratio of its tokens better
+  if (k.family == Family::tvd)
+    return (sums.policy_slope < sums.reference_slope ? sums.apart - sums.excess : sums.apart + sums.excess) / 2;
+  if (k.family != Family::tilted) return sums.value < 0 ? 0 : sums.value;
+  if (k.hellinger) return sums.value < 0 ? 0 : sums.value > 1 ? 1 : sums.value;
+  if (k.beta > 1 && s.forward_kl == INFINITY) return INFINITY;
+  const double log_z = sums.value < 0.5 ? log1p(-sums.value) : log(sums.policy_slope), v = log_z / (k.beta - 1);
+  return v < 0 ? 0 : v;
+}
+
+// Whether the sums were taken with a log-ratio good enough; else it is mended, and they are to be taken again. In a peaked row
+// the log-ratio of the top token is a tiny rest of larger numbers.
+FUSEDKL_HD static inline bool mend_log_ratio(RowState& s, const FamilySums& sums) {
+  if (!(fabs(sums.excess) > 1e-6 * sums.apart) || !(fabs(sums.excess) < 0.1)) return false;
+  s.residual += log1p(sums.excess);
+  return true;
+}
+
+FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const FamilySums& sums) {
+  s.divergence = family_value(k, s, sums);
+  s.policy_slope = sums.policy_slope;
+  s.reference_slope = sums.reference_slope;
+}
+
+// log of sum q^a p^(1-a), from the value that the state keeps
+FUSEDKL_HD static inline double tilted_log_z(const FamilyKind& k, const RowState& s) {
+  return k.hellinger ? log1p(-s.divergence) : (k.beta - 1) * s.divergence;
+}
+
+// |l| up to which series in l serve
+FUSEDKL_HD static inline double series_reach(const FamilyKind& k) {
+  return k.family == Family::tilted && k.beta > 2 ? 1 / (k.beta - 1) : 1;
+}
+
+// What a token's gradient needs of the row besides the means
+FUSEDKL_HD static inline double gradient_value(const FamilyKind& k, const RowState& s) {
+  return k.family == Family::tilted ? tilted_log_z(k, s) : s.divergence;
+}
+
+// The incoming gradient of the divergence times this is the coefficient of
+//   p (slope - mean slope) and q (slope - mean slope), or for tilted, with w = q^a p^(1-a) / Z, of p - w and of w - q.
+FUSEDKL_HD static inline double policy_factor(const FamilyKind& k, const RowState& s) {
+  return k.hellinger ? 0.5 * (1 - s.divergence) : 1;
+}
+FUSEDKL_HD static inline double reference_factor(const FamilyKind& k, const RowState& s) {
+  if (k.family != Family::tilted) return 1;
+  return k.hellinger ? -0.5 * (1 - s.divergence) : k.beta / (k.beta - 1);
+}
+
+// The gradient of such a divergence, put to the row's other coefficients. An infinite one pulls the policy as an infinite KL does.
+FUSEDKL_HD static inline void add_family_gradient(RowGradient& r, const FamilyKind& k, const RowState& s, double inv_t,
+                                                  double g) {
+  if (g == 0) return;
+  if (s.divergence == INFINITY) {
+    r.forward += inv_t * g;
+    return;
+  }
+  r.divergence = inv_t * g * policy_factor(k, s);
+  r.ref_divergence = inv_t * g * reference_factor(k, s);
+  if (s.divergence != s.divergence) r.divergence = r.ref_divergence = NAN;
+}
+
+}  // namespace fusedkl

@@ -1,0 +1,236 @@
+"""JSD, skewed KL, Renyi, total variation and Hellinger against 60-digit arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import cases
+import oracle
+import pytest
+import torch
+from family_oracle import FAMILY, truth
+from torch import Tensor
+
+import fusedkl
+
+SMALLEST = 1e-12
+SCENARIOS = [
+    "flat 1e-6",
+    "flat 1e-3",
+    "flat 1",
+    "flat 8",
+    "peaked 1e-2",
+    "peaked 2",
+    "one token 4",
+    "offset 1e-2",
+    "masked 2",
+    "policy hole",
+    "reference hole",
+]
+
+
+@functools.cache
+def true(scenario: str, dtype: torch.dtype, temperature: str) -> dict[str, tuple[Tensor, ...]]:
+    return truth(*cases.make(scenario, dtype), cases.TEMPERATURES[temperature])
+
+
+def run(policy: Tensor, reference: Tensor, name: str, **options: object) -> tuple[Tensor, ...]:
+    kind, parameter = FAMILY[name]
+    x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+    value = fusedkl.divergence(x, y, kind, **parameter, **options)
+    return value.detach(), *torch.autograd.grad(value.sum(), (x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("temperature", ["T=1", "T per row"])
+def test_values_and_gradients(
+    backend: str, scenario: str, dtype: torch.dtype, temperature: str
+) -> None:
+    policy, reference = cases.make(scenario, dtype)
+    options = {"temperature": cases.TEMPERATURES[temperature], "backend": backend}
+    wrong = []
+    for name, (value, gx, gy) in true(scenario, dtype, temperature).items():
+        found = run(policy, reference, name, **options)
+        assert bool((found[0] >= 0).all()), name
+        error = oracle.relative_error(found[0], value, SMALLEST)
+        if not error <= oracle.VALUE_TOLERANCE[found[0].dtype]:
+            wrong.append(f"{name}: value {error:.1e}")
+        rows = (value >= SMALLEST) & value.isfinite()
+        for part, gradient, side in zip(found[1:], (gx, gy), "xy", strict=True):
+            error = oracle.relative_l2(part[rows], gradient[rows])
+            if not error <= oracle.GRADIENT_TOLERANCE[dtype]:
+                wrong.append(f"{name}: d{side} {error:.1e}")
+            infinite = value == math.inf
+            torch.testing.assert_close(
+                part[infinite].double(), gradient[infinite], rtol=4e-3, atol=1e-6
+            )
+    assert not wrong, wrong
+
+
+def test_the_ends_of_a_parameter_are_the_divergence_they_stand_for(backend: str) -> None:
+    policy, reference = torch.randn(2, 3, 400)
+    for found, limit in (
+        (fusedkl.jsd(policy, reference, beta=0.0, backend=backend), "forward_kl"),
+        (fusedkl.jsd(policy, reference, beta=1.0, backend=backend), "reverse_kl"),
+        (fusedkl.renyi(policy, reference, alpha=1.0, backend=backend), "forward_kl"),
+    ):
+        assert torch.equal(found, fusedkl.divergence(policy, reference, limit, backend=backend))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_equal_rows_are_exactly_zero(backend: str, name: str, dtype: torch.dtype) -> None:
+    logits = (torch.randint(-64, 64, (2, 1031)) / 8).to(dtype)
+    for shift in (0.0, 8.0):
+        for part in run(logits + shift, logits, name, backend=backend):
+            assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows_agree_with_the_reference_backend(backend: str, dtype: torch.dtype) -> None:
+    """Lengths around vectors, blocks and segments; rows near, far, and both in one."""
+    for width in (1, 31, 4097, 70_001):
+        policy = (3 * torch.randn(3, width)).to(dtype)
+        noise = torch.randn(3, width) * torch.tensor([[0.05], [0.6], [4.0]])
+        noise[0, ::97] *= 40
+        reference = (policy.double() + noise).to(dtype)
+        for name in FAMILY:
+            found = run(policy, reference, name, backend=backend)
+            true = run(policy.double(), reference.double(), name, backend="reference")
+            assert oracle.relative_error(found[0], true[0], SMALLEST) <= 1e-5, name
+            for a, b in zip(found[1:], true[1:], strict=True):
+                error = oracle.relative_l2(a, b, 1e-12)
+                assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"{name} {width}: {error:.1e}"
+
+
+@pytest.mark.parametrize("order", [0.05, 0.5, 0.95, 1.05, 3.0, 10.0])
+def test_renyi_of_any_order(backend: str, order: float) -> None:
+    policy = 2 * torch.randn(4, 3000)
+    reference = policy + torch.randn(4, 3000) * torch.tensor([[1e-3], [0.1], [1.0], [3.0]])
+    x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+    value = fusedkl.renyi(x, y, alpha=order, backend=backend)
+    u, v = policy.double().requires_grad_(), reference.double().requires_grad_()
+    true = fusedkl.renyi(u, v, alpha=order, backend="reference")
+    plain = torch.logsumexp(order * v.log_softmax(-1) + (1 - order) * u.log_softmax(-1), -1) / (
+        order - 1
+    )
+    torch.testing.assert_close(true[1:], plain[1:], rtol=1e-6, atol=0)
+    assert oracle.relative_error(value, true) <= 1e-5
+    found = torch.autograd.grad(value.sum(), (x, y))
+    expected = torch.autograd.grad(true.sum(), (u, v))
+    for a, b in zip(found, expected, strict=True):
+        assert oracle.relative_l2(a, b) <= 2e-5
+
+
+def test_disjoint_supports(backend: str) -> None:
+    policy, reference = torch.randn(2, 2, 40)
+    policy[:, :20], reference[:, 20:] = -math.inf, -math.inf
+    expected = {
+        "jsd 0.5": math.log(2),
+        "skew_kl 0.1": -math.log(0.1),
+        "renyi 0.5": math.inf,
+        "renyi 2": math.inf,
+        "tvd": 1.0,
+        "hellinger": 1.0,
+    }
+    for name, value in expected.items():
+        found, gx, gy = run(policy, reference, name, backend=backend)
+        torch.testing.assert_close(found, torch.full((2,), value), rtol=1e-6, atol=0)
+        assert not gx.isnan().any() and not gy.isnan().any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_a_bad_row_stays_alone(backend: str, bad: float | None) -> None:
+    for width in (300, 70_000):
+        policy, reference = torch.randn(2, 3, width)
+        clean = {name: run(policy, reference, name, backend=backend) for name in FAMILY}
+        if bad is None:
+            reference[1] = -math.inf
+        else:
+            reference[1, 7] = bad
+        for name in FAMILY:
+            for dirty, before in zip(
+                run(policy, reference, name, backend=backend), clean[name], strict=True
+            ):
+                assert bool(dirty[1].isnan().all()), name
+                assert torch.equal(dirty[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("name", ["jsd 0.1", "skew_kl 0.7", "renyi 2", "tvd", "hellinger"])
+def test_sums_of_slices_are_the_sums_of_the_row(backend: str, name: str) -> None:
+    kind, parameter = FAMILY[name]
+    number = next(iter(parameter.values()), None)
+    op = torch.ops.fusedkl
+    policy, reference = torch.randn(2, 3, 5000)
+    policy[0, ::3] = reference[0, ::3] = policy[1, 5] = -math.inf
+    _, state = op.row_stats(policy, reference, None, ["forward_kl"], *(None,) * 5, backend)
+    whole = op.row_sums(policy, reference, state, kind, number, *(None,) * 4, backend)
+    parts = [
+        op.row_sums(policy[:, s], reference[:, s], state, kind, number, *(None,) * 4, backend)
+        for s in (slice(0, 1200), slice(1200, 1201), slice(1201, 5000))
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-9)
+    value, _ = op.row_stats(policy, reference, None, [kind], number, *(None,) * 4, backend)
+    if kind != "renyi":
+        torch.testing.assert_close(whole[:, 0].float(), value[0], rtol=1e-6, atol=1e-9)
+    if kind in ("jsd", "skew_kl"):  # the means are those of the slopes: they add up to the value
+        torch.testing.assert_close(whole[:, 1] + whole[:, 2], whole[:, 0], rtol=1e-6, atol=1e-9)
+    _, own = op.row_stats(policy, reference, None, ["forward_kl"], *(None,) * 5, "reference")
+    other = op.row_sums(policy, reference, own, kind, number, *(None,) * 4, "reference")
+    torch.testing.assert_close(whole, other, rtol=2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["jsd 0.1", "skew_kl 0.7", "renyi 0.5", "hellinger"])
+def test_double_backward(backend: str, name: str) -> None:
+    kind, parameter = FAMILY[name]
+    policy, reference = (torch.randn(2, 6, dtype=torch.float64).requires_grad_() for _ in "xy")
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return fusedkl.divergence(x, y, kind, **parameter, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (policy, reference))
+    assert torch.autograd.gradgradcheck(function, (policy, reference))
+
+
+def test_inequalities(backend: str) -> None:
+    """Pinsker, Bretagnolle-Huber, and the order of the distances."""
+    for sigma in (1e-3, 0.1, 1.0, 10.0):
+        x = 3 * torch.randn(16, 500, dtype=torch.float64)
+        y = x + sigma * torch.randn_like(x)
+        kl, tvd = (f(x, y, backend=backend) for f in (fusedkl.forward_kl, fusedkl.tvd))
+        h2 = fusedkl.hellinger(x, y, backend=backend)
+        jsd = fusedkl.jsd(x, y, backend=backend)
+        slack = 1 + 1e-12
+        assert bool((tvd <= (kl / 2).sqrt() * slack).all())
+        assert bool((tvd <= (-torch.expm1(-kl)).sqrt() * slack).all())
+        assert bool((h2 <= tvd * slack).all()) and bool((tvd <= (2 * h2).sqrt() * slack).all())
+        assert bool((jsd <= tvd * math.log(2) * slack).all())
+        orders = [fusedkl.renyi(x, y, alpha=a, backend=backend) for a in (0.2, 0.5, 0.99)]
+        for low, high in zip(orders, [*orders[1:], kl], strict=True):
+            assert bool((low <= high * slack).all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("jsd", {"beta": -0.1}, "beta of jsd must be from 0 to 1; got -0.1"),
+        ("jsd", {"alpha": 0.5}, "alpha=0.5 has no effect"),
+        ("skew_kl", {"alpha": 1.0}, "alpha of skew_kl must be greater than 0 and less than 1"),
+        ("renyi", {}, "needs alpha"),
+        ("renyi", {"alpha": 0.0}, "alpha of renyi must be greater than 0"),
+        ("renyi", {"alpha": math.inf}, "alpha of renyi must be"),
+        ("tvd", {"beta": 0.5}, "beta=0.5 has no effect"),
+        ("forward_kl", {"alpha": 0.5}, "alpha=0.5 has no effect"),
+    ],
+)
+def test_bad_parameters(kind: str, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fusedkl.divergence(torch.randn(2, 5), torch.randn(2, 5), kind, **options)
+    with pytest.raises(TypeError, match="must be a number"):
+        fusedkl.jsd(torch.randn(2, 5), torch.randn(2, 5), beta="half")
+    with pytest.raises(TypeError, match="no option"):
+        fusedkl.TVDLoss(beta=0.5)
+    with pytest.raises(ValueError, match="beta of jsd"):
+        fusedkl.JSDLoss(beta=2.0)
