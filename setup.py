@@ -31,6 +31,7 @@ CPU_SOURCES = [
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/row_stats.cpp",
     "csrc/cpu/row_stats_backward.cpp",
+    "csrc/cpu/sharpen_states.cpp",
     "csrc/cpu/topk.cpp",
     "csrc/cpu/merge_states.cpp",
     "csrc/cpu/kl_div.cpp",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import distributed, ops, reference
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
@@ -84,8 +84,23 @@ class _RowStats(torch.autograd.Function):
         valid_vocab: int | None,
         softcap: float | None,
         inplace_grad: bool,
+        shards: distributed.Shards | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        if shards is not None:
+            return distributed.row_stats(
+                policy,
+                reference_,
+                token_ids,
+                fields,
+                parameter,
+                inv_temperature,
+                mask,
+                valid_vocab,
+                softcap,
+                shards,
+                backend,
+            )
         values, state = call(
             "row_stats",
             policy,
@@ -108,7 +123,7 @@ class _RowStats(torch.autograd.Function):
         ctx.save_for_backward(policy, reference_, token_ids, inv_temperature, mask, output[1])
         ctx.fields = fields
         ctx.parameter = parameter
-        ctx.valid_vocab, ctx.softcap, ctx.inplace, ctx.backend = rest
+        ctx.valid_vocab, ctx.softcap, ctx.inplace, ctx.shards, ctx.backend = rest
         ctx.consumed = False
 
     @staticmethod
@@ -122,9 +137,13 @@ class _RowStats(torch.autograd.Function):
         gx: Tensor | None = None
         gy: Tensor | None = None
         if recorded(policy, reference_, grad):
+            distributed.refuse(ctx.shards, "double backward")
             gx, gy = composed_gradients(
                 grad, policy, reference_, token_ids, fields, inv_temperature, mask, ctx
             )
+        elif ctx.shards is not None and ctx.shards.holds(ctx.valid_vocab) == 0:
+            gx = torch.zeros_like(policy)
+            gy = None if reference_ is None else torch.zeros_like(reference_)
         elif ctx.inplace and policy_grad:
             gy = call(
                 "row_stats_backward_",
@@ -161,10 +180,11 @@ class _RowStats(torch.autograd.Function):
             )
         gx = gx if policy_grad else None
         gy = gy if reference_grad else None
-        return gx, gy, None, None, None, None, None, None, None, None, None
+        return gx, gy, None, None, None, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        distributed.refuse(args[10], "torch.vmap")
         # A batch of rows is only more rows.
         if args[9] and in_dims[0] is None:
             raise RuntimeError("inplace_grad=True: torch.vmap would write one policy many times")
@@ -336,9 +356,13 @@ def row_stats(
     valid_vocab: int | None = None,
     softcap: float | None = None,
     inplace_grad: bool = False,
+    shards: distributed.Shards | None = None,
     backend: str,
 ) -> Tensor:
-    """Values [R, N] of operator row_stats, differentiable in policy and reference_."""
+    """Values [R, N] of operator row_stats, differentiable in policy and reference_.
+
+    With shards the rows are slices, and so are valid_vocab and token_ids (-1: in another slice).
+    """
     args = (
         policy,
         reference_,
@@ -351,8 +375,8 @@ def row_stats(
         softcap,
     )
     out: Tensor
-    if differentiated(policy, reference_):
-        out, _ = _RowStats.apply(*args, inplace_grad, backend)
+    if shards is not None or differentiated(policy, reference_):
+        out, _ = _RowStats.apply(*args, inplace_grad, shards, backend)
     else:
         out, _ = ops.run("row_stats", *args, backend)
     return out

@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from . import autograd, validation
+from . import autograd, distributed, dtensors, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows, token_ids
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _one_field(
     logits: Tensor,
     field: str,
-    ids: Tensor | None,
+    index: Tensor | None,
     temperature: float | Tensor,
+    group: ProcessGroup | None,
     backend: str | None,
 ) -> Tensor:
+    if dtensors.given(logits):
+        local = functools.partial(_one_field, field=field, backend=backend)
+        return dtensors.per_token(
+            local,
+            {"logits": logits},
+            index=index,
+            temperature=temperature,
+            group=group,
+        )
+    validation.logits("logits", logits, sliced=group is not None)
+    if index is not None:
+        validation.token_index("index", index, logits)
     inverse = inverse_temperature(temperature, logits)
-    name = resolve(backend, logits.device, needs(logits, field))
-    return autograd.row_stats(rows(logits), None, ids, (field,), None, inverse, backend=name)
+    wanted = needs(logits, field)
+    name = resolve(backend, logits.device, wanted)
+    ids = None if index is None else token_ids(index, logits)
+    shards = distributed.shards(group, logits, kind=field, dtype=wanted[0], temperature=temperature)
+    if shards is not None and ids is not None:
+        ids = shards.local_ids(ids, "index")
+    values = autograd.row_stats(
+        rows(logits), None, ids, (field,), None, inverse, shards=shards, backend=name
+    )
+    return values.t().reshape(logits.shape[:-1] if index is None else index.shape)
 
 
 def logsumexp(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """log sum exp(logits / T) over the last dim of [..., V].
 
@@ -32,6 +63,7 @@ def logsumexp(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -44,12 +76,15 @@ def logsumexp(
     Blanchard, Higham and Higham, "Accurately Computing the Log-Sum-Exp and Softmax Functions",
     2021.
     """
-    validation.logits("logits", logits)
-    return _one_field(logits, "logsumexp", None, temperature, backend)[0].reshape(logits.shape[:-1])
+    return _one_field(logits, "logsumexp", None, temperature, group, backend)
 
 
 def entropy(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """-sum p log p over the last dim of [..., V], p = softmax(logits / T), in nats.
 
@@ -59,6 +94,7 @@ def entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; -inf is skipped. Differentiable.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -70,8 +106,7 @@ def entropy(
 
     Shannon, "A Mathematical Theory of Communication", 1948.
     """
-    validation.logits("logits", logits)
-    return _one_field(logits, "entropy", None, temperature, backend)[0].reshape(logits.shape[:-1])
+    return _one_field(logits, "entropy", None, temperature, group, backend)
 
 
 def selective_log_softmax(
@@ -79,6 +114,7 @@ def selective_log_softmax(
     index: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """log p[index] for one or K token ids a row, p = softmax(logits / T).
@@ -91,8 +127,10 @@ def selective_log_softmax(
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. Differentiable.
-        index: int64, shape logits.shape[:-1] or that and one dim more; from 0 to V - 1.
+        index: int64, shape logits.shape[:-1] or that and one dim more; from 0 to V - 1,
+            of the whole vocabulary also where a group holds it.
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -103,10 +141,7 @@ def selective_log_softmax(
 
     Source: PyTorch's documentation of log_softmax and gather, of which this is the composition.
     """
-    validation.logits("logits", logits)
-    validation.token_index("index", index, logits)
-    values = _one_field(logits, "logprob", token_ids(index, logits), temperature, backend)
-    return values.t().reshape(index.shape)
+    return _one_field(logits, "logprob", index, temperature, group, backend)
 
 
 def log_softmax(

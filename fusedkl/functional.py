@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from . import autograd, divergences, reductions, reference, scalar_loss, validation
+from . import (
+    autograd,
+    distributed,
+    divergences,
+    dtensors,
+    reductions,
+    reference,
+    scalar_loss,
+    validation,
+)
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def divergence(
@@ -26,6 +40,7 @@ def divergence(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace_grad: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divergence between the distributions of two rows of logits, for every row, in nats.
@@ -79,6 +94,9 @@ def divergence(
             one. For logits that nothing else needs: autograd refuses to use them afterwards, and a
             second backward or create_graph raises. A leaf's .grad then shares its memory. Under
             torch.compile the compiler decides whether memory is reused.
+        group: a torch.distributed.ProcessGroup whose ranks each hold a slice of the vocabulary, in
+            the order of ranks, of any size; docs/sharding.md. The result is the same on every
+            rank. DTensors say it themselves, and make the result one. No double backward.
         backend: None for the best one (see `explain`), or a name from `backends()`, which then runs
             or raises.
 
@@ -96,8 +114,29 @@ def divergence(
     Kullback and Leibler, "On Information and Sufficiency", 1951; the named functions have the
     sources of the other kinds.
     """
+    if dtensors.given(policy_logits, reference_logits):
+        return dtensors.divergence(
+            divergence,
+            policy_logits,
+            reference_logits,
+            kind,
+            reduction,
+            temperature=temperature,
+            beta=beta,
+            alpha=alpha,
+            mask=mask,
+            weight=weight,
+            labels=labels,
+            ignore_index=ignore_index,
+            valid_vocab=valid_vocab,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            inplace_grad=inplace_grad,
+            group=group,
+            backend=backend,
+        )
     fields, parameter = divergences.resolve(kind, beta, alpha)
-    validation.pair(policy_logits, reference_logits, valid_vocab)
+    validation.pair(policy_logits, reference_logits, valid_vocab, group is not None)
     softcap = validation.controls(softcap, logit_scale)
     validation.reduction(reduction)
     validation.flag("inplace_grad", inplace_grad)
@@ -112,6 +151,17 @@ def divergence(
     weights = reductions.token_weights(policy_logits, weight, dtype)
     wanted = needs(policy_logits, reference_logits, *fields, softcap=softcap)
     name = resolve(backend, policy_logits.device, wanted)
+    shards = distributed.shards(
+        group,
+        policy_logits,
+        kind=f"{kind} {parameter}",
+        dtype=" ".join(wanted[:2]),
+        temperature=temperature,
+        valid_vocab=valid_vocab,
+        softcap=softcap,
+    )
+    if shards is not None:
+        valid_vocab = shards.local_vocabulary(valid_vocab)
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 
@@ -121,7 +171,8 @@ def divergence(
             tokens = tokens + values[i]
         return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
 
-    if reduction != "none" and not inplace_grad and scalar_loss.gradient_ahead(x, y, weights, name):
+    ahead = reduction != "none" and not inplace_grad and shards is None
+    if ahead and scalar_loss.gradient_ahead(x, y, weights, name):
         share = reductions.shares(
             shape.numel(), counted, weights, reduction, shape, x, dtype, backend=name
         )
@@ -150,6 +201,7 @@ def divergence(
             valid_vocab=valid_vocab,
             softcap=softcap,
             inplace_grad=inplace_grad,
+            shards=shards,
             backend=name,
         )
     )

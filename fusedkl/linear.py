@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import divergences, reductions, validation
+from . import distributed, divergences, reductions, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature
 from .linear_autograd import linear_stats
 from .linear_ops import Inputs
+from .linear_shards import linear_stats as sharded_linear_stats
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_Shards = distributed.Shards
 PRECISIONS = (None, "fast")
 
 
@@ -42,6 +47,7 @@ def linear_divergence(
     reduction: str = "none",
     precision: str | None = None,
     tile: tuple[int, int] | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Divergence of two language-model heads, from hidden states; no logits in memory.
@@ -79,6 +85,9 @@ def linear_divergence(
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
             rounding is an error of the divergence; docs/linear.md shows its size.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
+        group: a process group whose ranks each hold the rows of weight, ref_weight, bias, ref_bias
+            and the columns of ref_logits of a slice of the vocabulary; hidden states are the same
+            on every rank, and their gradients are summed over them. docs/sharding.md.
 
     Returns:
         shape hidden.shape[:-1], or a scalar; float32, or float64 for float64 inputs; nats.
@@ -102,7 +111,7 @@ def linear_divergence(
     )
     inputs = inputs_of(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, fields, precision, tile,
-        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
+        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend, group is not None,
     )._replace(
         parameter=parameter,
         inv_temperature=inverse,
@@ -110,7 +119,13 @@ def linear_divergence(
     )  # fmt: skip
     if ce_weight is not None:
         inputs = inputs._replace(labels=_hard(ce_weight, labels, counted, hidden, weight))
-    values = linear_stats(inputs)
+    if group is None:
+        values = linear_stats(inputs)
+    else:
+        if ce_weight is not None or any(divergences.FIELDS[name].second_sweep for name in fields):
+            what = f"kind={kind!r}" if ce_weight is None else "ce_weight"
+            raise ValueError(f"{what} is not available over slices of a vocabulary (group=)")
+        values = sharded_linear_stats(inputs, _shards(group, inputs, kind, temperature))
     tokens = values[0]
     for i in range(1, len(fields)):
         tokens = tokens + values[i]
@@ -162,6 +177,7 @@ def inputs_of(
     scales: tuple[float, float],
     softcaps: tuple[float | None, float | None],
     backend: str | None,
+    sliced: bool = False,
 ) -> Inputs:
     """The two heads, checked, with tokens flattened."""
     if precision not in PRECISIONS:
@@ -182,14 +198,14 @@ def inputs_of(
     hidden, weight = _autocast(hidden), _autocast(weight)
     bias, ref_bias = _autocast(bias), _autocast(ref_bias)
     ref_hidden, ref_weight = _autocast(ref_hidden), _autocast(ref_weight)
-    _head("", hidden, weight, bias)
+    _head("", hidden, weight, bias, sliced)
     if ref_hidden is not None:
         if ref_logits is not None:
             raise ValueError(
                 "one form of reference is accepted; got ref_hidden of shape "
                 f"{list(ref_hidden.shape)} and ref_logits of shape {list(ref_logits.shape)}"
             )
-        _head("ref_", ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+        _head("ref_", ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, sliced)
         _alike("ref_hidden", ref_hidden, hidden)
         if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
@@ -200,7 +216,7 @@ def inputs_of(
         name = "ref_weight" if ref_weight is not None else "ref_bias"
         raise ValueError(f"{name} needs ref_hidden")
     if ref_logits is not None:
-        validation.logits("ref_logits", ref_logits)
+        validation.logits("ref_logits", ref_logits, sliced)
         _alike("ref_logits", ref_logits, hidden)
         if ref_logits.shape[-1] != weight.shape[0]:
             raise ValueError(
@@ -246,12 +262,26 @@ def _alike(name: str, given: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} must be on {hidden.device} as hidden; got {given.device}")
 
 
-def _head(prefix: str, hidden: Tensor, weight: object, bias: object) -> None:
+def _shards(group: ProcessGroup, i: Inputs, kind: str, temperature: float | Tensor) -> _Shards:
+    weights = (i.weight, i.ref_weight, i.ref_hidden, i.ref_logits)
+    found = distributed.shards(
+        group,
+        i.hidden.new_empty(i.hidden.shape[0], i.weight.shape[0], device="meta"),
+        kind=f"linear {kind}",
+        dtype=" ".join(needs(*(t for t in weights if t is not None))),
+        temperature=temperature,
+        softcap=f"{i.softcaps} {i.scales}",
+    )
+    assert found is not None
+    return found
+
+
+def _head(prefix: str, hidden: Tensor, weight: object, bias: object, sliced: bool) -> None:
     """One side's tensors fit together."""
     ours, theirs = f"{prefix}hidden", f"{prefix}weight"
     validation.logits(ours, hidden)
     w = validation.tensor(theirs, weight)
-    if w.dim() != 2 or w.shape[1] != hidden.shape[-1] or w.shape[0] == 0:
+    if w.dim() != 2 or w.shape[1] != hidden.shape[-1] or (w.shape[0] == 0 and not sliced):
         raise ValueError(
             f"{theirs} must have shape [V, H], H that of {ours}, which has shape "
             f"{list(hidden.shape)}; got {list(w.shape)}"

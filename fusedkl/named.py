@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
 from .functional import divergence
@@ -23,6 +24,7 @@ class DivergenceOptions(TypedDict, total=False):
     softcap: float | None
     logit_scale: float
     inplace_grad: bool
+    group: ProcessGroup | None
     backend: str | None
 
 

@@ -113,7 +113,7 @@ def _entropy(p: Softmax) -> Tensor:
     return p.log_mass + row_sum(p.weight * -p.exponent) / p.mass
 
 
-def _capped(x: Tensor, softcap: float) -> Tensor:
+def capped(x: Tensor, softcap: float) -> Tensor:
     # -inf is an absent token, not a logit of -softcap; its slope is that of the cap, 0
     absent = torch.where(x == -torch.inf, x, 0).detach()
     return softcap * torch.tanh(x / softcap) + absent
@@ -142,8 +142,8 @@ def rows(
         x = torch.where(mask[:, None], x, 0)
         y = None if y is None else torch.where(mask[:, None], y, 0)
     if softcap is not None:
-        x = _capped(x, softcap)
-        y = None if y is None else _capped(y, softcap)
+        x = capped(x, softcap)
+        y = None if y is None else capped(y, softcap)
 
     p = softmax(x, scale)
     columns = {"policy_max": p.top * scale, "policy_log_sum": _marked(p)}
@@ -257,7 +257,7 @@ def sums_of_rows(
 
     def side(t: Tensor, name: str) -> Softmax:
         t = t[:, :valid_vocab].to(dtype)
-        t = t if softcap is None else _capped(t, softcap)
+        t = t if softcap is None else capped(t, softcap)
         about = column[f"{name}_max"] / scale
         prob = torch.exp((t - about) * scale - column[f"{name}_log_sum"])
         nothing = torch.zeros_like(about)
@@ -270,3 +270,13 @@ def sums_of_rows(
     joint = p.support & q.support
     ratio = ((p.logits - q.logits) - column["centre"]) * scale - column["residual"]
     return reference_family.sums(field, parameter, p, q, torch.where(joint, ratio, 0))
+
+
+def with_sums(state: Tensor, sums: Tensor, field: str, parameter: float | None) -> Tensor:
+    """The state [n, S] of whole rows, with the sums [n, 3] of operator row_sums put in."""
+    column = dict(zip(STATE, state.unbind(-1), strict=True))
+    value = reference_family.value_of_sums(field, parameter, sums, column["forward_kl"])
+    # not a distribution: no number of the pair
+    column["divergence"] = torch.where(column["residual"].isfinite(), value, torch.nan)
+    column["policy_slope"], column["reference_slope"] = sums[:, 1], sums[:, 2]
+    return torch.stack([column[name] for name in STATE], -1)

@@ -18,7 +18,7 @@ from .divergences import FIELDS
 from .reference import STATE, gap
 
 
-def _total(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def total(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(max, log_sum) of all parts [P, N] together as [N], and each part's log share [P, N]."""
     lse = top + log_sum
     heaviest = lse.argmax(0, keepdim=True)
@@ -52,10 +52,10 @@ def merge_states(
     if parts.shape[0] == 1:
         merged = {name: column[name][0] for name in STATE}
     else:
-        merged["policy_max"], merged["policy_log_sum"], log_p = _total(
+        merged["policy_max"], merged["policy_log_sum"], log_p = total(
             column["policy_max"], column["policy_log_sum"]
         )
-        merged["reference_max"], merged["reference_log_sum"], log_q = _total(
+        merged["reference_max"], merged["reference_log_sum"], log_q = total(
             column["reference_max"], column["reference_log_sum"]
         )
         p, q = torch.exp(log_p), torch.exp(log_q)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from . import autograd, divergences, reductions, validation
+from . import autograd, distributed, divergences, reductions, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .layout import token_ids as operator_ids
 from .reference_parts import Gap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):
@@ -63,6 +66,7 @@ def token_stats(
     valid_vocab: int | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-probabilities of tokens, entropies, logsumexps and both KLs of every row, in one call.
@@ -93,7 +97,8 @@ def token_stats(
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
         mask: bool, shape logits.shape[:-1], True = counted. Other rows are not read: they give
             exactly 0 and exactly zero gradient, and their token ids may be anything.
-        valid_vocab, softcap, logit_scale: as in `divergence`.
+        valid_vocab, softcap, logit_scale, group: as in `divergence`; token_ids are those of the
+            whole vocabulary.
         backend: None, or a name from `backends()`.
 
     Returns:
@@ -106,10 +111,11 @@ def token_stats(
     Kullback and Leibler, 1951; Shannon, 1948; k1, k2, k3: Schulman, "Approximating KL Divergence",
     2020.
     """
-    validation.logits("policy_logits", policy_logits)
+    sliced = group is not None
+    validation.logits("policy_logits", policy_logits, sliced)
     if reference_logits is not None:
-        validation.pair(policy_logits, reference_logits, valid_vocab)
-    elif valid_vocab is not None:
+        validation.pair(policy_logits, reference_logits, valid_vocab, sliced)
+    elif valid_vocab is not None and not sliced:
         validation.vocabulary(valid_vocab, policy_logits)
     if token_ids is not None:
         validation.token_index("token_ids", token_ids, policy_logits)
@@ -123,6 +129,19 @@ def token_stats(
         ids = operator_ids(token_ids, policy_logits)
     needed = needs(policy_logits, reference_logits, *wanted, softcap=softcap)
     name = resolve(backend, policy_logits.device, needed)
+    shards = distributed.shards(
+        group,
+        policy_logits,
+        valid_vocab=valid_vocab,
+        kind=" ".join(wanted),
+        dtype=" ".join(needed[:2]),
+        temperature=temperature,
+        softcap=softcap,
+        ids=None if ids is None else ids.shape[1],
+    )
+    if shards is not None:
+        valid_vocab = shards.local_vocabulary(valid_vocab)
+        ids = None if ids is None else shards.local_ids(ids, "token_ids", counted)
     values = autograd.row_stats(
         rows(policy_logits),
         rows(reference_logits) if reference_logits is not None and paired else None,
@@ -133,6 +152,7 @@ def token_stats(
         counted,
         valid_vocab=valid_vocab,
         softcap=softcap,
+        shards=shards,
         backend=name,
     )
     return packed(values, wanted, token_ids, policy_logits)

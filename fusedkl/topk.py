@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import autograd, reductions, reference, validation
-from .backends import resolve
+from . import autograd, distributed, reductions, reference, validation
+from .backends import needs, resolve
 from .layout import inverse_temperature, rows
+from .sharded_topk import topk_logprobs as sharded_outcomes
 from .topk_ops import BACKENDS
 from .topk_ops import topk_logprobs as outcomes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KINDS = ("forward_kl", "reverse_kl")
 TAILS = ("bucket", "drop", "renormalize")
@@ -40,6 +44,7 @@ def topk_divergence(
     mask: Tensor | None = ...,
     reduction: str = ...,
     return_mass: Literal[True],
+    group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> TopkDivergence: ...
 @overload
@@ -54,6 +59,7 @@ def topk_divergence(
     mask: Tensor | None = ...,
     reduction: str = ...,
     return_mass: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 def topk_divergence(
@@ -67,6 +73,7 @@ def topk_divergence(
     mask: Tensor | None = None,
     reduction: str = "none",
     return_mass: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | TopkDivergence:
     """KL between full rows of policy logits and a reference known at K tokens a row, in nats.
@@ -105,6 +112,8 @@ def topk_divergence(
         mask: bool [...], True = counted. Other rows are not read: exactly 0, gradient exactly 0.
         reduction: "none", "sum", "mean" per counted row, "batchmean" = sum / size(0).
         return_mass: also return P and Q, as a `TopkDivergence`.
+        group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
+            topk_ids are those of the whole vocabulary, the same on every rank.
         backend: None for the best, or "cpu" or "reference", which alone have this function.
 
     Returns:
@@ -119,6 +128,7 @@ def topk_divergence(
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015: the full sum.
     """
+    validation.logits("policy_logits", policy_logits, sliced=group is not None)
     _check(policy_logits, topk_ids, topk_logprobs, kind, tail)
     validation.reduction(reduction)
     validation.flag("return_mass", return_mass)
@@ -128,6 +138,16 @@ def topk_divergence(
     inverse = inverse_temperature(temperature, policy_logits)
     counted = reductions.counted_tokens(policy_logits, mask, None, -100)
     name = _resolve(backend, policy_logits.device)
+    shards = distributed.shards(
+        group,
+        policy_logits,
+        kind=f"topk {kind} {tail} {k}",
+        dtype=" ".join(needs(policy_logits, topk_logprobs)),
+        temperature=temperature,
+    )
+    width = policy_logits.shape[-1] if shards is None else shards.total
+    if not 1 <= k <= width:
+        raise ValueError(f"topk_ids must hold from 1 to V = {width} tokens a row; got {k}")
     ids = topk_ids.reshape(-1, k)
     log_q = topk_logprobs.reshape(-1, k).to(reference.inside(policy_logits.device))
     if counted is not None:
@@ -135,13 +155,15 @@ def topk_divergence(
     ids = ids.contiguous()
     log_q = torch.where(ids >= 0, log_q, -torch.inf)
     if policy_logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_contents(ids, log_q, policy_logits.shape[-1])
+        _check_contents(ids, log_q, width)
 
     x = rows(policy_logits)
     log_p: Tensor | None = None
-    if tail != "renormalize" or return_mass:
+    if shards is not None:
+        log_p = sharded_outcomes(x, ids, inverse, counted, shards, backend=name)
+    elif tail != "renormalize" or return_mass:
         log_p = outcomes(x, ids, inverse, counted, backend=name)
-    if tail == "renormalize":
+    if tail == "renormalize" and shards is None:
         tokens = x.reshape(-1, x.shape[-1]).gather(-1, ids.clamp(min=0)).to(log_q.dtype)
         if inverse is not None:
             tokens = tokens * inverse.unsqueeze(-1)
@@ -206,18 +228,13 @@ def _resolve(backend: str | None, device: torch.device) -> str:
 
 
 def _check(policy: Tensor, ids: Tensor, logprobs: Tensor, kind: str, tail: str) -> None:
-    validation.logits("policy_logits", policy)
     validation.one_of("kind", kind, KINDS)
     validation.one_of("tail", tail, TAILS)
     if validation.tensor("topk_ids", ids).dtype != torch.int64:
         raise TypeError(f"topk_ids must be an int64 tensor; got {ids.dtype}")
-    leading, width = list(policy.shape[:-1]), policy.shape[-1]
+    leading = list(policy.shape[:-1])
     if ids.dim() != policy.dim() or list(ids.shape[:-1]) != leading:
         raise ValueError(f"topk_ids must have shape {[*leading, 'K']}; got {list(ids.shape)}")
-    if not 1 <= ids.shape[-1] <= width:
-        raise ValueError(
-            f"topk_ids must hold from 1 to V = {width} tokens a row; got {ids.shape[-1]}"
-        )
     validation.on_device("topk_ids", ids, policy)
     validation.floating("topk_logprobs", logprobs)
     validation.alike("topk_logprobs", logprobs, "topk_ids", ids)

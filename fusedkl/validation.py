@@ -31,8 +31,8 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def logits(name: str, value: object) -> None:
-    """A dense floating-point tensor [..., V] with V >= 1."""
+def logits(name: str, value: object, sliced: bool = False) -> None:
+    """A dense floating-point tensor [..., V] with V >= 1; a slice of a vocabulary may be empty."""
     t = tensor(name, value)
     if t.dtype not in DTYPES:
         accepted = ", ".join(_said(d) for d in DTYPES)
@@ -41,16 +41,18 @@ def logits(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}")
     if t.dim() < 1:
         raise ValueError(f"{name} must have shape [..., V]; got a 0-d tensor")
-    if t.shape[-1] == 0:
+    if t.shape[-1] == 0 and not sliced:
         raise ValueError(f"{name} must have a vocabulary of at least 1; got {list(t.shape)}")
 
 
-def pair(policy: object, reference: object, valid_vocab: object = None) -> None:
+def pair(
+    policy: object, reference: object, valid_vocab: object = None, sliced: bool = False
+) -> None:
     """Two logits of one shape on one device; their dtypes may differ."""
-    logits("policy_logits", policy)
-    logits("reference_logits", reference)
+    logits("policy_logits", policy, sliced)
+    logits("reference_logits", reference, sliced)
     assert isinstance(policy, Tensor) and isinstance(reference, Tensor)
-    if valid_vocab is not None:
+    if valid_vocab is not None and not sliced:  # of slices one rank cannot tell
         vocabulary(valid_vocab, policy, reference)
         same = policy.shape[:-1] == reference.shape[:-1]
     else:

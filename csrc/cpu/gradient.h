@@ -318,32 +318,75 @@ static void single_gradient(const GradientJob& job) {
   });
 }
 
+// Values without what a gradient cannot use: an infinite one has its coefficients at 0 already, and must only not make 0 * inf.
+struct FiniteKls {
+  double F, R;
+  explicit FiniteKls(const RowState& s)
+      : F(s.forward_kl == INFINITY ? 0 : s.forward_kl), R(s.reverse_kl == INFINITY ? 0 : s.reverse_kl) {}
+};
+
+// What the state of a row that can be read whole is short of.
+struct Lacking {
+  bool means;  // l - R and l + F must be right to the spread of the differences under p and q, where the KLs are large
+  bool ratio;  // l itself must, where they are tiny and the centre of the forward sweep was off
+
+  bool any() const { return means || ratio; }
+};
+
+// In a peaked row l of the top token is a tiny rest of larger numbers; more so in a row of which the slice is a part.
 template <DType D>
-static void gradient_row(GradientJob job) {
-  [[maybe_unused]] const FlushSubnormals scope;
-  const RowGradient& g = job.gradient;
-  if (!job.y) return single_gradient<D>(job);
-  const double t = 1 / job.inv_t;
-  RowState& s = job.state;
-  // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
-  const double F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
-  Means m{{s.centre, (s.residual + R) * t}, {s.centre, (s.residual - F) * t}};
-  // In a peaked row l of the top token is a tiny rest of larger numbers. Where the KLs are large, l - R and l + F must be right
-  // to the spread of the differences under p and q; where they are tiny, l itself must, and the forward sweep's centre was off.
+static Lacking lacking(const GradientJob& job, bool slice) {
+  const RowState& s = job.state;
+  const FiniteKls kl(s);
   // The forward sweep's maximum is that of a sample.
   auto peaked = [&] {
     if (D != DType::f32) return false;  // 16-bit results round more than that
     return max_block<D>(job.x, job.n) * job.inv_t - s.policy_max > s.policy_log_sum - 0.7 ||
            max_block<D>(job.y, job.n) * job.inv_t - s.reference_max > s.reference_log_sum - 0.7;
   };
-  const bool spread = (g.reverse != 0 || g.ref_forward != 0) && (F + R > 0.02 || peaked());
-  const bool off = F > 0 && F < 1e-3 && fabs(s.residual) > 10 * F && peaked();
-  const bool refine = s.whole != 0 && (spread || off);  // the mean over a slice would be another mean
-  if (refine) refine_means<D>(job, m);
-  if (refine && off) {
-    s.centre = m.reference.base;
-    s.residual = F + m.reference.rest * job.inv_t;
+  const bool means = (job.gradient.reverse != 0 || job.gradient.ref_forward != 0) && (kl.F + kl.R > 0.02 || peaked());
+  const bool ratio = kl.F > 0 && kl.F < 1e-3 && (slice || fabs(s.residual) > 10 * kl.F) && peaked();
+  return {means, ratio};
+}
+
+static Means means_of(const GradientJob& job) {
+  const RowState& s = job.state;
+  const FiniteKls kl(s);
+  const double t = 1 / job.inv_t;
+  return {{s.centre, (s.residual + kl.R) * t}, {s.centre, (s.residual - kl.F) * t}};
+}
+
+static void set_ratio(RowState& s, const Means& m, double inv_t) {
+  s.centre = m.reference.base;
+  s.residual = s.forward_kl + m.reference.rest * inv_t;
+}
+
+// What a gradient over the whole row would find out by itself, for the state of a row that will be a slice of a longer one.
+template <DType D>
+static void sharpen_state(GradientJob job, RowState& out) {
+  [[maybe_unused]] const FlushSubnormals scope;
+  const Lacking lack = lacking<D>(job, true);
+  if (!lack.any()) return;
+  Means m = means_of(job);
+  refine_means<D>(job, m);
+  if (lack.ratio) {
+    set_ratio(out, m, job.inv_t);
+  } else if (out.forward_kl + out.reverse_kl > 0.02) {  // a smaller value is known better by its own sum than by its mean
+    if (is_finite(out.forward_kl)) out.forward_kl = fmax(0, out.residual - m.reference.rest * job.inv_t);
+    if (is_finite(out.reverse_kl) && out.reverse_kl > 0) out.reverse_kl = fmax(0, m.policy.rest * job.inv_t - out.residual);
   }
+}
+
+template <DType D>
+static void gradient_row(GradientJob job) {
+  [[maybe_unused]] const FlushSubnormals scope;
+  const RowGradient& g = job.gradient;
+  if (!job.y) return single_gradient<D>(job);
+  Means m = means_of(job);
+  // the mean over a slice would be another mean
+  const Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
+  if (lack.any()) refine_means<D>(job, m);
+  if (lack.ratio) set_ratio(job.state, m, job.inv_t);
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
   else if (!job.gy) general_gradient<D, false>(job, m);
   else general_gradient<D, true>(job, m);

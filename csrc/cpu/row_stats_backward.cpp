@@ -44,6 +44,16 @@ double BackwardCall::grad_at(int64_t field, int64_t r) const {
                                                   : static_cast<const float*>(grad.const_data_ptr())[i];
 }
 
+void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
+  const size_t n = static_cast<size_t>(job.n);
+  x.resize(n);
+  y.resize(n);
+  kernels().widen[static_cast<int>(dx)](job.x, x.data(), job.n);
+  kernels().widen[static_cast<int>(dy)](job.y, y.data(), job.n);
+  job.x = x.data();
+  job.y = y.data();
+}
+
 double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { return field < 0 ? 0 : grad_at(field + k, r); }
 
 // Different dtypes: the whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded
@@ -51,13 +61,7 @@ double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { ret
 static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
   const KernelTable& k = kernels();
   void *const gx = job.gx, *const gy = job.gy;
-  const size_t n = static_cast<size_t>(job.n);
-  room.x.resize(n);
-  room.y.resize(n);
-  k.widen[static_cast<int>(dx)](job.x, room.x.data(), job.n);
-  k.widen[static_cast<int>(dy)](job.y, room.y.data(), job.n);
-  job.x = room.x.data();
-  job.y = room.y.data();
+  room.widen(job, dx, dy);
   job.gx = gx ? room.x.data() : nullptr;
   job.gy = gy ? room.y.data() : nullptr;
   if (job.gradient.family()) k.family_gradient[0](job);

@@ -79,6 +79,8 @@ inline void row_values(const Fields& fields, const RowState& s, Put put) {
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
   std::vector<float> x, y;
+
+  void widen(GradientJob& job, DType dx, DType dy);  // the job's rows become these
 };
 
 // Arguments of a backward call.

@@ -91,7 +91,6 @@ TopkState topk_state(const TopkCall& c, int64_t r, TopkRoom& room) {
     room.parts.push_back(mass(x, x == -INFINITY ? -INFINITY : x == INFINITY ? NAN : x - x));  // NaN stays NaN
   }
   const RowState row = total(room.parts);
-  if (!(row.policy_log_sum > -INFINITY)) return {NAN, NAN, NAN, NAN};  // no mass anywhere is no distribution
   return {row.policy_max, row.policy_log_sum, rest.policy_max, rest.policy_log_sum};
 }
 
@@ -129,12 +128,12 @@ void topk_gradient(const TopkCall& c, int64_t r, const TopkState& s, const doubl
   double tokens = 0;
   bool any = b != 0;
   for (int64_t k = 0; k < c.per_row; k++)
-    if (c.ids[r * c.per_row + k] >= 0) tokens += grad[k], any |= grad[k] != 0;
-  if (!any) {  // exactly 0, and not read: the row may hold anything
+    tokens += grad[k], any |= grad[k] != 0;  // of tokens in other slices of the vocabulary too
+  if (!any) {                                // exactly 0, and not read: the row may hold anything
     memset(to, 0, static_cast<size_t>(n * size_of(d)));
     return;
   }
-  if (s.policy_log_sum != s.policy_log_sum) {
+  if (!(s.policy_log_sum > -INFINITY)) {  // no mass anywhere is no distribution; a slice may be empty
     for (int64_t i = 0; i < n; i++) store_double(to, d, i, NAN);
     return;
   }

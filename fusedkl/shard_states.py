@@ -1,0 +1,315 @@
+"""What ranks tell each other of their slices of a row: a packed part of the state, and its merge.
+
+Of a divergence 2 numbers for logsumexp(y/T), 2 for D = logsumexp(x/T) - logsumexp(y/T), and 2 for
+its value: 6 per row for one kind. A slice without any y sends logsumexp(x/T) in the place of D.
+What is asked of one side alone adds 2 for its logsumexp, where that is not sent already, and 1 for
+each number; a token's log-probability adds its logit, 0 from the ranks that do not have the token.
+
+A pair of numbers is one sum a + b in two parts of the payload's dtype, the first of which is a
+multiple of 1/T: a logit, or a difference of logits, that is exact stays so, and the second part
+keeps the digits of a small rest. So float32 carries what float64 does.
+
+fusedkl::slice_state(policy, reference?, fields, inv_temperature?, mask?, valid_vocab?, softcap?,
+    means, backend) -> state [N, S] of rows that are slices, as exact as gradients need it; means:
+    the gradient of reverse_kl to the policy or of forward_kl to the reference will be asked for
+fusedkl::merge_shards(gathered [P, N, C], fields, inv_temperature?, mask?, softcap?, backend)
+    -> values [R, N], state [N, S] float64, of whole rows, the same bits on every rank
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import divergences, reference
+from ._library import LIB, NAMESPACE, TAGS
+
+# Columns that a field needs beside its own: of a mean, the sum and the number of its terms; of a
+# divergence that may be infinite, a KL that then is.
+_BESIDE = {"mean_logprob": ("logit_sum", "tokens"), "renyi": ("forward_kl",)}
+# Elements of the states that are merged at a time: rows x ranks x columns.
+_BLOCK = 2**19
+
+
+class _Packing(NamedTuple):
+    """What is sent for some fields."""
+
+    narrow: bool  # float32: a number of the state goes in two parts
+    policy: bool  # logsumexp of a side
+    reference: bool
+    ratio: bool  # D
+    exact: tuple[str, ...]  # columns of the state that gradients subtract from
+    plain: tuple[str, ...]  # other columns
+
+    @property
+    def columns(self) -> int:
+        pairs = self.policy + self.reference + self.ratio
+        return 2 * pairs + (1 + self.narrow) * len(self.exact) + len(self.plain)
+
+
+def _packing(
+    fields: tuple[str, ...] | list[str], sent: torch.dtype, device: torch.device
+) -> _Packing:
+    known = [divergences.FIELDS[name] for name in fields]
+    sides = {field.side for field in known}
+    columns = [c for field in known for c in (field.column, *_BESIDE.get(field.name, ())) if c]
+    exact = tuple(c for c in columns if c in ("forward_kl", "reverse_kl"))
+    plain = tuple(c for c in columns if c not in (*exact, "divergence"))
+    both = "both" in sides
+    narrow = sent != reference.inside(device)
+    return _Packing(narrow, "policy" in sides, both or "reference" in sides, both, exact, plain)
+
+
+def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`: infinite where it was, and only there."""
+    largest = torch.finfo(dtype).max
+    return torch.where(t.isinf(), t, t.clamp(-largest, largest)).to(dtype)
+
+
+def scale(inv_temperature: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_ones(1) if inv_temperature is None else inv_temperature
+
+
+class Writer:
+    """The columns of a payload."""
+
+    def __init__(self, dtype: torch.dtype, narrow: bool, inv_t: Tensor) -> None:
+        self.dtype, self.narrow, self.inv_t = dtype, narrow, inv_t
+        self.out: list[Tensor] = []
+
+    def number(self, t: Tensor) -> None:
+        self.out.append(_rounded(t, self.dtype))
+
+    def _first(self, total: Tensor) -> Tensor:
+        first = _rounded(torch.where(total.isfinite(), total, 0), self.dtype)
+        self.out.append(first)
+        return first.to(total.dtype)
+
+    def exact(self, t: Tensor) -> None:
+        self.number(t - self._first(t) if self.narrow else t)
+
+    def logsumexp(self, top: Tensor, rest: Tensor) -> None:
+        """top + rest, top a logit / T: as a number / T and what is left."""
+        if self.narrow:
+            first = self._first((top + rest) / self.inv_t)
+            top = top - first * self.inv_t
+            self.number(top + rest)
+        else:
+            self.out += [top, rest]
+
+    def ratio(self, centre: Tensor, residual: Tensor) -> None:
+        """centre / T + residual, likewise."""
+        if self.narrow:
+            first = self._first(centre + residual / self.inv_t)
+            self.number((centre - first) * self.inv_t + residual)
+        else:
+            self.out += [centre, residual]
+
+
+def pack(
+    state: Tensor,
+    tokens: list[Tensor],
+    fields: tuple[str, ...],
+    inv_temperature: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[N, C] of `dtype`: the state [N, S] of a slice, and logits [N, K] of tokens."""
+    column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
+    inv_t, plan = scale(inv_temperature, state), _packing(fields, dtype, state.device)
+    writer = Writer(dtype, plan.narrow, inv_t)
+    for side in ("policy", "reference"):
+        if getattr(plan, side):
+            writer.logsumexp(column[f"{side}_max"], column[f"{side}_log_sum"])
+    if plan.ratio:
+        mine, has = column["policy_log_sum"], column["reference_log_sum"] > -torch.inf
+        # -inf where the slice has no x, and NaN where it is not a number, whatever a kernel says
+        residual = torch.where(mine > -torch.inf, column["residual"], mine)
+        writer.ratio(
+            torch.where(has, column["centre"], column["policy_max"] / inv_t),
+            torch.where(has, residual, mine),
+        )
+    for name in plan.exact:
+        writer.exact(column[name])
+    for name in plan.plain:
+        writer.number(column[name])
+    return torch.cat([torch.stack(writer.out, -1), *(t.to(dtype) for t in tokens)], -1)
+
+
+def _unpack(gathered: Tensor, plan: _Packing, inv_t: Tensor) -> Tensor:
+    """The states [P, n, S] of the slices, as far as they were sent."""
+    sent = iter(gathered.to(inv_t.dtype).unbind(-1))
+    column: dict[str, Tensor] = {}
+    for side in ("policy", "reference"):
+        if getattr(plan, side):
+            top = next(sent)
+            column[f"{side}_max"] = top * inv_t if plan.narrow else top
+            column[f"{side}_log_sum"] = next(sent)
+    if plan.ratio:
+        first, rest = next(sent), next(sent)
+        has = column["reference_log_sum"] > -torch.inf
+        if not plan.policy:
+            other = [
+                torch.where(has, column[f"reference_{half}"], 0) for half in ("max", "log_sum")
+            ]
+            column["policy_max"] = other[0] + first * inv_t
+            column["policy_log_sum"] = other[1] + rest
+        alone = torch.where(column["policy_log_sum"] > -torch.inf, torch.inf, 0)
+        column["centre"] = torch.where(has, first, 0)
+        column["residual"] = torch.where(has, rest, alone)
+    for name in plan.exact:
+        first = next(sent)
+        column[name] = first + next(sent) if plan.narrow else first
+    for name in plan.plain:
+        column[name] = next(sent)
+    none = torch.zeros_like(gathered[..., 0], dtype=inv_t.dtype)
+    return torch.stack([column.get(name, none) for name in reference.STATE], -1)
+
+
+def local_fields(fields: tuple[str, ...] | list[str]) -> list[str]:
+    """What is asked of a slice, so that its state has all that these fields need."""
+    stand_in = {"policy": "logsumexp", "reference": "ref_logsumexp", "both": "forward_kl"}
+    found = [
+        stand_in[field.side] if field.needs_token_ids or field.second_sweep else field.name
+        for field in (divergences.FIELDS[name] for name in fields)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def token_sides(fields: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The rows whose logits at token_ids the fields need."""
+    of_tokens = {f.side for f in (divergences.FIELDS[n] for n in fields) if f.needs_token_ids}
+    return tuple(side for side in ("policy", "reference") if of_tokens & {side, "both"})
+
+
+def _token_values(
+    tokens: dict[str, Tensor], state: Tensor, inv_t: Tensor, softcap: float | None
+) -> dict[str, Tensor]:
+    """log p and log q of tokens, and log(p/q), [K, n], from their logits and the rows' state."""
+    column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
+    if softcap is not None:
+        tokens = {side: reference.capped(x, softcap) for side, x in tokens.items()}
+    found = {
+        "logprob" if side == "policy" else "ref_logprob": (x * inv_t - column[f"{side}_max"])
+        - column[f"{side}_log_sum"]
+        for side, x in tokens.items()
+    }
+    if len(tokens) == 2:
+        apart = (tokens["policy"] - tokens["reference"]) - column["centre"]
+        found["log_ratio"] = apart * inv_t - column["residual"]
+    return found
+
+
+def _merge_shards(
+    gathered: Tensor,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    plan = _packing(fields, gathered.dtype, gathered.device)
+    parts, n, _ = gathered.shape
+    values, state = _merge_shards_fake(gathered, fields)
+    sides = token_sides(fields)
+    known = [divergences.FIELDS[name] for name in fields]
+    whole = [f.name for f in known if not f.needs_token_ids and not f.second_sweep]
+    step = max(1, _BLOCK // (parts * len(reference.STATE)))
+    for at in range(0, n, step):
+        rows = slice(at, min(at + step, n))
+        inverse = inv_temperature
+        if inverse is not None and inverse.shape[0] != 1:
+            inverse = inverse[rows]
+        inv_t = scale(inverse, state)
+        block = gathered[:, rows]
+        found, state[rows] = torch.ops.fusedkl.merge_states(
+            _unpack(block[..., : plan.columns], plan, inv_t), whole, inverse, backend
+        )
+        got = {name: row[None] for name, row in zip(whole, found, strict=True)}
+        if sides:
+            # Of one rank a logit, of the others 0: adding them up changes no bit.
+            logits = block[..., plan.columns :].sum(0).to(state.dtype).t().chunk(len(sides))
+            tokens = dict(zip(sides, logits, strict=True))
+            got |= _token_values(tokens, state[rows], inv_t, softcap)
+        if any(f.second_sweep for f in known):  # to come
+            got |= {f.name: torch.zeros_like(state[rows, :1]).t() for f in known if f.second_sweep}
+        values[:, rows] = torch.cat([got[name] for name in fields])
+    if mask is not None:
+        values.masked_fill_(~mask, 0)
+    return values, state
+
+
+def _merge_shards_fake(gathered: Tensor, fields: list[str], *_: Any) -> tuple[Tensor, Tensor]:
+    n, width = gathered.shape[1:]
+    plan = _packing(fields, gathered.dtype, gathered.device)
+    per_row = (width - plan.columns) // max(1, len(token_sides(fields)))
+    inner = reference.inside(gathered.device)
+    return (
+        gathered.new_empty((divergences.value_rows(fields, per_row), n), dtype=inner),
+        gathered.new_empty((n, len(reference.STATE)), dtype=inner),
+    )
+
+
+def empty_state(rows: Tensor) -> Tensor:
+    """The state [N, S] of slices that hold nothing of rows [..., V]."""
+    state = _slice_state_fake(rows).zero_()
+    for side in ("policy", "reference"):
+        state[:, reference.STATE.index(f"{side}_log_sum")] = -torch.inf
+    return state
+
+
+def _slice_state(
+    policy: Tensor,
+    reference_: Tensor | None,
+    fields: list[str],
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+    softcap: float | None,
+    means: bool,
+    backend: str,
+) -> Tensor:
+    if valid_vocab == 0 or policy.shape[-1] == 0:
+        return empty_state(policy)
+    controls = (inv_temperature, mask, valid_vocab)
+    state: Tensor
+    _, state = torch.ops.fusedkl.row_stats(
+        policy, reference_, None, fields, None, *controls, softcap, backend
+    )
+    if backend == "cpu" and softcap is None and {"forward_kl", "reverse_kl"} & set(fields):
+        OPS._sharpen_states(policy, reference_, state, means, *controls)
+    return state
+
+
+def _slice_state_fake(policy: Tensor, *_: Any) -> Tensor:
+    shape = (math.prod(policy.shape[:-1]), len(reference.STATE))
+    return policy.new_empty(shape, dtype=reference.inside(policy.device))
+
+
+for _name, _schema, _kernel, _fake in (
+    (
+        "slice_state",
+        "(Tensor policy, Tensor? reference, str[] fields, Tensor? inv_temperature, Tensor? mask, "
+        "int? valid_vocab, float? softcap, bool means, str backend) -> Tensor",
+        _slice_state,
+        _slice_state_fake,
+    ),
+    (
+        "merge_shards",
+        "(Tensor gathered, str[] fields, Tensor? inv_temperature, Tensor? mask, float? softcap, "
+        "str backend) -> (Tensor values, Tensor state)",
+        _merge_shards,
+        _merge_shards_fake,
+    ),
+):
+    LIB.define(_name + _schema, tags=TAGS)
+    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIB)
+LIB.define(
+    "_sharpen_states(Tensor policy, Tensor reference, Tensor(a!) state, bool means, "
+    "Tensor? inv_temperature, Tensor? mask, int? valid_vocab) -> ()",
+    tags=TAGS,
+)
+OPS = getattr(torch.ops, NAMESPACE)

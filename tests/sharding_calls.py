@@ -1,0 +1,253 @@
+"""What every rank of a world checks: other functions, DTensors, torch.compile, traffic, errors."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sharding_tools import KINDS, Traffic, case, close, cut, grad_error, leaf
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+import fusedkl
+
+
+@case
+def topk(group: dist.ProcessGroup) -> None:
+    whole = 4 * torch.randn(4, 71)
+    ids = torch.stack([torch.randperm(71)[:5] for _ in range(4)])
+    ids[1, 3:] = -1
+    logprobs = torch.log_softmax(torch.randn(4, 9), -1)[:, :5]
+    mask = torch.tensor([True, True, True, False])
+    for way in range(3):
+        part = cut(group, 71, way)
+        for kind in ("forward_kl", "reverse_kl"):
+            for tail in ("bucket", "drop", "renormalize"):
+                options = {"kind": kind, "tail": tail, "temperature": 1.4, "mask": mask}
+                x, full = leaf(whole, part), whole.double().requires_grad_()
+                q, full_q = (logprobs.clone().requires_grad_() for _ in range(2))
+                got = fusedkl.topk_divergence(x, ids, q, group=group, return_mass=True, **options)
+                expected = fusedkl.topk_divergence(
+                    full, ids, full_q, return_mass=True, backend="reference", **options
+                )
+                for a, e in zip(got, expected, strict=True):
+                    assert oracle.relative_error(a, e.detach(), 1e-3) <= 1e-5, (
+                        f"{kind} {tail} {part}"
+                    )
+                got.value.sum().backward()
+                expected.value.sum().backward()
+                assert grad_error(x, full.grad, part) <= 1e-5, f"{kind} {tail} {part}"
+                assert oracle.relative_l2(q.grad, full_q.grad, 1e-6) <= 1e-5, f"{kind} {tail}"
+
+
+@case
+def linear(group: dist.ProcessGroup) -> None:
+    hidden, other = torch.randn(7, 12), torch.randn(7, 10)
+    weight, other_weight, bias = torch.randn(90, 12), torch.randn(90, 10), torch.randn(90)
+    mask = torch.rand(7) > 0.3
+    for way, kind in enumerate(KINDS):
+        part = cut(group, 90, way)
+        mine = [t.clone().requires_grad_() for t in (hidden, other)]
+        mine += [t[part].clone().requires_grad_() for t in (weight, other_weight, bias)]
+        full = [t.clone().requires_grad_() for t in (hidden, other, weight, other_weight, bias)]
+        got, expected = (
+            fusedkl.linear_divergence(
+                t[0], t[2], t[1], t[3], kind, bias=t[4], mask=mask, temperature=2.0, group=g
+            )
+            for t, g in ((mine, group), (full, None))
+        )
+        assert oracle.relative_error(got, expected.detach(), 1e-3) <= 1e-5
+        got.sum().backward()
+        expected.sum().backward()
+        for a, e in zip(mine, full, strict=True):
+            slice_of = e.grad if a.shape == e.shape else e.grad[part]
+            error = float((a.grad - slice_of).norm() / e.grad.norm())
+            assert error <= 1e-5, f"{kind} {list(e.shape)} off by {error}"
+
+
+@case
+def dtensors(group: dist.ProcessGroup) -> None:
+    ranks = group.size()
+    shapes = [((ranks,), ("v",)), ((ranks,), ("t",)), ((ranks,), ("r",))]
+    shapes += [((2, 2), ("t", "v")), ((2, 2), ("v", "r"))] if ranks == 4 else []
+    whole = torch.randn(5, 3, 31), torch.randn(5, 3, 31)
+    mask, weight = torch.rand(5, 3) > 0.3, torch.rand(5, 3)
+    temperature = torch.rand(5, 3) + 0.5
+    ids = torch.randint(31, (5, 3))
+    for shape, roles in shapes:
+        mesh = init_device_mesh("cpu", shape)
+        places = [{"v": Shard(-1), "t": Shard(0), "r": Replicate()}[role] for role in roles]
+        for reduction in ("none", "sum", "mean", "batchmean"):
+            for options in ({}, {"mask": mask, "weight": weight, "temperature": temperature}):
+                what = f"{roles} {reduction} {sorted(options)}"
+                x, y = (
+                    distribute_tensor(t, mesh, places, src_data_rank=None).requires_grad_()
+                    for t in whole
+                )
+                full = [t.clone().requires_grad_() for t in whole]
+                with Traffic() as forward:
+                    value = fusedkl.jeffreys(x, y, reduction=reduction, **options)
+                sent = sum(size for _, size in forward.calls)
+                assert isinstance(value, DTensor)
+                assert sent <= (8 * 4 * 15 if "v" in roles else 4), f"{what}: {forward.calls}"
+                expected = fusedkl.jeffreys(*full, reduction=reduction, **options)
+                close(value.full_tensor(), expected.detach(), torch.float32, what)
+                scale = torch.rand(5, 3) if reduction == "none" else torch.tensor(3.0)
+                here = distribute_tensor(
+                    scale, mesh, [Replicate()] * len(shape), src_data_rank=None
+                )
+                (value * here).sum().backward()
+                (expected * scale).sum().backward()
+                for a, e in zip((x, y), full, strict=True):
+                    assert a.grad.placements == a.placements
+                    error = oracle.relative_l2(a.grad.full_tensor(), e.grad, 1e-12)
+                    assert error <= 3e-6, f"{what}: gradient off by {error}"
+        chosen = fusedkl.selective_log_softmax(x.detach(), ids)
+        expected = fusedkl.selective_log_softmax(whole[0], ids)
+        close(chosen.full_tensor(), expected, torch.float32, "selective_log_softmax")
+    partial = DTensor.from_local(whole[0], mesh, [Partial()] * len(shape))
+    wrong: dict[str, Callable[[], Tensor]] = {
+        "Partial": lambda: fusedkl.forward_kl(partial, partial),
+        "DTensor": lambda: fusedkl.forward_kl(x, whole[1]),
+        "lie as": lambda: fusedkl.forward_kl(x, y.redistribute(mesh, [Shard(1)] * len(shape))),
+        "group": lambda: fusedkl.forward_kl(x, y, group=group),
+    }
+    for name, call in wrong.items():
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            assert name in str(error), f"{name}: {error}"
+        else:
+            raise AssertionError(f"{name}: no error")
+
+
+@case
+def what_loss_parallel_gets_wrong(group: dist.ProcessGroup) -> None:
+    # torch's own loss_parallel(): the right loss, and not its gradient; ours is both
+    whole = torch.randn(4, 24), torch.randn(4, 24)
+    full = whole[0].clone().requires_grad_()
+    truth = F.kl_div(
+        F.log_softmax(full, -1), F.log_softmax(whole[1], -1), log_target=True, reduction="sum"
+    )
+    truth.backward()
+    mesh = init_device_mesh("cpu", (group.size(),))
+    x, theirs, y = (
+        distribute_tensor(t, mesh, [Shard(-1)], src_data_rank=None)
+        for t in (whole[0], whole[0], whole[1])
+    )
+    x.requires_grad_()
+    theirs.requires_grad_()
+    with loss_parallel():
+        loss = F.kl_div(
+            F.log_softmax(theirs, -1), F.log_softmax(y, -1), log_target=True, reduction="sum"
+        )
+        loss.backward()
+    assert abs(float(loss.full_tensor().detach() / truth.detach()) - 1) < 1e-5
+    assert oracle.relative_l2(theirs.grad.full_tensor(), full.grad) > 0.1
+    value = fusedkl.forward_kl(x, y, reduction="sum")
+    value.backward()
+    assert abs(float(value.full_tensor().detach() / truth.detach()) - 1) < 1e-5
+    assert oracle.relative_l2(x.grad.full_tensor(), full.grad) < 3e-6
+
+
+@case
+def traffic(group: dist.ProcessGroup) -> None:
+    x, y = torch.randn(10, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
+    gathered = "all_gather_into_tensor"
+    for kind, calls in {
+        "forward_kl": [(gathered, 6)],
+        "reverse_kl": [(gathered, 6)],
+        "jeffreys": [(gathered, 8)],
+        "tvd": [(gathered, 4), ("all_reduce", 6)],
+    }.items():
+        with Traffic() as forward:
+            value = fusedkl.divergence(x, y, kind, group=group)
+        with Traffic() as backward:
+            value.sum().backward()
+        assert forward.calls == [(name, 10 * 4 * floats) for name, floats in calls], kind
+        assert backward.calls == []
+    with Traffic() as forward:
+        fusedkl.entropy(x, group=group)
+    assert forward.calls == [(gathered, 10 * 4 * 3)]
+
+
+@case
+def disagreements(group: dist.ProcessGroup) -> None:
+    odd = group.rank() == 1
+    x, y = torch.randn(10, 16), torch.randn(10, 16)
+    new = iter(range(2, 9))  # calls that no rank has made before
+
+    def call(x: Tensor, y: Tensor, kind: str, temperature: float) -> Tensor:
+        return fusedkl.divergence(x, y, kind, temperature=temperature, group=group)
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "rows": lambda: call(x[: 10 - odd], y[: 10 - odd], KINDS[0], next(new)),
+        "dtype": lambda: call(x.bfloat16() if odd else x, y, KINDS[0], next(new)),
+        "kind": lambda: call(x, y, KINDS[odd], next(new)),
+        "temperature": lambda: call(x, y, KINDS[0], next(new) + odd / 2),
+    }
+    for name, made in calls.items():
+        try:
+            made()
+        except ValueError as error:
+            assert name in str(error) and "rank 1" in str(error), f"{name}: {error}"
+        else:
+            raise AssertionError(f"{name}: no error")
+    fusedkl.forward_kl(x, y, group=group)  # the group is as good as before
+
+
+@case
+def not_supported(group: dist.ProcessGroup) -> None:
+    x, y = torch.randn(2, 9, requires_grad=True), torch.randn(2, 9)
+    value = fusedkl.forward_kl(x, y, group=group).sum()
+    try:
+        torch.autograd.grad(value, x, create_graph=True)
+    except RuntimeError as error:
+        assert "double backward" in str(error)
+    else:
+        raise AssertionError("double backward went through")
+    for wrong in ("world", 3, dist.GroupMember.NON_GROUP_MEMBER):
+        try:
+            fusedkl.forward_kl(x, y, group=wrong)
+        except TypeError as error:
+            assert "ProcessGroup" in str(error)
+        else:
+            raise AssertionError(f"group={wrong!r} went through")
+
+
+def alone(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Rank 1 is dead when the others call."""
+    if group.rank() == 1:
+        os._exit(0)
+    x = torch.randn(4, 8)
+    try:
+        for _ in range(2):
+            fusedkl.forward_kl(x, x, group=group)
+    except RuntimeError as error:
+        return {"error": type(error).__name__, "said": str(error)}
+    return {"error": "none"}
+
+
+def apart(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Rank 1 makes a new call where rank 0 repeats an old one."""
+    x = torch.randn(10, 8)
+    fusedkl.forward_kl(x, x, group=group)
+    mine = x if group.rank() == 0 else torch.randn(12, 8)
+    begin = time.perf_counter()
+    try:
+        fusedkl.forward_kl(mine, mine, group=group)
+    except (RuntimeError, ValueError) as error:
+        said = {"error": type(error).__name__, "said": str(error)}
+    else:
+        said = {"error": "none"}
+    # so that the other one's error is its own, not this one's end
+    time.sleep(max(0.0, 6 - (time.perf_counter() - begin)))
+    return said
