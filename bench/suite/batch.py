@@ -114,8 +114,8 @@ def _rows(case: Case) -> tuple[Tensor, Tensor]:
         policy, reference = (cases.repeat(t[places], case.tokens, case.dtype) for t in distinct)
         return policy, reference
     head = case.operation == "linear"
-    # Of hidden states: N(0, 1), and a teacher's distance, KL about 0.5. Nearer to each other the
-    # rounding of 16-bit logits is more than a percent of the gradient.
+    # Of hidden states: N(0, 1), and a teacher's distance. Nearer to each other, the rounding of
+    # 16-bit logits is most of a peer's gradient.
     kind, scale = ("noise 1", 3) if head else (NARROW, 1)
     problem = cases.make(kind, case.width, case.tokens, case.dtype, distinct=DISTINCT)
     return problem.policy / scale, problem.reference / scale

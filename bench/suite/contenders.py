@@ -101,7 +101,9 @@ def ours(case: Case, backend: str, inplace: bool = False) -> Contender:
 
 
 def _peer(name: str, make: Callable[[Case], Loss]) -> Maker:
-    return lambda case: Contender(name, make(case))
+    return lambda case: Contender(
+        name, make(case), gradient_tolerance=OPERATIONS[case.operation].peer_gradient
+    )
 
 
 PEERS: dict[str, Maker] = {

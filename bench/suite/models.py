@@ -29,7 +29,7 @@ MODELS = {
     "small": Model("4096 tokens", 4096, 64),
     "odd": Model("8209 tokens", 8209, 96),
     # whose logits over text are measured: real_logits.py
-    "smollm2": Model("SmolLM2 135M over text", 49152, 576),
-    "gemma3-270m": Model("Gemma 3 270M over text", 262144, 640),
+    "smollm2": Model("SmolLM2 135M", 49152, 576),
+    "gemma3-270m": Model("Gemma 3 270M", 262144, 640),
 }
 REAL = ("smollm2", "gemma3-270m")
