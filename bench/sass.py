@@ -1,8 +1,9 @@
 """Reads the machine code of a compiled kernel: registers, spills, and what its hot loop issues.
 
-The hot path of a loop is the longest way from its head to its back edge that avoids cold blocks. A
-block is cold if it shuffles: the sweeps reduce across a warp only where they move their centre.
-Uses cuobjdump and nvdisasm as they come with Triton. Nothing here needs a driver.
+A trip through a loop is the shortest way from its head back to it that does not shuffle: the
+sweeps reduce across a warp only where they move their centre, which is the cold rest of the loop.
+Its range of addresses says nothing, cold blocks stand inside and outside of it. Uses cuobjdump and
+nvdisasm as they come with Triton. Nothing here needs a driver.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,10 +76,11 @@ class Counts:
     load_bits: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, code: list[Instruction]) -> Counts:
-        c = cls(instructions=len(code))
+    def of(cls, code: Iterable[Instruction]) -> Counts:
+        c = cls()
         for i in code:
             base = i.base
+            c.instructions += 1
             c.shuffles += base in SHUFFLES
             c.barriers += base in BARRIERS
             c.spills += base in SPILLS
@@ -115,11 +119,37 @@ def _run(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Of the one kernel of a cubin: registers per thread, bytes of stack per thread."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "--dump-resource-usage", cubin))
-    assert found is not None
-    return int(found.group(1)), int(found.group(2))
+class Cubin:
+    """What the disassemblers say of one file of machine code, by its kernels' names."""
+
+    def __init__(self, content: bytes) -> None:
+        resources = _run("cuobjdump", "--dump-resource-usage", content)
+        self._resources = {
+            name: (int(registers), int(stack))
+            for name, registers, stack in re.findall(
+                r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", resources
+            )
+        }
+        parts = re.split(r"(?m)^\.text\.(\S+):", _run("nvdisasm", "-c", content))
+        self._text = {
+            name: body.split(".section")[0]
+            for name, body in zip(parts[1::2], parts[2::2], strict=True)
+        }
+
+    def kernel(self, pattern: str) -> str:
+        """The name of the one kernel whose (mangled) name the pattern matches somewhere."""
+        found = [name for name in self._text if re.search(pattern, name)]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} kernels match {pattern!r}: {sorted(self._text)}")
+        return found[0]
+
+    def registers_and_stack(self, kernel: str) -> tuple[int, int]:
+        """Registers per thread, bytes of stack per thread."""
+        return self._resources[kernel]
+
+    def loops(self, kernel: str) -> list[HotLoop]:
+        """`hot_loops` of it."""
+        return hot_loops(*parse(self._text[kernel]))
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -134,98 +164,95 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return code, labels
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """`parse` of the cubin's machine code."""
-    return parse(_run("nvdisasm", "-c", cubin))
-
-
-def _target(i: Instruction, labels: dict[str, int]) -> int | None:
-    found = _TARGET.search(i.arguments) if i.base == "BRA" else None
-    return labels.get(found.group(0)) if found else None
-
-
-def loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """(head, back edge) of every loop, innermost ones only."""
-    found = set()
+def _successors(code: list[Instruction], labels: dict[str, int]) -> list[list[int]]:
+    found = []
     for at, i in enumerate(code):
-        head = _target(i, labels)
-        if head is not None and head < at:
-            found.add((head, at))
-    return sorted(
-        a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)
-    )
-
-
-def _blocks(
-    code: list[Instruction], labels: dict[str, int], head: int, back: int
-) -> dict[int, tuple[int, list[int]]]:
-    """First instruction of each basic block of a loop -> (its last one, where it may go)."""
-    leaders = {head}
-    for at in range(head, back + 1):
-        if code[at].base in ("BRA", "EXIT"):
-            leaders.add(at + 1)
-            target = _target(code[at], labels)
-            if target is not None:
-                leaders.add(target)
-    inside = sorted(at for at in leaders if head <= at <= back)
-    found = {}
-    for k, first in enumerate(inside):
-        last = inside[k + 1] - 1 if k + 1 < len(inside) else back
-        end = code[last]
-        target = _target(end, labels)
-        leaves = [] if target is None else [target]
-        conditional = end.predicate or re.search(r"\bU?P\d", end.arguments)
-        if (target is None and end.base != "EXIT") or conditional:
-            leaves.append(last + 1)
-        found[first] = (last, leaves)
+        after = [at + 1] if at + 1 < len(code) else []
+        if i.base == "BRA":
+            name = _TARGET.search(i.arguments)
+            to = [labels[name.group(0)]] if name and name.group(0) in labels else []
+            conditional = i.predicate or re.search(r"\bU?P\d|DIV", i.arguments + i.op)
+            after = to + (after if conditional else [])
+        elif i.base in ("EXIT", "RET") and not i.predicate:
+            after = []
+        found.append(after)
     return found
 
 
-def paths(
-    code: list[Instruction], labels: dict[str, int], head: int, back: int
-) -> tuple[list[list[Instruction]], list[Instruction]]:
-    """All ways through a loop that avoid cold blocks, and the cold blocks' code."""
-    blocks = _blocks(code, labels, head, back)
-    cold = {
-        first
-        for first, (last, _) in blocks.items()
-        if any(i.base in SHUFFLES for i in code[first : last + 1])
-    }
-    found: list[list[Instruction]] = []
+def _body(before: list[list[int]], head: int, tails: list[int]) -> set[int]:
+    """The natural loop: what reaches a back edge without passing the head."""
+    inside, queue = {head}, deque(tails)
+    while queue:
+        at = queue.popleft()
+        if at not in inside:
+            inside.add(at)
+            queue.extend(before[at])
+    return inside
 
-    def follow(first: int, path: list[Instruction], seen: frozenset[int]) -> None:
-        if first in cold or len(found) > 100:
-            return
-        last, leaves = blocks[first]
-        path = path + code[first : last + 1]
-        for leaf in leaves:
-            if leaf == head:
-                found.append(path)
-            elif leaf in blocks and leaf not in seen:
-                follow(leaf, path, seen | {leaf})
 
-    follow(head, [], frozenset({head}))
-    return found, [i for first in cold for i in code[first : blocks[first][0] + 1]]
+def _trip(after: list[list[int]], head: int, allowed: set[int]) -> list[int]:
+    """The shortest way from the head back to it; [] if there is none."""
+    came: dict[int, int] = {}
+    queue = deque([head])
+    while queue:
+        at = queue.popleft()
+        for to in after[at]:
+            if to == head:
+                path = [at]
+                while path[-1] != head:
+                    path.append(came[path[-1]])
+                return path[::-1]
+            if to in allowed and to not in came:
+                came[to] = at
+                queue.append(to)
+    return []
 
 
 @dataclass(frozen=True)
 class HotLoop:
-    """The loop that moves the most bytes."""
+    """One trip through a loop, and all else that is in the loop."""
 
+    at: int  # index of its head
     hot: Counts
     cold: Counts
     code: list[Instruction]
 
 
 def hot_loops(code: list[Instruction], labels: dict[str, int]) -> list[HotLoop]:
-    """Loops that read global memory, the one that reads the most per trip first."""
+    """Loops that read global memory, the hottest first."""
+    after = _successors(code, labels)
+    before: list[list[int]] = [[] for _ in code]
+    for at, leaves in enumerate(after):
+        for to in leaves:
+            before[to].append(at)
+    tails: dict[int, list[int]] = {}
+    for at, leaves in enumerate(after):
+        for to in leaves:
+            if to <= at and code[at].base == "BRA":
+                tails.setdefault(to, []).append(at)
     found = []
-    for head, back in loops(code, labels):
-        ways, cold = paths(code, labels, head, back)
-        if not ways:  # every way shuffles: nothing of it is cold
-            ways, cold = [code[head : back + 1]], []
-        longest = max(ways, key=len)
-        counts = Counts.of(longest)
-        if counts.loaded:
-            found.append(HotLoop(counts, Counts.of(cold), longest))
-    return sorted(found, key=lambda loop: -loop.hot.loaded * min(loop.hot.load_bits))
+    for head, ends in tails.items():
+        body = _body(before, head, ends)
+        quiet = {at for at in body if code[at].base not in SHUFFLES}
+        trip = _trip(after, head, quiet) or _trip(after, head, body)
+        rest = body.difference(trip)
+        loop = HotLoop(
+            head,
+            Counts.of(code[at] for at in trip),
+            Counts.of(code[at] for at in sorted(rest)),
+            [code[at] for at in trip],
+        )
+        if loop.hot.loaded:
+            found.append(loop)
+    # The hot loop loads in the widest words. A loop around it, or inside of its cold part, has
+    # fewer exponentials for what it loads.
+    width = max((min(loop.hot.load_bits) for loop in found), default=0)
+    wide = [loop.hot for loop in found if min(loop.hot.load_bits) == width]
+    densest = max((hot.special / hot.loaded for hot in wide), default=0.0)
+
+    def coldness(loop: HotLoop) -> tuple[bool, int, bool, int, int]:
+        hot = loop.hot
+        sparse = hot.special / hot.loaded < 0.9 * densest
+        return hot.shuffles > 0, -min(hot.load_bits), sparse, -hot.loaded, hot.instructions
+
+    return sorted(found, key=coldness)

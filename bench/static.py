@@ -1,7 +1,8 @@
-"""What GPU kernels cost, counted in their machine code; `--check` holds ours to their budgets.
+"""What GPU kernels cost, counted in their machine code, for GPUs that are not there.
 
-    python bench/static.py              our kernels for sm_80, sm_90 and sm_100, as a table, and
-                                        liger-kernel's, if that package is installed
+    python bench/static.py              our kernels, torch.compile's and liger-kernel's for sm_80,
+                                        sm_90 and sm_100, as a table
+    python bench/static.py --write      the same into bench/results/static.json and docs/gpu.md
     python bench/static.py --check      ours against the budgets; exit status 1 beyond one
 
 Nothing here runs on a GPU. A ceiling is what the busiest pipe of the SM leaves of the memory
@@ -11,19 +12,22 @@ bandwidth if everything overlaps: an upper bound, never a measurement (docs/gpu.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-import capture
-import sass
-import torch
+import nvcc
+import static_cases
+from static_cases import Case, Found
 
-from fusedkl import reference
-
-V = 128256
-# What one warp pays for moving its centre is counted this many times per program.
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results" / "static.json", ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- static:begin -->\n", "<!-- static:end -->\n"
+# What one warp pays for moving its centre is counted this many times.
 CENTRES = 2
 
 
@@ -51,141 +55,84 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Row:
-    """The counts of one kernel on one architecture, per pair of logits."""
+    """The counts of one kernel on one architecture; those of the hot loop per pair of logits."""
 
     kernel: str
     architecture: int
     registers: int
-    stack: int
-    hot: sass.Counts
-    pairs: float  # of one thread, on one trip through the hot loop
+    spills: int  # in the loop, or bytes of stack
+    load_bits: tuple[int, ...]
+    instructions: float
+    fp32_lanes: float
+    alu: float
+    special: float
+    memory: float
+    shuffles: int
+    barriers: int
+    float64: int
     centring: float  # instructions per pair that moving the centre adds
     bytes_per_pair: float
+    ideal: float
+
+    @classmethod
+    def of(cls, case: Case, architecture: int, found: Found) -> Row:
+        hot = found.loop.hot
+        pairs = hot.loaded / case.load_bytes
+        return cls(
+            case.name,
+            architecture,
+            found.registers,
+            hot.spills or found.stack,
+            tuple(sorted(hot.load_bits)),
+            hot.instructions / pairs,
+            hot.fp32_lanes / pairs,
+            hot.alu / pairs,
+            hot.special / pairs,
+            hot.memory / pairs,
+            hot.shuffles,
+            hot.barriers,
+            hot.float64,
+            CENTRES * found.loop.cold.instructions / case.per_lane if case.per_lane else 0.0,
+            case.bytes_per_pair,
+            case.ideal,
+        )
 
     @property
-    def instructions(self) -> float:
-        return self.hot.instructions / self.pairs + self.centring
-
-    @property
-    def special(self) -> float:
-        return self.hot.special / self.pairs
+    def issued(self) -> float:
+        return self.instructions + self.centring
 
     def ceiling(self) -> float:
         """Share of the memory bandwidth that the busiest pipe allows."""
         m = MACHINES[self.architecture]
         rate = m.tb_per_s * 1e3 / (m.sms * m.ghz) / self.bytes_per_pair  # pairs a clock and SM
         busy = (
-            self.instructions / m.issue,
-            self.hot.fp32_lanes / self.pairs / m.fp32,
-            self.hot.alu / self.pairs / m.alu,
+            self.issued / m.issue,
+            self.fp32_lanes / m.fp32,
+            self.alu / m.alu,
             self.special / m.special,
-            self.hot.memory / self.pairs / m.memory,
+            self.memory / m.memory,
         )
         return min(1.0, 1 / (rate * max(busy)))
 
-    def cells(self) -> list[str]:
+    def cells(self) -> tuple[str, ...]:
         """A line of the table."""
-        bits = "/".join(str(b) for b in sorted(self.hot.load_bits))
-        return [
+        return (
             self.kernel,
             f"sm_{self.architecture}",
             str(self.registers),
-            str(self.hot.spills or self.stack),
-            bits,
+            str(self.spills),
+            "/".join(map(str, self.load_bits)),
             f"{self.instructions:.1f}",
+            f"{self.issued:.1f}",
             f"{self.special:.2f}",
             f"{self.bytes_per_pair:g}",
             f"{100 * self.ceiling():.0f}%",
-        ]
+            f"{100 * self.ceiling() * self.ideal / self.bytes_per_pair:.0f}%",
+        )
 
 
-HEAD = ("kernel", "target", "registers", "spills", "load bits", "instr/pair", "special/pair")
-HEAD += ("bytes/pair", "ceiling")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call whose hot kernel is counted."""
-
-    name: str
-    kernel: str  # the launch to look at
-    call: Callable[[], object]
-    bytes_per_pair: float
-    load_bytes: float = 4.0  # that the hot loop reads for one pair
-    centred: bool = True
-
-
-def _rows(dtype: torch.dtype, vocab: int = V) -> torch.Tensor:
-    return torch.empty(4, vocab, dtype=dtype)
-
-
-def _forward(fields: tuple[str, ...], vocab: int = V) -> Callable[[], object]:
-    from fusedkl.kernels import backend
-
-    x, y = _rows(torch.bfloat16, vocab), _rows(torch.bfloat16, vocab)
-    return lambda: backend.row_stats(x, y, None, list(fields), None, None, None, None, None)
-
-
-def _backward(fields: tuple[str, ...], both: bool = False) -> Callable[[], object]:
-    from fusedkl.kernels import backend
-
-    x, y = _rows(torch.bfloat16), _rows(torch.bfloat16)
-    state = torch.empty(4, len(reference.STATE), dtype=torch.float64)
-    grad = torch.empty(len(fields), 4)
-    return lambda: backend.row_stats_backward(
-        grad, x, y, None, state, list(fields), None, None, None, None, True, both
-    )
-
-
-def cases() -> list[Case]:
-    """Ours."""
-    one, two = ("forward_kl",), ("forward_kl", "reverse_kl")
-    return [
-        Case("forward_kl", "sweep_pair", _forward(one), 4),
-        Case("forward_kl, V = 50257", "sweep_pair", _forward(one, 50257), 4),
-        Case("both directions", "sweep_pair", _forward(two), 4),
-        Case("forward_kl and entropy", "sweep_pair", _forward((*one, "entropy")), 4),
-        Case("backward of forward_kl", "gradients", _backward(one), 6, centred=False),
-        Case("backward of both, to both", "gradients", _backward(two, True), 8, centred=False),
-    ]
-
-
-def peers() -> list[Case]:
-    """What others launch, from their own launchers: after the log-softmaxes, which come on top."""
-    if not importlib.util.find_spec("liger_kernel"):
-        return []
-    from liger_kernel.ops import kl_div
-
-    # their kernel does not compile for bfloat16 log-probabilities of the target
-    x = _rows(torch.float32)
-    forward = Case(
-        "liger-kernel kl_div, forward",
-        "_kldiv_kernel_forward",
-        lambda: kl_div.kldiv_forward_triton(x, x, True, "batchmean", 1e-10),
-        8,
-        load_bytes=8,
-        centred=False,
-    )
-    return [forward]
-
-
-def count(case: Case, architecture: int) -> Row:
-    """Compiles the case and reads its hot loop."""
-    with capture.capture(f"cuda:{architecture}") as launches:
-        case.call()
-    launch = next(found for found in launches if found.name == case.kernel)
-    registers, stack = sass.registers_and_stack(launch.cubin)
-    hot = sass.hot_loops(*sass.disassemble(launch.cubin))[0]
-    pairs = hot.hot.loaded / case.load_bytes
-    centring = 0.0
-    if case.centred:
-        from fusedkl.kernels.launch import choose
-
-        segment = choose(V, (torch.bfloat16, torch.bfloat16), architecture).segment
-        centring = CENTRES * hot.cold.instructions / (segment / 32)
-    return Row(
-        case.name, architecture, registers, stack, hot.hot, pairs, centring, case.bytes_per_pair
-    )
+HEAD = ("kernel", "target", "registers", "spills", "load bits", "instr/pair", "with centring")
+HEAD += ("special/pair", "bytes/pair", "ceiling", "of ideal bytes")
 
 
 @dataclass(frozen=True)
@@ -196,55 +143,144 @@ class Budget:
     ceiling: dict[int, float]
 
 
-FORWARD_CEILING = {80: 0.95, 90: 0.95, 100: 0.85}
+_FORWARD_CEILING = {80: 0.95, 90: 0.95, 100: 0.85}
+_BOTH = Budget({90: 35, 100: 24}, {})
+_ENTROPY = Budget({90: 30}, {})
+_BACKWARD = Budget({90: 19, 100: 15.5}, {})
 BUDGETS = {
-    "forward_kl": Budget({90: 29, 100: 22}, FORWARD_CEILING),
-    "forward_kl, V = 50257": Budget({}, {80: 0.9, 90: 0.9, 100: 0.45}),
-    "both directions": Budget({90: 35, 100: 24}, {}),
-    "forward_kl and entropy": Budget({90: 30}, {}),
-    "backward of forward_kl": Budget({90: 19, 100: 15.5}, {}),
+    "CUDA forward_kl": Budget({90: 28, 100: 19}, _FORWARD_CEILING),
+    "CUDA forward_kl, rows misaligned differently": Budget({}, {80: 0.45, 90: 0.45, 100: 0.45}),
+    "CUDA both directions": _BOTH,
+    "CUDA forward_kl and entropy": _ENTROPY,
+    "CUDA backward of forward_kl": _BACKWARD,
+    "Triton forward_kl": Budget({90: 29, 100: 22}, _FORWARD_CEILING),
+    "Triton forward_kl, V = 50257": Budget({}, {80: 0.9, 90: 0.9, 100: 0.45}),
+    "Triton both directions": _BOTH,
+    "Triton forward_kl and entropy": _ENTROPY,
+    "Triton backward of forward_kl": _BACKWARD,
 }
 
 
-def violations(row: Row) -> Iterator[str]:
+@dataclass(frozen=True)
+class Missed:
+    """A budget that is not kept, where it stands instead, and why."""
+
+    instructions: float
+    ceiling: float
+    why: str
+
+
+_UNPACKED = (
+    "Triton takes maxima token by token, 2.5 per pair where the CUDA kernel's packed maximum of "
+    "bfloat16 takes 0.25, and feeds its exponentials from unpacked multiply-adds, 2 per pair."
+)
+MISSED: dict[tuple[str, int], Missed] = {
+    ("Triton forward_kl", 100): Missed(22.0, 0.81, _UNPACKED),
+    ("Triton both directions", 100): Missed(25.2, 0.69, _UNPACKED),
+    ("Triton forward_kl and entropy", 90): Missed(
+        31.3, 0.95, "Policy logits have a maximum of their own beside the reference's."
+    ),
+    ("Triton backward of forward_kl", 100): Missed(
+        16.5, 0.95, "Of its multiplications and multiply-adds, 7 per pair, none is packed."
+    ),
+}
+
+
+def violations(row: Row, budget: Budget) -> Iterator[str]:
     """What of a row of ours is beyond its budget, in words."""
     where = f"{row.kernel} on sm_{row.architecture}"
-    if row.hot.spills or row.stack:
-        yield f"{where}: {row.hot.spills} spills in the loop, {row.stack} bytes of stack"
-    if row.hot.float64:
-        yield f"{where}: {row.hot.float64} float64 instructions in the hot loop"
-    if row.hot.shuffles or row.hot.barriers:
-        yield f"{where}: {row.hot.shuffles} shuffles, {row.hot.barriers} barriers in the hot loop"
-    if "50257" not in row.kernel and min(row.hot.load_bits) < 128:
-        yield f"{where}: loads of {min(row.hot.load_bits)} bits"
-    budget = BUDGETS.get(row.kernel, Budget({}, {}))
+    if row.spills:
+        yield f"{where}: {row.spills} spills, or bytes of stack"
+    if row.float64:
+        yield f"{where}: {row.float64} float64 instructions in the hot loop"
+    if row.shuffles or row.barriers:
+        yield f"{where}: {row.shuffles} shuffles, {row.barriers} barriers in the hot loop"
+    if "50257" not in row.kernel and min(row.load_bits) < 128:
+        yield f"{where}: loads of {min(row.load_bits)} bits"
     most = budget.instructions.get(row.architecture)
-    if most is not None and row.instructions > most:
-        yield f"{where}: {row.instructions:.1f} instructions per pair, {most:g} allowed"
+    if most is not None and round(row.issued, 2) > most:
+        yield f"{where}: {row.issued:.1f} instructions per pair, {most:g} allowed"
     least = budget.ceiling.get(row.architecture)
     if least is not None and row.ceiling() < least:
-        yield f"{where}: ceiling at {row.ceiling():.0%} of the bandwidth, {least:.0%} wanted"
+        yield f"{where}: ceiling at {row.ceiling():.1%} of the bandwidth, {least:.0%} wanted"
+
+
+def beyond(row: Row) -> list[str]:
+    """What is wrong with a row of ours: its budget's, or where MISSED lets it stand, that one's."""
+    budget = BUDGETS.get(row.kernel, Budget({}, {}))
+    missed = MISSED.get((row.kernel, row.architecture))
+    if missed is None:
+        return list(violations(row, budget))
+    at = row.architecture
+    if not any(violations(row, budget)):
+        return [f"{row.kernel} on sm_{at} is within its budget: take it out of MISSED"]
+    now = Budget({at: missed.instructions}, {at: missed.ceiling})
+    return list(violations(row, now))
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = [HEAD, tuple("---" for _ in HEAD), *(tuple(row.cells()) for row in rows)]
+    lines = [HEAD, tuple("---" for _ in HEAD), *(row.cells() for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def count(cases: Iterable[Case], *architectures: int) -> list[Row]:
+    """Compiles the cases, for all machines or for these, and reads their hot loops."""
+    wanted = architectures or tuple(MACHINES)
+    return [Row.of(case, at, case.find(at)) for case in cases for at in wanted]
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "triton", "liger-kernel")
+    found = {name: metadata.version(name) for name in names}
+    home = nvcc.toolkit("bin/nvcc")
+    if home is not None:
+        found["nvcc"] = nvcc.version(home)
+    return found
+
+
+def section(content: dict[str, Any]) -> str:
+    """The Markdown between the marks of docs/gpu.md."""
+    rows = [Row(**{**entry, "load_bits": tuple(entry["load_bits"])}) for entry in content["rows"]]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    missed = "\n".join(
+        f"- {name} on sm_{at}: {missed.instructions:g} instructions per pair, ceiling "
+        f"{missed.ceiling:.0%}. {missed.why}"
+        for (name, at), missed in MISSED.items()
+    )
+    return (
+        f"From `bench/results/static.json`, written by `python bench/static.py --write` with "
+        f"{versions}.\n\n{table(rows)}\n\nBudgets of `bench/static.py` that are not kept, and how "
+        f"far they are let go:\n\n{missed}\n"
+    )
+
+
+def write(rows: list[Row]) -> None:
+    """The results' file, and what docs/gpu.md shows of it."""
+    content = {"versions": _versions(), "rows": [asdict(row) for row in rows]}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + section(content) + END + rest.split(END)[1])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="ours only, against the budgets")
+    parser.add_argument("--write", action="store_true", help="into the results and docs/gpu.md")
     options = parser.parse_args()
-    rows = [count(case, architecture) for case in cases() for architecture in MACHINES]
-    if not options.check:
-        rows += [count(case, architecture) for case in peers() for architecture in MACHINES]
+    rows = count([*static_cases.cuda(), *static_cases.triton()])
+    if options.check:
         print(table(rows))
-        return 0
+        for (name, at), missed in MISSED.items():
+            print(f"not kept, by name: {name} on sm_{at}. {missed.why}")
+        wrong = [text for row in rows for text in beyond(row)]
+        print("\n".join(wrong) or "every other budget is kept")
+        return 1 if wrong else 0
+    rows += count([*static_cases.inductor(), *static_cases.liger()])
     print(table(rows))
-    beyond = [text for row in rows for text in violations(row)]
-    print("\n".join(beyond) or "every budget is kept")
-    return 1 if beyond else 0
+    if options.write:
+        write(rows)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from .gaussian import gaussian_kl
 from .kl_div import KLDivLoss, kl_div
 from .linear import linear_divergence
 from .linear_modules import LinearDivergenceLoss
+from .linear_token_stats import linear_token_stats
 from .modules import (
     ForwardKLLoss,
     HellingerLoss,
@@ -65,6 +66,7 @@ __all__ = [
     "kl_estimate",
     "kl_penalized_rewards",
     "linear_divergence",
+    "linear_token_stats",
     "log_softmax",
     "logsumexp",
     "nats_to_bits",

@@ -52,7 +52,7 @@ _GPU_TAKES = frozenset(
     (
         *("float32", "bfloat16", "float16"),
         *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
-        *("ref_entropy", "ref_logsumexp", "ref_logprob"),
+        *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
     )
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import autograd, divergences, reductions, reference, validation
 from .autograd import OPS, recorded
-from .backends import resolve
+from .backends import needs, resolve
 from .layout import inverse_temperature, row_parts, rows
 
 
@@ -20,6 +20,8 @@ def distillation_loss(
     *,
     kind: str = "forward_kl",
     temperature: float | Tensor = 1.0,
+    beta: float | None = None,
+    alpha: float | None = None,
     ce_weight: float = 0.5,
     scale_t2: bool = True,
     label_smoothing: float = 0.0,
@@ -46,11 +48,11 @@ def distillation_loss(
             reference in `divergence`. Differentiable, twice too.
         labels: int64, shape student_logits.shape[:-1], from 0 to V - 1. Rows with ignore_index, and
             rows that the mask excludes, count for neither term; what labels hold there is ignored.
-        kind: a divergence, see `divergence`.
+        kind, beta, alpha: a divergence and its parameter, see `divergence`.
         ce_weight: from 0 (no labels' term; the labels still mask) to 1 (the teacher is not read).
         scale_t2: multiply D by T^2; False leaves it out.
         label_smoothing: from 0 to 1: that share of each label is spread evenly over the V tokens,
-            as in F.cross_entropy. It takes one more read of the student's rows.
+            as in F.cross_entropy.
 
     Returns:
         a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
@@ -64,7 +66,7 @@ def distillation_loss(
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015; Szegedy et al.,
     "Rethinking the Inception Architecture for Computer Vision", 2016, for label smoothing.
     """
-    definition = divergences.get(kind)
+    fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.pair(student_logits, teacher_logits)
     validation.reduction(reduction)
     validation.flag("scale_t2", scale_t2)
@@ -80,18 +82,17 @@ def distillation_loss(
     assert counted is not None
     dtype = reference.result_dtype(student_logits, teacher_logits)
     weights = reductions.token_weights(student_logits, weight, dtype)
-    name = resolve(backend, student_logits.device)
     ids = torch.where(counted, labels.reshape(-1), 0)
-    if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_labels(ids, student_logits.shape[-1])
+    validation.token_range("labels", ids, student_logits.shape[-1], ", or ignore_index")
 
-    soft = definition.fields if ce_weight < 1 else ()
+    soft = fields if ce_weight < 1 else ()
     hard: tuple[str, ...] = ()
     if ce_weight > 0:
-        hard = ("logprob", "logsumexp") if label_smoothing > 0 else ("logprob",)
-    call = _Call(
-        soft, hard, inverse, reductions.rows_to_read(counted, weights), ids.unsqueeze(-1), name
-    )
+        hard = ("logprob", "mean_logprob") if label_smoothing > 0 else ("logprob",)
+    wanted = needs(student_logits, teacher_logits, *soft, *hard)
+    name = resolve(backend, student_logits.device, wanted)
+    read = reductions.rows_to_read(counted, weights)
+    call = _Call(soft, hard, parameter, inverse, read, ids.unsqueeze(-1), name)
     values = _values(rows(student_logits), rows(teacher_logits) if soft else None, call)
 
     squared: float | Tensor = 1.0
@@ -103,8 +104,7 @@ def distillation_loss(
     if hard:
         tokens = tokens - ce_weight * (1 - label_smoothing) * values[len(soft)]
     if label_smoothing > 0 and hard:
-        mean = student_logits.mean(-1, dtype=dtype).reshape(-1)  # of log p, but for logsumexp
-        tokens = tokens - ce_weight * label_smoothing * (mean - values[len(soft) + 1])
+        tokens = tokens - ce_weight * label_smoothing * values[len(soft) + 1]
     tokens = torch.where(counted, tokens, 0).to(dtype)
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)
 
@@ -114,6 +114,7 @@ class _Call(NamedTuple):
 
     soft: tuple[str, ...]
     hard: tuple[str, ...]
+    parameter: float | None  # of the soft ones
     inverse: Tensor | None
     read: Tensor | None
     ids: Tensor  # int64 [N, 1]
@@ -126,7 +127,7 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
         inverse = call.inverse if call.soft else None
         fields = call.soft + call.hard
         return autograd.row_stats(
-            x, y, call.ids, fields, None, inverse, call.read, backend=call.backend
+            x, y, call.ids, fields, call.parameter, inverse, call.read, backend=call.backend
         )
     if torch.compiler.is_compiling() or x.numel() == 0:
         return _apart(x, y, call)
@@ -135,10 +136,10 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
 
 
 def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
-    soft, hard, inverse, read, ids, name = call
+    soft, hard, parameter, inverse, read, ids, name = call
     return torch.cat(
         [
-            autograd.row_stats(x, y, None, soft, None, inverse, read, backend=name),
+            autograd.row_stats(x, y, None, soft, parameter, inverse, read, backend=name),
             autograd.row_stats(x, None, ids, hard, None, None, read, backend=name),
         ]
     )
@@ -154,7 +155,7 @@ class _TwoTemperatures(torch.autograd.Function):
             c = _cut(call, part)
             shared = (None, None, c.backend)  # no valid_vocab, no softcap
             soft, soft_state = OPS.row_stats(
-                block_x, block_y, None, c.soft, None, c.inverse, c.read, *shared
+                block_x, block_y, None, c.soft, c.parameter, c.inverse, c.read, *shared
             )
             hard, hard_state = OPS.row_stats(
                 block_x, None, c.ids, c.hard, None, None, c.read, *shared
@@ -185,7 +186,7 @@ class _TwoTemperatures(torch.autograd.Function):
             c, out = _cut(call, part), iter(blocks)
             soft = OPS.row_stats_backward(
                 grad[:split, part].contiguous(), block_x, block_y, None, state[0, part],
-                c.soft, None, c.inverse, None, None, to_x, to_y, c.backend,
+                c.soft, c.parameter, c.inverse, None, None, to_x, to_y, c.backend,
             )  # fmt: skip
             if to_x:
                 hard, _ = OPS.row_stats_backward(
@@ -206,13 +207,3 @@ def _cut(call: _Call, part: slice) -> _Call:
         read=None if read is None else read[part],
         ids=call.ids[part],
     )
-
-
-def _check_labels(ids: Tensor, width: int) -> None:
-    if not ids.numel():
-        return
-    low, high = (int(v) for v in ids.aminmax())
-    if low < 0 or high >= width:
-        raise ValueError(
-            f"labels must be from 0 to {width - 1}, or ignore_index; got {low} to {high}"
-        )

@@ -40,6 +40,9 @@ def logsumexp(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Blanchard, Higham and Higham, "Accurately Computing the Log-Sum-Exp and Softmax Functions",
+    2021.
     """
     validation.logits("logits", logits)
     return _one_field(logits, "logsumexp", None, temperature, backend)[0].reshape(logits.shape[:-1])
@@ -97,6 +100,8 @@ def selective_log_softmax(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Source: PyTorch's documentation of log_softmax and gather, of which this is the composition.
     """
     validation.logits("logits", logits)
     validation.token_index("index", index, logits)
@@ -129,6 +134,8 @@ def log_softmax(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
         IndexError: dim out of range, as torch has it.
+
+    Source: PyTorch's documentation of log_softmax.
     """
     validation.tensor("logits", logits)
     if isinstance(dim, bool) or not isinstance(dim, int):

@@ -48,6 +48,8 @@ def divergence(
         F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # forward_kl
         F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # reverse_kl
 
+    The named functions have the code of the other kinds.
+
     Args:
         policy_logits: [..., V], float32, bfloat16, float16 or float64, any strides (a last dim with
             a stride is copied). Differentiable, twice too.
@@ -90,6 +92,9 @@ def divergence(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Kullback and Leibler, "On Information and Sufficiency", 1951; the named functions have the
+    sources of the other kinds.
     """
     fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.pair(policy_logits, reference_logits, valid_vocab)

@@ -201,7 +201,8 @@ SPECIAL[_TORCH_KL_DIV] = SPECIAL[kl_div] = _of_deferred
 class KLDivLoss(torch.nn.KLDivLoss):
     """torch.nn.KLDivLoss over this package's `kl_div`: same arguments, attributes and results.
 
-    Equivalent: `torch.nn.KLDivLoss(size_average, reduce, reduction, log_target)`.
+    Equivalent: `torch.nn.KLDivLoss(size_average, reduce, reduction, log_target)`. See `kl_div` for
+    shapes, dtypes and errors.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

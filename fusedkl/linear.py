@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import divergences, reductions, validation
-from .backends import resolve
+from .backends import needs, resolve
 from .layout import inverse_temperature
 from .linear_autograd import linear_stats
 from .linear_ops import Inputs
@@ -36,6 +36,9 @@ def linear_divergence(
     token_weight: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
+    beta: float | None = None,
+    alpha: float | None = None,
+    ce_weight: float | None = None,
     reduction: str = "none",
     precision: str | None = None,
     tile: tuple[int, int] | None = None,
@@ -60,7 +63,8 @@ def linear_divergence(
         weight: [V, H] of the dtype of hidden (under autocast both are cast to its dtype).
         ref_hidden: [..., H'], the reference's; the leading dims are those of hidden.
         ref_weight: [V, H'] of the dtype of ref_hidden; None: `weight` serves both.
-        kind: one of the divergences.
+        kind, beta, alpha: a divergence and its parameter, see `divergence`. Those of a second sweep
+            (all but forward_kl, reverse_kl and jeffreys) make every tile of logits twice forward.
         ref_logits: [..., V], instead of ref_hidden; any floating-point dtype, read in place.
         bias, ref_bias: [V], added to the products; -inf masks a vocabulary entry.
         softcap, ref_softcap: c > 0 of c tanh(logits / c), after the scale; None: not capped.
@@ -69,6 +73,9 @@ def linear_divergence(
             hidden.shape[:-1] for logits.shape[:-1]. Tokens that do not count are dropped before
             the first product (on a GPU, where that would wait for the device, after it).
         token_weight: the `weight` of `divergence`.
+        ce_weight: from 0 to 1: the result is (1 - ce_weight) times the divergence plus ce_weight
+            times the cross-entropy of labels (int64, from 0 to V - 1 where they count) at
+            temperature 1, from the same tiles. No T^2 factor.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
             rounding is an error of the divergence; docs/linear.md shows its size.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
@@ -79,33 +86,54 @@ def linear_divergence(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
+
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2025, for a head whose
+    logits never exist; for divergences of two heads: docs/linear.md.
     """
-    definition = divergences.get(kind)
+    fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.reduction(reduction)
     if ref_hidden is None and ref_logits is None:
         raise ValueError("a reference is needed: ref_hidden (with ref_weight), or ref_logits")
     shape = validation.tensor("hidden", hidden).shape[:-1]
     if reduction == "batchmean" and not shape:
         raise ValueError('reduction="batchmean" needs hidden with a batch dim; got shape [H]')
-    inverse, counted, weights = _per_token(
+    inverse, counted, weights = per_token(
         hidden, temperature, mask, labels, ignore_index, token_weight
     )
-    inputs = _inputs(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, precision, tile,
+    inputs = inputs_of(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, fields, precision, tile,
         (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
     )._replace(
-        fields=list(definition.fields),
+        parameter=parameter,
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, weights),
     )  # fmt: skip
+    if ce_weight is not None:
+        inputs = inputs._replace(labels=_hard(ce_weight, labels, counted, hidden, weight))
     values = linear_stats(inputs)
     tokens = values[0]
-    for i in range(1, len(definition.fields)):
+    for i in range(1, len(fields)):
         tokens = tokens + values[i]
+    if ce_weight is not None:
+        tokens = (1 - ce_weight) * tokens - ce_weight * values[-1]
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=inputs.backend)
 
 
-def _per_token(
+def _hard(
+    ce_weight: float, labels: Tensor | None, counted: Tensor | None, hidden: Tensor, weight: Tensor
+) -> Tensor:
+    """The labels as [N], 0 where they do not count."""
+    validation.share("ce_weight", ce_weight)
+    if labels is None or labels.dtype != torch.int64:
+        got = "None" if labels is None else labels.dtype
+        raise TypeError(f"ce_weight needs labels, an int64 tensor; got {got}")
+    assert counted is not None
+    ids = torch.where(counted, labels.reshape(-1), 0)
+    validation.token_range("labels", ids, weight.shape[0], ", or ignore_index")
+    return ids
+
+
+def per_token(
     hidden: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None,
@@ -120,7 +148,7 @@ def _per_token(
     return inverse, counted, reductions.token_weights(hidden, weight, dtype)
 
 
-def _inputs(
+def inputs_of(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -128,6 +156,7 @@ def _inputs(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     ref_logits: Tensor | None,
+    fields: tuple[str, ...],
     precision: str | None,
     tile: tuple[int, int] | None,
     scales: tuple[float, float],
@@ -182,9 +211,10 @@ def _inputs(
             ref_logits = ref_logits.contiguous()
     return Inputs(
         _flat(hidden), weight, bias, None if ref_hidden is None else _flat(ref_hidden), ref_weight,
-        ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, [], None, None,
-        None, [float(s) for s in scales], [float(c or 0) for c in softcaps], precision == "fast",
-        [] if tile is None else list(tile), resolve(backend, hidden.device),
+        ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, list(fields), None,
+        None, None, [float(s) for s in scales], [float(c or 0) for c in softcaps],
+        precision == "fast", [] if tile is None else list(tile),
+        resolve(backend, hidden.device, needs(*fields)),
     )  # fmt: skip
 
 

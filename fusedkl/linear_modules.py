@@ -32,10 +32,13 @@ class LinearDivergenceLoss(nn.Module):
         reduction: str = "none",
         precision: str | None = None,
         tile: tuple[int, int] | None = None,
+        beta: float | None = None,
+        alpha: float | None = None,
+        ce_weight: float | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        divergences.get(kind)
+        divergences.resolve(kind, beta, alpha)
         validation.number_temperature(temperature)
         validation.reduction(reduction)
         self.kind, self.ignore_index = kind, ignore_index
@@ -48,6 +51,9 @@ class LinearDivergenceLoss(nn.Module):
             "reduction": reduction,
             "precision": precision,
             "tile": tile,
+            "beta": beta,
+            "alpha": alpha,
+            "ce_weight": ce_weight,
             "backend": backend,
         }
 

@@ -8,21 +8,25 @@ d hidden over all tiles, d weight tile by tile, each finished and rounded before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import divergences, reference
+from . import divergences, reference, reference_family
 from .linear_plan import Tiles, tiles
 from .linear_products import Products, tile_dtype
 
 # States of so many tiles wait before they are merged.
 _WAITING = 8
-_LSE = {
-    False: (reference.STATE.index("policy_max"), reference.STATE.index("policy_log_sum")),
-    True: (reference.STATE.index("reference_max"), reference.STATE.index("reference_log_sum")),
+_NORMALISER = {
+    side: tuple(reference.STATE.index(name) for name in names)
+    for side, names in {
+        "policy": ("policy_max", "policy_log_sum"),
+        "reference": ("reference_max", "reference_log_sum"),
+        "both": ("centre", "residual"),
+    }.items()
 }
 
 
@@ -147,32 +151,55 @@ class _Running:
         per_row = 0 if asked.token_ids is None else asked.token_ids.shape[1]
         rows = divergences.value_rows(asked.fields, per_row)
         self._values = torch.zeros(rows, n, dtype=inner, device=device)
-        self._tokens: list[tuple[slice, bool]] = []
+        self._tokens: list[tuple[slice, slice, str]] = []  # of all values, of a tile's; side
         self._rows: list[tuple[str, int]] = []
-        at = 0
+        self.swept: tuple[str, int] | None = None  # a field of a second sweep
+        self._sums = torch.zeros(n, 3, dtype=inner, device=device)
+        self._first: list[str] = []
+        at = of_tile = 0
         for name in asked.fields:
             field = divergences.FIELDS[name]
             size = divergences.value_rows([name], per_row)
+            if field.second_sweep:
+                self.swept = (name, at)
+                at += 1
+                continue
             if field.needs_token_ids:
-                self._tokens.append((slice(at, at + size), field.needs_reference))
+                here = slice(at, at + size), slice(of_tile, of_tile + size)
+                self._tokens.append((*here, field.side))
             else:
                 self._rows.append((name, at))
-            at += size
+            self._first.append(name)
+            at, of_tile = at + size, of_tile + size
+        if self.swept:  # which supports there are, for what is infinite
+            self._first.append("forward_kl")
 
     def take(self, x: Tensor, y: Tensor | None, tokens: slice, columns: slice) -> None:
         """A tile of logits."""
         asked = self.asked
         ids, inverse = asked.part(tokens, columns)
         got, state = torch.ops.fusedkl.row_stats(
-            x, y if asked.paired else None, ids, asked.fields, asked.parameter, inverse,
-            None, None, None, asked.backend,
+            x, y if asked.paired else None, ids, self._first, None, inverse, None, None, None,
+            asked.backend,
         )  # fmt: skip
         self._parts[self._waiting, tokens] = state
-        for at, of_reference in self._tokens:
+        for at, of_tile, side in self._tokens:
             assert ids is not None
             # relative to the tile: added up as logits, less the whole row's normaliser at the end
-            absolute = got[at] + _logsumexp(state, of_reference)
+            absolute = got[of_tile] + _normaliser(state, side, inverse)
             self._values[at, tokens] += torch.where(ids.t() >= 0, absolute, 0)
+
+    def take_again(
+        self, x: Tensor, y: Tensor | None, state: Tensor, tokens: slice, columns: slice
+    ) -> None:
+        """The second sweep over a tile, given the state of the whole rows."""
+        asked = self.asked
+        assert self.swept is not None and y is not None
+        _, inverse = asked.part(tokens, columns)
+        self._sums[tokens] += torch.ops.fusedkl.row_sums(
+            x, y, state[tokens], self.swept[0], asked.parameter, inverse, None, None, None,
+            asked.backend,
+        )  # fmt: skip
 
     def end(self) -> None:
         """The tile's tokens are all there."""
@@ -190,27 +217,62 @@ class _Running:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Values [R, n] and state [n, S] of the whole rows."""
-        merged, state = self._merged([name for name, _ in self._rows])
-        for row, (_, at) in zip(merged, self._rows, strict=True):
+        names = [name for name, _ in self._rows]
+        merged, state = self._merged([*names, "forward_kl"] if self.swept else names)
+        for row, (_, at) in zip(merged, self._rows, strict=False):
             self._values[at] = row
-        for tokens, of_reference in self._tokens:
-            self._values[tokens] -= _logsumexp(state, of_reference)
+        if self.swept:  # NaN where a row is no distribution
+            self._values[self.swept[1]] = torch.where(merged[-1].isnan(), torch.nan, 0)
+        for at, _, side in self._tokens:
+            self._values[at] -= _normaliser(state, side, self.asked.inverse)
         return self._values, state
 
+    def end_again(self, values: Tensor, state: Tensor) -> None:
+        """What the second sweep adds to a result."""
+        assert self.swept is not None
+        name, at = self.swept
+        values[at] += reference_family.value_of_sums(name, self.asked.parameter, self._sums)
+        found = values[at], self._sums[:, 1], self._sums[:, 2]
+        for column, numbers in zip(
+            ("divergence", "policy_slope", "reference_slope"), found, strict=True
+        ):
+            state[:, reference.STATE.index(column)] = numbers
 
-def forward(engine: Engine, asked: list[Rows]) -> list[tuple[Tensor, Tensor]]:
-    """Values [R, n] and state [n, S] of each question, in the state's dtype."""
+
+def forward(
+    engine: Engine,
+    asked: list[Rows],
+    watch: Callable[[Tensor, slice, slice], None] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Values [R, n] and state [n, S] of each question, in the state's dtype.
+
+    `watch` is called with each tile of the policy's logits, its tokens and its columns.
+    """
     running = [_Running(one, engine) for one in asked]
     for columns in engine.columns():
         for tokens in engine.blocks():
             x, y = engine.logits(tokens, columns)
+            if watch is not None:
+                watch(x, tokens, columns)
             for one in running:
                 one.take(x, y, tokens, columns)
         for one in running:
             one.end()
-    return [one.result() for one in running]
+    results = [one.result() for one in running]
+    again = [pair for pair in zip(running, results, strict=True) if pair[0].swept]
+    for columns in engine.columns() if again else ():
+        for tokens in engine.blocks():
+            x, y = engine.logits(tokens, columns)
+            for one, (_, state) in again:
+                one.take_again(x, y, state, tokens, columns)
+    for one, result in again:
+        one.end_again(*result)
+    return results
 
 
-def _logsumexp(state: Tensor, of_reference: bool) -> Tensor:
-    top, log_sum = _LSE[of_reference]
-    return state[:, top] + state[:, log_sum]
+def _normaliser(state: Tensor, side: str, inverse: Tensor | None) -> Tensor:
+    """logsumexp of a side, or of both the log-ratio of theirs."""
+    first, second = (state[:, i] for i in _NORMALISER[side])
+    if side == "both" and inverse is not None:
+        first = first * inverse
+    return first + second

@@ -86,6 +86,11 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
         r[t] = -coef * kl[t] + (rewards if t is the last counted token else 0)    rewards [...]
         r[t] = -coef * kl[t] + rewards[t]                                         rewards [..., T]
 
+    Equivalent to, for rewards per sequence, each of which has a token that counts::
+
+        last = mask.shape[-1] - 1 - mask.flip(-1).int().argmax(-1, keepdim=True)
+        torch.where(mask, -coef * kl, 0).scatter_add(-1, last, rewards.unsqueeze(-1))
+
     Args:
         rewards: floating-point, shape kl.shape[:-1] or kl.shape.
         kl: floating-point [..., T], nats: `kl_estimate` or `divergence` of every token.
@@ -149,8 +154,11 @@ class _KLController:
 class FixedKLController(_KLController):
     """A KL coefficient that stays what it is; stands in for `AdaptiveKLController`.
 
-    ``FixedKLController(0.05).coef`` is 0.05 for ever. coef: a finite number >= 0, else ValueError
+    ``FixedKLController(0.05).coef`` is 0.05 for ever: rewards in it are -coef * kl, in the reward's
+    units per nat. Equivalent to the number itself. coef: a finite number >= 0, else ValueError
     (TypeError if it is no number).
+
+    Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019.
     """
 
     def update(self, kl: float | Tensor, steps: int) -> float:
@@ -164,6 +172,10 @@ class AdaptiveKLController(_KLController):
     After each batch, with e = (kl / target - 1) limited to +-0.2::
 
         coef <- coef * (1 + e * steps / horizon)
+
+    Equivalent to, in `update`::
+
+        coef *= 1 + min(max(kl / target - 1, -0.2), 0.2) * steps / horizon
 
     Args:
         coef: where to start, a number > 0 (from 0 it would never move).
@@ -210,7 +222,9 @@ def nats_to_bits(nats: float | Tensor) -> float | Tensor:
     """Nats / ln 2: information in bits, of a number or of a tensor of any shape.
 
     A bit is what a fair coin tells. A floating-point tensor keeps its dtype, and its gradient; of
-    anything else than a real number or a tensor: TypeError.
+    anything else than a real number or a tensor: TypeError. Equivalent to ``nats / log(2)``.
+
+    Shannon, "A Mathematical Theory of Communication", 1948, for the unit.
     """
     if not isinstance(nats, Tensor):
         nats = validation.real("nats", nats)

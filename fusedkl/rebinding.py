@@ -108,7 +108,7 @@ _ORIGINALS = {
 }
 
 
-def _names(values: set[int], but: set[int]) -> Iterator[tuple[ModuleType, str, Any]]:
+def names_of(values: set[int], but: set[int]) -> Iterator[tuple[ModuleType, str, Any]]:
     """(module, name, value) of globals whose value's id is one of these.
 
     Not of torch's modules, nor ours, nor those in `but` (ids), to which the others are added.
@@ -132,7 +132,7 @@ def rebind() -> None:
     """Put our functions in place of torch's in the globals of loaded modules."""
     for target in TARGETS[1:3]:  # to TorchScript, which cannot compile ours, they are torch's
         torch.jit._builtins._register_builtin(target.ours, f"aten::{target.attribute}")
-    for module, name, value in _names(set(_ORIGINALS), _searched):
+    for module, name, value in names_of(set(_ORIGINALS), _searched):
         ours = _ORIGINALS[id(value)][1]
         setattr(module, name, ours)
         _rebound.append((module, name, value, ours))
@@ -146,7 +146,7 @@ def restore() -> None:
         if vars(module).get(name) is ours:
             setattr(module, name, value)
     softmaxes = {id(t.ours): getattr(t.holder, t.attribute) for t in TARGETS[1:3]}
-    for module, name, value in _names(set(softmaxes), set()):
+    for module, name, value in names_of(set(softmaxes), set()):
         setattr(module, name, softmaxes[id(value)])
 
 

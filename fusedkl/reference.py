@@ -114,9 +114,9 @@ def _entropy(p: Softmax) -> Tensor:
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
-    # -inf is an absent token, not a logit of -softcap
-    finite = x != -torch.inf
-    return torch.where(finite, softcap * torch.tanh(torch.where(finite, x, 0) / softcap), x)
+    # -inf is an absent token, not a logit of -softcap; its slope is that of the cap, 0
+    absent = torch.where(x == -torch.inf, x, 0).detach()
+    return softcap * torch.tanh(x / softcap) + absent
 
 
 def rows(

@@ -104,17 +104,29 @@ def value(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor)
     if name != "renyi":
         return total
     order = _given(name, parameter)
-    z = row_sum(_affinity(p, q, l, order)[1])
-    small = total < 0.5
+    found = _renyi(total, row_sum(_affinity(p, q, l, order)[1]), order)
+    if order > 1:
+        found = torch.where((q.support & ~p.support).any(-1, keepdim=True), torch.inf, found)
+    return found
+
+
+def _renyi(lost: Tensor, kept: Tensor, order: float) -> Tensor:
+    """By N or by 1 - N, whichever has the digits."""
+    small = lost < 0.5
     log_z = torch.where(
         small,
-        torch.log1p(-torch.where(small, total, 0)),
-        torch.log(torch.where(small | (z == 0), 1, z)),
+        torch.log1p(-torch.where(small, lost, 0)),
+        torch.log(torch.where(small | (kept == 0), 1, kept)),
     )
-    infinite = z == 0
-    if order > 1:
-        infinite = infinite | (q.support & ~p.support).any(-1, keepdim=True)
-    return torch.where(infinite, torch.inf, log_z / (order - 1))
+    return torch.where(kept == 0, torch.inf, log_z / (order - 1))
+
+
+def value_of_sums(name: str, parameter: float | None, found: Tensor) -> Tensor:
+    """The divergence of every row [n] from [n, 3] of operator row_sums, of all its slices."""
+    total, kept, _ = found.unbind(-1)
+    if name == "renyi":
+        total = _renyi(total, kept, _given(name, parameter))
+    return total.clamp(0, 1 if name == "hellinger" else None)
 
 
 def sums(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor) -> Tensor:  # noqa: E741

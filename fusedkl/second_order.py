@@ -32,9 +32,9 @@ def fisher_vector_product(
         temperature: T > 0, a number or a float tensor, 0-d or of shape logits.shape[:-1].
 
     Returns:
-        [..., V] in vector's dtype, float64 inside, computed over blocks of rows: nothing else of
-        that size is allocated unless autograd records. A row of logits with NaN, +inf or nothing
-        but -inf is NaN.
+        [..., V] in vector's dtype, nats per unit of a logit, float64 inside, computed over blocks
+        of rows: nothing else of that size is allocated unless autograd records. A row of logits
+        with NaN, +inf or nothing but -inf is NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.

@@ -114,7 +114,7 @@ def token_stats(
     if token_ids is not None:
         validation.token_index("token_ids", token_ids, policy_logits)
     softcap = validation.controls(softcap, logit_scale)
-    wanted = _wanted(fields, reference_logits is not None, token_ids is not None)
+    wanted = wanted_fields(fields, reference_logits is not None, token_ids is not None)
     inverse = inverse_temperature(temperature, policy_logits, logit_scale)
     counted = reductions.counted_tokens(policy_logits, mask, None, -100)
     paired = any(divergences.FIELDS[name].needs_reference for name in wanted)
@@ -135,19 +135,29 @@ def token_stats(
         softcap=softcap,
         backend=name,
     )
+    return packed(values, wanted, token_ids, policy_logits)
+
+
+def packed(
+    values: Tensor, wanted: tuple[str, ...], token_ids: Tensor | None, like: Tensor
+) -> TokenStats:
+    """Values [R, N] of an operator, in the shape of token_ids or of like.shape[:-1]."""
     found: dict[str, Tensor] = {}
-    per_token = 1 if ids is None else ids.shape[1]
-    sizes = [per_token if divergences.FIELDS[field].needs_token_ids else 1 for field in wanted]
-    for field, part in zip(wanted, values.split(sizes), strict=True):
-        if divergences.FIELDS[field].needs_token_ids:
+    shape = like.shape[:-1]
+    per_token = 1
+    if token_ids is not None and token_ids.dim() == like.dim():
+        per_token = token_ids.shape[-1]
+    sizes = [per_token if divergences.FIELDS[name].needs_token_ids else 1 for name in wanted]
+    for name, part in zip(wanted, values.split(sizes), strict=True):
+        if divergences.FIELDS[name].needs_token_ids:
             assert token_ids is not None
-            found[field] = part.t().reshape(token_ids.shape)
+            found[name] = part.t().reshape(token_ids.shape)
         else:
-            found[field] = part[0].reshape(policy_logits.shape[:-1])
+            found[name] = part[0].reshape(shape)
     return TokenStats(**found)
 
 
-def _wanted(fields: Sequence[str] | None, reference: bool, tokens: bool) -> tuple[str, ...]:
+def wanted_fields(fields: Sequence[str] | None, reference: bool, tokens: bool) -> tuple[str, ...]:
     """The fields of one call, in the order of TokenStats."""
     definitions = {name: divergences.FIELDS[name] for name in TokenStats._fields}
     if fields is None:

@@ -189,6 +189,15 @@ def number_temperature(value: object) -> None:
         raise ValueError(f"temperature must be positive and finite; got {given}")
 
 
+def token_range(name: str, ids: Tensor, width: int, besides: str = "") -> None:
+    """Token ids of a vocabulary of this width, where that can be looked at."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= width:
+        raise ValueError(f"{name} must be from 0 to {width - 1}{besides}; got {low} to {high}")
+
+
 def tensor_temperature(value: Tensor, policy: Tensor) -> None:
     """A floating-point tensor, 0-d or one per row, that asks for no gradient."""
     if value.requires_grad:

@@ -63,8 +63,9 @@ def _token(
     """Both gradients of tokens, in fp32; c: the row's constants in the order of NAMES."""
     FORWARD: tl.constexpr = has(FIELDS, "forward_kl")
     REVERSE: tl.constexpr = has(FIELDS, "reverse_kl")
-    MASS: tl.constexpr = has(FIELDS, "logsumexp") or has(FIELDS, "logprob")
-    REF_MASS: tl.constexpr = has(FIELDS, "ref_logsumexp") or has(FIELDS, "ref_logprob")
+    RATIO: tl.constexpr = has(FIELDS, "log_ratio")
+    MASS: tl.constexpr = has(FIELDS, "logsumexp") or has(FIELDS, "logprob") or RATIO
+    REF_MASS: tl.constexpr = has(FIELDS, "ref_logsumexp") or has(FIELDS, "ref_logprob") or RATIO
     slope = inv_t * LOG2E
     gx = 0.0
     gy = 0.0

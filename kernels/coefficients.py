@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .formulas import FAR, LN2, LOG2E
 from .layout import unspecialised
-from .state import load_state
+from .state import is_of_tokens, load_state
 
 NAMES = (
     *("ratio_hi", "ratio_lo"),  # T log-ratio of the normalisers: l = ((x - y) - ratio)/T
@@ -61,14 +61,17 @@ def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
     live_row = row != row
     at = grad + row
     for i in tl.static_range(len(FIELDS)):
-        if FIELDS[i] == "logprob" or FIELDS[i] == "ref_logprob":
+        if is_of_tokens(FIELDS[i]):
             for _ in range(k):
                 g = tl.load(at, mask=live, other=0.0).to(tl.float64)
                 live_row = live_row | (g != 0.0)
                 if FIELDS[i] == "logprob":
                     mass -= g
-                else:
+                elif FIELDS[i] == "ref_logprob":
                     ref_mass -= g
+                else:
+                    mass -= g
+                    ref_mass += g
                 at += n
         else:
             g = tl.load(at, mask=live, other=0.0).to(tl.float64)

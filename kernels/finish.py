@@ -19,7 +19,7 @@ from .formulas import (
     reverse_from_sums,
 )
 from .layout import is_half, row_pointer, unspecialised
-from .state import STATE_COLUMNS, empty, has, load_state, select, without_mass
+from .state import STATE_COLUMNS, empty, has, is_of_tokens, load_state, select, without_mass
 from .sweep import COLUMNS, top_exponent
 
 # |u| beyond which the exponent of a weight is no longer exact enough.
@@ -46,21 +46,26 @@ def value_of(state, FIELD: tl.constexpr):
 
 
 @triton.jit
-def log_prob(logits, token, inv_t, top, log_sum, vocab, live):
-    """log p of a token of a row; 0 for an id of -1, NaN for one outside of the vocabulary."""
-    inside = (token >= 0) & (token < vocab)
-    x = tl.load(logits + token, mask=live & inside, other=0.0).to(tl.float64)
-    found = tl.where(inside, (x * inv_t - top) - log_sum, float("nan"))
-    return tl.where(token == -1, 0.0, found)
-
-
-@triton.jit
-def store_log_probs(out, logits, top, log_sum, token_ids, row, counted, live, n, k, vocab, inv_t):
-    """`log_prob` of every token asked for of a row, n apart."""
+def store_tokens_of(
+    out, state, x_row, y_row, token_ids, row, counted, live, n, k, vocab, inv_t, FIELD: tl.constexpr
+):
+    """A field of every token asked for of a row, n apart: 0 for an id of -1, NaN for one beyond."""
     for j in range(k):
         token = tl.load(token_ids + row * k + j, mask=live, other=-1)
-        found = log_prob(logits, token, inv_t, top, log_sum, vocab, live & counted)
-        found = tl.where(counted, found, 0.0)
+        inside = (token >= 0) & (token < vocab)
+        read = live & counted & inside
+        if FIELD == "logprob":
+            x = tl.load(x_row + token, mask=read, other=0.0).to(tl.float64)
+            found = (x * inv_t - state[0]) - state[1]
+        elif FIELD == "ref_logprob":
+            y = tl.load(y_row + token, mask=read, other=0.0).to(tl.float64)
+            found = (y * inv_t - state[2]) - state[3]
+        else:
+            x = tl.load(x_row + token, mask=read, other=0.0).to(tl.float64)
+            y = tl.load(y_row + token, mask=read, other=0.0).to(tl.float64)
+            found = ((x - y) - state[4]) * inv_t - state[5]
+        found = tl.where(inside, found, float("nan"))
+        found = tl.where((token == -1) | (counted == 0), 0.0, found)
         tl.store(out + j * n, found.to(out.dtype.element_ty), mask=live)
 
 
@@ -84,11 +89,8 @@ def store_row(
     at = values + row
     tokens = (token_ids, row, counted, live, n, k, vocab, inv_t)
     for i in tl.static_range(len(FIELDS)):
-        if FIELDS[i] == "logprob":
-            store_log_probs(at, x_row, state[0], state[1], *tokens)
-            at += k * n
-        elif FIELDS[i] == "ref_logprob":
-            store_log_probs(at, y_row, state[2], state[3], *tokens)
+        if is_of_tokens(FIELDS[i]):
+            store_tokens_of(at, state, x_row, y_row, *tokens, FIELDS[i])
             at += k * n
         else:
             found = tl.where(counted, value_of(state, FIELDS[i]), 0.0)

@@ -39,7 +39,7 @@ def _write(
             store = [
                 _tokens(call, piece, grad, state, inverse, name)
                 for name, given in (("logprob", policy_grad), ("ref_logprob", other_grad))
-                if given is not None and name in call.fields and call.tokens
+                if given is not None and call.tokens and {name, "log_ratio"} & set(call.fields)
             ]
             strides = [step for steps in piece.strides for step in steps]
             gradients[(piece.rows, -(-max(widths) // sizes.chunk))](
@@ -64,7 +64,8 @@ def _tokens(
     strides = [step for steps in piece.strides[:2] for step in steps]
     token_gradients[(piece.rows, -(-call.tokens // LANES))](
         *piece.tensors[:2], grad, state, call.token_ids, inverse, found, call.rows, call.tokens,
-        piece.inner, piece.first, call.line_of(name), call.vocab, call.given, *strides,
+        piece.inner, piece.first, call.line_of(name), call.line_of("log_ratio"), call.vocab,
+        call.given, *strides,
         FIELDS=call.fields, POLICY=name == "logprob", PAIR=call.pair, BLOCK=LANES, num_warps=1,
     )  # fmt: skip
     return (2 if name == "logprob" else 3), found

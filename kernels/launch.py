@@ -56,7 +56,9 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 # Rows of a program that gives each row one lane.
 LANES = 32
 PAIR_FIELDS = ("forward_kl", "reverse_kl", "ref_entropy", "ref_logsumexp", "ref_logprob")
+PAIR_FIELDS += ("log_ratio",)
 FIELDS = (*PAIR_FIELDS, "entropy", "logsumexp", "logprob")
+TOKEN_FIELDS = ("logprob", "ref_logprob", "log_ratio")
 
 
 class Call:
@@ -87,12 +89,14 @@ class Call:
 
     def lines(self) -> int:
         """R of values [R, N]."""
-        return sum(self.tokens if name.endswith("logprob") else 1 for name in self.fields)
+        return self._lines(self.fields)
 
     def line_of(self, name: str) -> int:
-        """The first of them that belongs to a field."""
-        before = self.fields[: self.fields.index(name)]
-        return sum(self.tokens if field.endswith("logprob") else 1 for field in before)
+        """The first of them that belongs to a field; -1 where it is not asked for."""
+        return self._lines(self.fields[: self.fields.index(name)]) if name in self.fields else -1
+
+    def _lines(self, fields: tuple[str, ...]) -> int:
+        return sum(self.tokens if name in TOKEN_FIELDS else 1 for name in fields)
 
     def sizes(self) -> Launch:
         """`choose` for these logits."""

@@ -24,6 +24,12 @@ def only(fields, name):
     return len(fields) == 1 and getattr(fields[0], "value", fields[0]) == name
 
 
+@triton.constexpr_function
+def is_of_tokens(field):
+    """Whether a field has a number for each token asked for."""
+    return getattr(field, "value", field) in ("logprob", "ref_logprob", "log_ratio")
+
+
 @triton.jit
 def load_state(states, row, live):
     """The states of rows of states [n, STATE_COLUMNS]."""

@@ -8,12 +8,12 @@ import triton.language as tl
 from .coefficients import CONSTANTS, coefficients, row_gradients
 from .formulas import gap
 from .layout import row_pointer, unspecialised
-from .state import load_state
+from .state import has, load_state
 
 
 @triton.jit
-def _direct(grad, token_ids, row, n, k, token, line, live):
-    """Sum of the gradients of all log-probabilities asked for of `token`."""
+def _direct(grad, token_ids, row, n, k, token, line):
+    """Sum of the gradients of a field at `token`, however often it was asked for."""
     total = tl.zeros(token.shape, tl.float64)
     for j in range(k):
         same = tl.load(token_ids + row * k + j) == token
@@ -25,8 +25,8 @@ def _direct(grad, token_ids, row, n, k, token, line, live):
 @unspecialised
 def token_gradients(
     policy, reference, grad, states, token_ids, inv_temperature, found,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, line: tl.int64, vocab: tl.int64,
-    per_row: tl.int64,
+    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64,
+    line: tl.int64, ratio_line: tl.int64, vocab: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
     FIELDS: tl.constexpr, POLICY: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,11 @@ def token_gradients(
         own = q * (c[6] + tl.where(c[7] != 0.0, c[7] * (log_q + state[9]), 0.0))
         own += tl.where(c[5] != 0.0, c[5] * q * (ratio + state[6]), 0.0)
         value = tl.where(q > 0.0, own, 0.0) + tl.where(c[4] != 0.0, c[4] * moved, 0.0)
-    value += _direct(grad, token_ids, row, n, k, token, line, inside) * inv_t
+    if has(FIELDS, "logprob" if POLICY else "ref_logprob"):
+        value += _direct(grad, token_ids, row, n, k, token, line) * inv_t
+    if has(FIELDS, "log_ratio"):
+        direct = _direct(grad, token_ids, row, n, k, token, ratio_line) * inv_t
+        value += direct if POLICY else -direct
     nan = tl.where(state[1] != state[1], float("nan"), 0.0)
     tl.store(found + row * k + j, value + nan, mask=j < k)
 
@@ -97,4 +101,5 @@ def store_tokens(
     value = tl.load(found + row * k + j, mask=j < k, other=0.0)
     out = row_pointer(gradient, local, inner, g_outer, g_inner) + token
     inside = (repeated == 0) & (token < vocab)
-    tl.store(out, value.to(gradient.dtype.element_ty), mask=inside)
+    # by way of float32: not every backend of Triton goes from float64 to bfloat16 at once
+    tl.store(out, value.to(tl.float32).to(gradient.dtype.element_ty), mask=inside)

@@ -13,11 +13,13 @@ import torch
 from fusedkl import _library
 from fusedkl.backends import BACKENDS
 
-# Triton is either interpreted or compiled in a process: `make test` runs the suite of values once
-# more with TRITON_INTERPRET=1, for this backend alone.
+# Triton is either interpreted or compiled in a process: tests/test_triton_interpreted.py runs the
+# suite of values once more with TRITON_INTERPRET=1, for this backend alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Minutes each under the interpreter, which takes tens of milliseconds for a tile.
 LONG = ("long_rows", "long_half_row", "any_number_of_threads", "rounds_once", "layout_does_not")
+# Of float64 logits, which this backend does not take.
+DOUBLE = ("torch.float64", "one_backward_for_any", "token_of_another_slice")
 if INTERPRETED and importlib.util.find_spec("triton"):
     import triton_interpreter
 
@@ -30,24 +32,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice:RuntimeWarning")
 
 
-def _in_default_tier(item: pytest.Item) -> bool:
+def _interpreted(item: pytest.Item, everything: bool) -> bool:
+    """Whether the interpreter runs this test: the same sample of the combinations each time."""
     name = item.nodeid
-    # every fourth of the hundreds of combinations, the same ones each time
-    thinned = "test_divergence[" in name or "test_one_distribution[" in name
-    return not any(part in name for part in LONG) and (
-        not thinned or zlib.crc32(name.encode()) % 4 == 0
-    )
+    if "test_triton.py" in name:
+        return True
+    share = zlib.crc32(name.encode()) % (2 if everything else 10) == 0
+    left = any(part in name for part in (*LONG, *DOUBLE))
+    return "[triton" in name and not left and (share or "[triton]" in name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter, only tests of the backend; all of them if `-m ""` says so."""
+    """Under the interpreter, only tests of the backend; more of them if `-m ""` says so."""
     if INTERPRETED:
-        kept = [
-            item for item in items if "[triton" in item.nodeid or "test_triton.py" in item.nodeid
-        ]
-        if config.option.markexpr:
-            kept = [item for item in kept if _in_default_tier(item)]
-        items[:] = kept
+        everything = not config.option.markexpr
+        left = [item for item in items if not _interpreted(item, everything)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 # The backend of a device has a suite of its own: tests/test_cuda_suite.py.

@@ -154,7 +154,7 @@ def log_ratio(policy: Tensor, reference: Tensor, temperature: float | Tensor) ->
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Largest |actual - expected| / max(|expected|, floor); where both are 0, or both inf, 0."""
-    a, e = actual.detach().double(), expected.double()
+    a, e = actual.detach().double(), expected.detach().double()
     same = (a == e) | (a.isnan() & e.isnan())
     error = ((a - e).abs() / e.abs().clamp(min=floor)).masked_fill(same, 0.0)
     return float(error.nan_to_num(math.inf).max()) if error.numel() else 0.0
@@ -162,7 +162,7 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
 
 def relative_l2(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Largest |actual - expected| / max(|expected|, floor) over rows, in the 2-norm."""
-    a, e = actual.detach().double(), expected.double()
+    a, e = actual.detach().double(), expected.detach().double()
     error, size = (a - e).norm(dim=-1), e.norm(dim=-1).clamp(min=floor)
     relative = torch.where(error == 0, 0.0, error / size)
     return float(relative.nan_to_num(math.inf).max()) if relative.numel() else 0.0

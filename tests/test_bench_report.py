@@ -141,7 +141,9 @@ def test_pytest_benchmark_runs_the_suite(tmp_path: Path) -> None:
             "no:cacheprovider",
         ],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # of a worker of pytest-xdist it would inherit that benchmarks are off
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

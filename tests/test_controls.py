@@ -122,3 +122,30 @@ def test_logit_scale_is_one_over_temperature(backend: str) -> None:
     assert torch.equal(
         both, fusedkl.tvd(policy, reference, temperature=per_row / 2, backend=backend)
     )
+
+
+def test_gradients_of_capped_tokens(backend: str) -> None:
+    """A token's own logit gets the slope of the cap, as all others do; repeated ids too."""
+    policy, reference = 20 * torch.randn(2, 3, 70)
+    ids = torch.tensor([[4, 9, 4]] * 3)
+    fields = ("logprob", "ref_logprob", "log_ratio", "entropy")
+    x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+    u, v = policy.double().requires_grad_(), reference.double().requires_grad_()
+    found = fusedkl.token_stats(x, y, ids, fields=fields, softcap=15.0, backend=backend)
+    true = fusedkl.token_stats(
+        capped(u, 15.0, 1.0), capped(v, 15.0, 1.0), ids, fields=fields, backend="reference"
+    )
+
+    def total(stats: fusedkl.TokenStats) -> Tensor:
+        assert stats.logprob is not None and stats.ref_logprob is not None
+        assert stats.entropy is not None
+        weight = torch.arange(1, 4)
+        return (weight * (stats.logprob + 2 * stats.ref_logprob + 3 * stats.k1)).sum() + (
+            stats.entropy.sum()
+        )
+
+    slopes = torch.autograd.grad(total(found), (x, y))
+    for slope, wanted in zip(slopes, torch.autograd.grad(total(true), (u, v)), strict=True):
+        assert oracle.relative_l2(slope, wanted) <= 1e-5
+        worst = (slope[:, [4, 9]] - wanted[:, [4, 9]]).abs() / wanted[:, [4, 9]].abs()
+        assert float(worst.max()) <= 1e-5

@@ -16,8 +16,7 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 
-# Minutes of compiling: not in the default tier until its time has been measured.
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.slow
 
 SANITIZERS = {
     "plain": ("-O1",),
@@ -49,7 +48,7 @@ def check(binary: Path, longest: int, backwards: bool = False) -> subprocess.Com
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("kind", ["plain", "memory", pytest.param("races", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", SANITIZERS)
 def test_nothing_to_report(kind: str, backwards: bool) -> None:
     done = check(program(kind), 1100 if kind == "races" else 5000, backwards)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
@@ -122,7 +121,7 @@ FAULTS = {
         "plain is",
     ),
     "a shared array too small": (
-        "cuda/exact.cuh",
+        "cuda/rows.cu",
         "__shared__ double room[kFinishWarps];",
         "__shared__ double room[kFinishWarps - 1];",
         "memory",

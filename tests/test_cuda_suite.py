@@ -7,22 +7,33 @@ from collections.abc import Iterator
 import cuda_on_cpu
 import oracle
 import pytest
+import test_edges
+import test_gradients
+import test_token_stats
+import test_values
 import torch
-from test_edges import *  # noqa: F403
-from test_gradients import *  # noqa: F403
-from test_values import *  # noqa: F403
 
 import fusedkl
 
-# Of the CPU and the reference alone: threads, and a backend without float64.
-del test_reference_backend_where_there_is_no_float64  # noqa: F821
-del test_the_same_bits_for_any_number_of_threads  # noqa: F821
-# The same bits at any alignment, and with or without the other gradient, are promises of the CPU:
-# here the alignment decides which lane adds a token, and a lone gradient has a shorter loop.
-del test_slices_get_the_gradient_of_their_copies  # noqa: F821
-del test_layout_does_not_matter  # noqa: F821
-del test_values_survive_a_strided_and_unaligned_slice  # noqa: F821
-del test_only_what_is_asked_for  # noqa: F821
+# Of the CPU and the reference alone: threads, a backend without float64, arguments that no backend
+# sees. And promises of the CPU: the same bits at any alignment, and with or without the other
+# gradient; here the alignment decides which lane adds a token, and a lone gradient has a shorter
+# loop.
+LEFT_OUT = {
+    "test_reference_backend_where_there_is_no_float64",
+    "test_the_same_bits_for_any_number_of_threads",
+    "test_bad_arguments",
+    "test_bad_types",
+    "test_slices_get_the_gradient_of_their_copies",
+    "test_layout_does_not_matter",
+    "test_values_survive_a_strided_and_unaligned_slice",
+    "test_only_what_is_asked_for",
+}
+# Under names of their own: several modules have a test_divergence.
+for _module in (test_edges, test_gradients, test_token_stats, test_values):
+    for _name, _test in list(vars(_module).items()):
+        if _name.startswith("test_") and _name not in LEFT_OUT:
+            globals()[f"{_module.__name__}_{_name.removeprefix('test_')}"] = _test
 
 
 def test_any_alignment_is_as_accurate(backend: str) -> None:

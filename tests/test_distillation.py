@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from family_oracle import FAMILY
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,7 +35,15 @@ def expected(
     log_p, log_q = (x.double() / t).log_softmax(-1), (y.double() / t).log_softmax(-1)
     forward = (log_q.exp() * (log_q - log_p)).sum(-1)
     reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
-    soft = {"forward_kl": forward, "reverse_kl": reverse, "jeffreys": forward + reverse}[kind]
+    given = {"forward_kl": forward, "reverse_kl": reverse, "jeffreys": forward + reverse}
+    if kind in given:
+        soft = given[kind]
+    else:
+        name, options = FAMILY[kind]
+        soft = fusedkl.divergence(
+            x.double(), y.double(), name, temperature=t.squeeze(-1).expand(len(x)),
+            backend="reference", **options,
+        )  # fmt: skip
     hard = F.cross_entropy(
         x.double(), labels, reduction="none", label_smoothing=label_smoothing, ignore_index=-100
     )
@@ -74,14 +83,16 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_label_smoothing(temperature: float, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd 0.1", "renyi 2", "tvd"])
+def test_label_smoothing(kind: str, temperature: float, dtype: torch.dtype, backend: str) -> None:
     x, y, labels = inputs(dtype)
     x.data[2] = math.nan  # not counted
     safe = torch.where(labels[:, None] == -100, 0, x)
-    wanted = expected(safe, y, labels, "forward_kl", temperature, 0.6, 0.2)
+    wanted = expected(safe, y, labels, kind, temperature, 0.6, 0.2)
+    name, options = FAMILY.get(kind, (kind, {}))
     found = fusedkl.distillation_loss(
-        x, y, labels, temperature=temperature, ce_weight=0.6, label_smoothing=0.2,
-        reduction="none", backend=backend,
+        x, y, labels, kind=name, temperature=temperature, ce_weight=0.6, label_smoothing=0.2,
+        reduction="none", backend=backend, **options,
     )  # fmt: skip
     assert oracle.relative_error(found, wanted.detach()) <= oracle.VALUE_TOLERANCE[found.dtype]
     (truth,) = torch.autograd.grad(wanted.sum(), x)
@@ -194,6 +205,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "shape": (lambda: call(X, X, L[0]), ValueError, r"labels .* \[2, 3\]; got \[3\]"),
     "range": (lambda: call(X, X, L + 8), ValueError, "labels must be from 0 to 7, .* got 8 to 8"),
     "negative": (lambda: call(X, X, L - 1), ValueError, "labels must be .* got -1"),
+    "beta": (lambda: call(X, X, L, beta=0.5), ValueError, "beta=0.5 has no effect on kind"),
+    "alpha": (lambda: call(X, X, L, kind="renyi"), ValueError, "kind='renyi' needs alpha"),
     "kind": (lambda: call(X, X, L, kind="l2"), ValueError, "kind must be one of .* 'l2'"),
     "ce_weight": (lambda: call(X, X, L, ce_weight=1.5), ValueError, "ce_weight .* 1; got 1.5"),
     "text": (lambda: call(X, X, L, ce_weight="1"), TypeError, "ce_weight .* got str"),  # type: ignore[arg-type]

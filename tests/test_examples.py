@@ -14,7 +14,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem != "common")
+# trl_one_line has no picture: tests/test_trl_trainers.py runs it.
+OTHERS = ("common", "trl_one_line")
+RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in OTHERS)
 # What each needs to show it on the tiny model.
 STEPS = {"rlhf_penalty": 60, "ppo": 4, "vae": 150, "trpo": 6, "grpo": 12}
 # How little will do on the real one, where a step takes seconds.
@@ -146,9 +148,14 @@ def vae(log: dict[str, Any]) -> None:
     assert all(v >= 0 for v in log["kl"]) and log["kl"][-1] > 0.5
 
 
+def gkd(log: dict[str, Any]) -> None:
+    assert all(0 <= v <= math.log(2) for values in log.values() for v in values)
+    falls("own samples", 0.8)(log)
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "rlhf_penalty": rlhf_penalty, "grpo": grpo, "ppo": ppo, "trpo": trpo,
-    "distill": falls("kl", 0.6), "topk_distill": topk_distill, "dpo": dpo,
+    "distill": falls("kl", 0.6), "gkd": gkd, "topk_distill": topk_distill, "dpo": dpo,
     "compare_models": compare_models, "linear_distill": linear_distill,
     "calibration": calibration, "identity": identity, "vae": vae,
 }  # fmt: skip

@@ -234,3 +234,29 @@ def test_bad_parameters(kind: str, options: dict[str, float], message: str) -> N
         fusedkl.TVDLoss(beta=0.5)
     with pytest.raises(ValueError, match="beta of jsd"):
         fusedkl.JSDLoss(beta=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["jsd 0.1", "skew_kl 0.7", "renyi 2", "tvd", "hellinger"])
+def test_gradients_together_with_tokens(backend: str, name: str, dtype: torch.dtype) -> None:
+    """One sweep for a divergence, log-probabilities of tokens and their mean."""
+    kind, parameter = FAMILY[name]
+    number = next(iter(parameter.values()), None)
+    policy, reference = (t.to(dtype) for t in torch.randn(2, 3, 90))
+    ids = torch.tensor([[3, 50], [7, 7], [89, -1]])
+    fields = [kind, "logprob", "logsumexp", "mean_logprob"]
+    grad = torch.rand(5, 3, dtype=torch.float64)
+    found = []
+    for name_, x, y in (
+        (backend, policy, reference),
+        ("reference", policy.double(), reference.double()),
+    ):
+        shared = (ids, fields, number, *(None,) * 4, name_)
+        values, state = torch.ops.fusedkl.row_stats(x, y, *shared)
+        gradients = torch.ops.fusedkl.row_stats_backward(
+            grad.to(values.dtype), x, y, ids, state, fields, number, *(None,) * 3, True, True, name_
+        )
+        found.append((values, *gradients))
+    assert oracle.relative_error(found[0][0], found[1][0]) <= 1e-5
+    for slope, wanted in zip(found[0][1:], found[1][1:], strict=True):
+        assert oracle.relative_l2(slope, wanted) <= oracle.GRADIENT_TOLERANCE[dtype]

@@ -108,7 +108,7 @@ def test_sdist_is_complete(tree: Path, sdist: Path) -> None:
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_wheel_of_the_sdist_runs(sdist: Path, tmp_path: Path) -> None:
     """Compiled from the sdist alone, installed by unpacking, and used without a checkout near."""
     # Unoptimised compiles several times faster, and what is tested here is what is packed.

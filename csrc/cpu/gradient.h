@@ -215,8 +215,18 @@ static void refine_means(const GradientJob& job, Means& m) {
   if (sums[2] > 0) m.reference.rest += sums[3] / sums[2];
 }
 
-// Everything of RowGradient at once, for the policy, the reference or both.
+// expm1(l) for |l| <= 1, as a store of D asks for it.
 template <DType D>
+SIMD_INLINE vf near_expm1(vf l) {
+  const float* const c = D == DType::f32 ? kPoly6 : kCoarse3;
+  constexpr int kDegree = D == DType::f32 ? 6 : 3;
+  vf P = set1(c[kDegree]);
+  for (int j = kDegree - 1; j >= 0; j--) P = fma(P, l, set1(c[j]));
+  return fma(l * l, P, l);
+}
+
+// Everything of RowGradient at once, for the policy, and with REFERENCE for the reference too.
+template <DType D, bool REFERENCE>
 static void general_gradient(const GradientJob& job, const Means& m) {
   const GradientFrame f(job);
   const RowGradient& g = job.gradient;
@@ -228,10 +238,13 @@ static void general_gradient(const GradientJob& job, const Means& m) {
   const vf ref_mass = set1(static_cast<float>(g.ref_mass)), ref_information = set1(static_cast<float>(g.ref_information));
   const vf ref_H = set1(static_cast<float>(job.state.reference_entropy));
   const bool alone = g.mass != 0 || g.information != 0 || g.uniform != 0;
-  const bool ref_alone = job.gy && (g.ref_mass != 0 || g.ref_information != 0);
+  const bool ref_alone = REFERENCE && (g.ref_mass != 0 || g.ref_information != 0);
   vf p_hi, p_lo, q_hi, q_lo;
   GradientFrame::splat_centre(m.policy, p_hi, p_lo);
   GradientFrame::splat_centre(m.reference, q_hi, q_lo);
+  // log p + H and log q + H
+  auto excess_x = [&](vf x) STEP_INLINE { return bounded((x - f.max_x) * f.inv_t - f.log_sum_x) + H; };
+  auto excess_y = [&](vf y) STEP_INLINE { return bounded((y - f.max_y) * f.inv_t - f.log_sum_y) + ref_H; };
   auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
     const vm has_x = mask_not(equal(x, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
     const vf l = zero_unless(both, gradient_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
@@ -245,22 +258,41 @@ static void general_gradient(const GradientJob& job, const Means& m) {
       moved = select(near, moved, own - q);
     }
     const vf above_p = zero_unless(both, bounded(gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t));  // l - R
-    const vf above_q = zero_unless(both, bounded(gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t));  // l + F
     gx = fma(forward, moved, (p * above_p) * reverse);
-    if (alone) {
-      const vf log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x);
-      gx = fma(p * zero_unless(has_x, log_p + H), information, fma(p, mass, gx + uniform));
-    }
+    if (alone) gx = fma(p * zero_unless(has_x, excess_x(x)), information, fma(p, mass, gx + uniform));
     gx = select(has_x, gx, select(has_y, forward * moved, zero));
-    gy = fma(ref_reverse, moved, (q * above_q) * ref_forward);
-    if (ref_alone) {
-      const vf log_q = bounded((y - f.max_y) * f.inv_t - f.log_sum_y);
-      gy = fma(q * zero_unless(has_y, log_q + ref_H), ref_information, fma(q, ref_mass, gy));
+    if constexpr (REFERENCE) {
+      const vf above_q = zero_unless(both, bounded(gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t));  // l + F
+      gy = fma(ref_reverse, moved, (q * above_q) * ref_forward);
+      if (ref_alone) gy = fma(q * zero_unless(has_y, excess_y(y)), ref_information, fma(q, ref_mass, gy));
     }
   };
+  // |l| <= 1, both logits finite
+  auto near_token = [&](vf x, vf y, vf v, vf& gx, vf& gy) STEP_INLINE {
+    const vf q = exp2_for_store<D>(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
+    const vf moved = q * near_expm1<D>(v * f.inv_t), p = q + moved;
+    vf slope = (gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t) * reverse;
+    if (alone) slope = fma(excess_x(x), information, slope + mass);
+    gx = fma(forward, moved, fma(p, slope, uniform));
+    if constexpr (REFERENCE) {
+      vf own = (gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t) * ref_forward;
+      if (ref_alone) own = fma(excess_y(y), ref_information, own + ref_mass);
+      gy = fma(ref_reverse, moved, q * own);
+    }
+  };
+  const float t = 1 / static_cast<float>(job.inv_t);
+  const vf within = set1(t * t < 1e6f && t * t > 1e-6f ? t * t : -1.f);
   map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
-    token(x0, y0, a0, b0);
-    token(x1, y1, a1, b1);
+    if constexpr (!REFERENCE) b0 = b1 = zero;
+    const vf v0 = gradient_difference<D>(x0, y0, f.ratio_hi, f.ratio_lo),
+             v1 = gradient_difference<D>(x1, y1, f.ratio_hi, f.ratio_lo);
+    if (all(not_above(fma(v0, v0, v1 * v1), within))) {  // a NaN is not
+      near_token(x0, y0, v0, a0, b0);
+      near_token(x1, y1, v1, a1, b1);
+    } else {
+      token(x0, y0, a0, b0);
+      token(x1, y1, a1, b1);
+    }
   });
 }
 
@@ -313,7 +345,8 @@ static void gradient_row(GradientJob job) {
     s.residual = F + m.reference.rest * job.inv_t;
   }
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
-  else general_gradient<D>(job, m);
+  else if (!job.gy) general_gradient<D, false>(job, m);
+  else general_gradient<D, true>(job, m);
 }
 
 }  // namespace

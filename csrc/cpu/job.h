@@ -85,6 +85,11 @@ RowState divergence_f64(const Logits& x, const Logits& y, int64_t n, double inv_
 RowState single_f64(const Logits& x, int64_t n, double inv_t);
 FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy);
 void gradient_f64(const GradientJob& job, DType dx, DType dy);
+// One token's gradients, in double; y is -inf where there is no reference. Of the sides that have a gradient, before the cap.
+struct SideGradients {
+  double policy, reference;
+};
+SideGradients gradients_at(const GradientJob& job, double x, double y);
 double logit_sum(const Logits& x, int64_t n);  // of any dtype, in index order
 
 }  // namespace fusedkl

@@ -1,5 +1,4 @@
 // fusedkl::_row_stats_backward, its in-place form, and forward and gradient in one visit to each row, on the CPU.
-#include "../family_terms.h"
 #include "rows.h"
 
 namespace fusedkl {
@@ -96,7 +95,6 @@ static RowGrads grads_of_row(const BackwardCall& c, int64_t r) {
 // Their values before the sweep, which may overwrite the logits.
 static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t r, const GradientJob& job) {
   const Fields& f = c.fields;
-  const RowState& s = job.state;
   std::vector<TokenGradient> tokens;
   for (int64_t k = 0; k < c.ids_per_row; k++) {
     const int64_t id = c.ids[r * c.ids_per_row + k];
@@ -112,12 +110,11 @@ static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t
     const Logits xs{c.policy.row(r), c.policy.dtype, c.cap};
     const Logits ys = c.reference ? Logits{c.reference->row(r), c.reference->dtype, c.cap} : xs;
     const double x = xs[id], y = c.reference ? ys[id] : -INFINITY;
+    const SideGradients rest = gradients_at(job, x, y);
     if (job.gx && to_policy != 0)
-      tokens.push_back(
-          {job.gx, c.policy.dtype, id, policy_gradient_at(s, job.gradient, x, y, job.inv_t) + to_policy * job.inv_t});
+      tokens.push_back({job.gx, c.policy.dtype, id, (rest.policy + to_policy * job.inv_t) * xs.slope(id)});
     if (job.gy && to_reference != 0)
-      tokens.push_back({job.gy, c.reference->dtype, id,
-                        (reference_gradient_at(s, job.gradient, x, y, job.inv_t) + to_reference * job.inv_t) * ys.slope(id)});
+      tokens.push_back({job.gy, c.reference->dtype, id, (rest.reference + to_reference * job.inv_t) * ys.slope(id)});
   }
   return tokens;
 }

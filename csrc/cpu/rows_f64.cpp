@@ -72,23 +72,27 @@ FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy) {
   return out;
 }
 
+static SideGradients gradients_of(const GradientJob& job, const FamilyConstants<ScalarOps>& c, double x, double y) {
+  const RowGradient& g = job.gradient;
+  if (x == -INFINITY && y == -INFINITY) return {0, 0};
+  const auto own = g.family() ? family_gradient_at(c, job.state, x, y, job.inv_t) : FamilyGradient<ScalarOps>{0, 0};
+  auto with = [](double v, double coefficient, double term) { return coefficient != 0 ? v + coefficient * term : v; };
+  return {job.gx ? with(policy_gradient_at(job.state, g, x, y, job.inv_t), g.divergence, own.policy) : 0,
+          job.gy ? with(reference_gradient_at(job.state, g, x, y, job.inv_t), g.ref_divergence, own.reference) : 0};
+}
+
+SideGradients gradients_at(const GradientJob& job, double x, double y) {
+  return gradients_of(job, FamilyConstants<ScalarOps>(job.kind), x, y);
+}
+
 void gradient_f64(const GradientJob& job, DType dx, DType dy) {
   const FamilyConstants<ScalarOps> c(job.kind);
-  const RowGradient& g = job.gradient;
   const Logits xs{job.x, dx, job.cap}, ys{job.y, dy, job.cap};
   for (int64_t i = 0; i < job.n; i++) {
-    const double x = xs[i], y = job.y ? ys[i] : -INFINITY, slope = xs.slope(i);
-    const bool absent = x == -INFINITY && y == -INFINITY;
-    const auto own = g.family() ? family_gradient_at(c, job.state, x, y, job.inv_t) : FamilyGradient<ScalarOps>{0, 0};
-    auto with = [](double v, double coefficient, double term) { return coefficient != 0 ? v + coefficient * term : v; };
-    if (job.gy) {
-      const double v = absent ? 0 : reference_gradient_at(job.state, g, x, y, job.inv_t);
-      store_double(job.gy, dy, i, with(v, g.ref_divergence, own.reference) * ys.slope(i));
-    }
-    if (job.gx) {
-      const double v = absent ? 0 : policy_gradient_at(job.state, g, x, y, job.inv_t);
-      store_double(job.gx, dx, i, with(v, g.divergence, own.policy) * slope);
-    }
+    const SideGradients found = gradients_of(job, c, xs[i], job.y ? ys[i] : -INFINITY);
+    const double slope = xs.slope(i);  // before the logit may be overwritten
+    if (job.gy) store_double(job.gy, dy, i, found.reference * ys.slope(i));
+    if (job.gx) store_double(job.gx, dx, i, found.policy * slope);
   }
 }
 

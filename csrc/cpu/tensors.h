@@ -40,7 +40,9 @@ class Rows {
     const int64_t dim = t.dim();
     STD_TORCH_CHECK(dim >= 1, name, " needs a vocabulary dimension");
     length = t.size(dim - 1);
-    STD_TORCH_CHECK(length <= 1 || t.stride(dim - 1) == 1, name, " must be dense in its last dimension");
+    // an empty tensor is contiguous whatever its strides say
+    const bool dense = length <= 1 || t.numel() == 0 || t.stride(dim - 1) == 1;
+    STD_TORCH_CHECK(dense, name, " must be dense in its last dimension");
     for (int64_t d = 0; d + 1 < dim; d++) {
       if (t.size(d) == 1) continue;
       sizes_.push_back(t.size(d));

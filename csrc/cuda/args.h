@@ -55,7 +55,9 @@ struct Inputs {
 // Rows of `values` (and of its gradient) by name; -1: not wanted.
 struct ValueRows {
   int64_t forward_kl = -1, reverse_kl = -1, entropy = -1, ref_entropy = -1;
-  int64_t logsumexp = -1, ref_logsumexp = -1, logprob = -1, ref_logprob = -1;
+  int64_t logsumexp = -1, ref_logsumexp = -1, logprob = -1, ref_logprob = -1, log_ratio = -1;
+
+  FUSEDKL_MEMBER bool tokens() const { return logprob >= 0 || ref_logprob >= 0 || log_ratio >= 0; }
 };
 
 }  // namespace gpu

@@ -60,7 +60,8 @@ inline ValueRows value_rows(const std::vector<std::string>& fields, int64_t ids_
       {"forward_kl", &ValueRows::forward_kl}, {"reverse_kl", &ValueRows::reverse_kl},
       {"entropy", &ValueRows::entropy},       {"ref_entropy", &ValueRows::ref_entropy},
       {"logsumexp", &ValueRows::logsumexp},   {"ref_logsumexp", &ValueRows::ref_logsumexp},
-      {"logprob", &ValueRows::logprob},       {"ref_logprob", &ValueRows::ref_logprob}};
+      {"logprob", &ValueRows::logprob},       {"ref_logprob", &ValueRows::ref_logprob},
+      {"log_ratio", &ValueRows::log_ratio}};
   ValueRows at;
   *count = 0;
   for (const std::string& name : fields) {
@@ -69,7 +70,7 @@ inline ValueRows value_rows(const std::vector<std::string>& fields, int64_t ids_
       if (name == text) {
         STD_TORCH_CHECK(at.*member < 0, "field ", name, " is named twice");
         at.*member = *count;
-        *count += name == "logprob" || name == "ref_logprob" ? ids_per_row : 1;
+        *count += name == "logprob" || name == "ref_logprob" || name == "log_ratio" ? ids_per_row : 1;
         found = true;
       }
     STD_TORCH_CHECK(found, "the cuda backend has no field ", name);
@@ -107,9 +108,9 @@ struct Call {
       ids = static_cast<const int64_t*>(token_ids->const_data_ptr());
     }
     at = value_rows(fields, ids_per_row, &value_count);
-    STD_TORCH_CHECK((at.logprob < 0 && at.ref_logprob < 0) || token_ids, "logprob needs token_ids");
-    const bool pair =
-        at.forward_kl >= 0 || at.reverse_kl >= 0 || at.ref_entropy >= 0 || at.ref_logsumexp >= 0 || at.ref_logprob >= 0;
+    STD_TORCH_CHECK(!at.tokens() || token_ids, "logprob, ref_logprob and log_ratio need token_ids");
+    const bool pair = at.forward_kl >= 0 || at.reverse_kl >= 0 || at.ref_entropy >= 0 || at.ref_logsumexp >= 0 ||
+                      at.ref_logprob >= 0 || at.log_ratio >= 0;
     STD_TORCH_CHECK(!pair || with_reference, "a divergence needs a reference");
     f64 = policy.dtype == DType::f64 || reference.dtype == DType::f64;
     in.x = layout_of(policy, "policy");

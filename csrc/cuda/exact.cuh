@@ -115,11 +115,13 @@ FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState&
     const int64_t id = a.ids[r * a.ids_per_row + k];
     const bool here = id >= 0 && id < in.length;
     const double outside = id == -1 ? 0 : NAN;  // an id beyond the vocabulary: the device cannot raise, so its row is NaN
-    if (a.at.logprob >= 0)
-      put(a.at.logprob + k, here ? (load_any(in.x.row(r), in.dx, id) * inv_t - s.policy_max) - s.policy_log_sum : outside);
-    if (a.at.ref_logprob >= 0)
-      put(a.at.ref_logprob + k,
-          here ? (load_any(in.y.row(r), in.dy, id) * inv_t - s.reference_max) - s.reference_log_sum : outside);
+    const double x = here ? load_any(in.x.row(r), in.dx, id) : 0, y = here ? load_any(in.y.row(r), in.dy, id) : 0;
+    auto put_token = [&](int64_t row, double v) {
+      if (row >= 0) put(row + k, here ? v : outside);
+    };
+    put_token(a.at.logprob, (x * inv_t - s.policy_max) - s.policy_log_sum);
+    put_token(a.at.ref_logprob, (y * inv_t - s.reference_max) - s.reference_log_sum);
+    put_token(a.at.log_ratio, ((x - y) - s.centre) * inv_t - s.residual);
   }
 }
 

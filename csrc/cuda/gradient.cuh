@@ -65,7 +65,9 @@ FUSEDKL_DEVICE void general_token(const GradientFrame& f, float x, float y, floa
   gx = fmaf(f.forward, moved, p * about(f.above_p) * f.reverse);
   gx = fmaf(p * (has_x ? log_p : 0.f), f.information, fmaf(p, f.mass, gx));
   gx = has_x ? gx : has_y ? f.forward * moved : 0.f;
+  const float log_q = bounded((y - f.max_y) * f.inv_t - f.log_sum_y) + f.ref_entropy;
   gy = fmaf(f.ref_reverse, moved, q * about(f.above_q) * f.ref_forward);
+  gy = fmaf(q * (has_y ? log_q : 0.f), f.ref_information, fmaf(q, f.ref_mass, gy));
 }
 
 // Calls body(x, y, first element, how many) for the chunks and the ragged elements of a view.
@@ -135,6 +137,16 @@ FUSEDKL_DEVICE void fill(char* row, DType d, int64_t begin, int64_t end, float v
     store_any(row, d, i, v);
 }
 
+// The gradients that are there for tokens of a stretch, over what the sweep stored.
+FUSEDKL_DEVICE void store_tokens(const GradientArgs& a, int64_t r, const double* tokens, char* to, DType d, int64_t begin,
+                                 int64_t end) {
+  if (!tokens) return;
+  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x)) {
+    const int64_t at = r * a.ids_per_row + k, id = a.ids[at];
+    if (id >= begin && id < end && tokens[at] == tokens[at]) store_any(to, d, id, tokens[at]);
+  }
+}
+
 // PLAIN: the policy's gradient of forward KL alone. Blocks share a row; what a block reads it reads before it writes there.
 template <bool PLAIN, DType X, DType Y, bool SHIFTED>
 __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kernel(GradientArgs a) {
@@ -157,12 +169,10 @@ __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kern
   const SegmentView<X, Y, SHIFTED> view(a.in.x.row(r) + begin * kSizeOf<X>, a.in.y.row(r) + begin * kSizeOf<Y>,
                                         static_cast<int>(end - begin));
   write_gradients<PLAIN, X, Y>(f, view, sweep_x ? gx + begin * kSizeOf<X> : nullptr, sweep_y ? gy + begin * kSizeOf<Y> : nullptr);
-  if (PLAIN || a.at.logprob < 0 || !sweep_x) return;
+  if (PLAIN || (!a.tokens && !a.ref_tokens)) return;
   __syncthreads();
-  const int64_t* const ids = a.ids + r * a.ids_per_row;
-  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x))
-    if (ids[k] >= begin && ids[k] < end && a.tokens[r * a.ids_per_row + k] == a.tokens[r * a.ids_per_row + k])
-      store_any(gx, X, ids[k], a.tokens[r * a.ids_per_row + k]);
+  if (sweep_x) store_tokens(a, r, a.tokens, gx, X, begin, end);
+  if (sweep_y) store_tokens(a, r, a.ref_tokens, gy, Y, begin, end);
 }
 
 template <DType X, DType Y>

@@ -48,7 +48,7 @@ struct GradientFrame {
   TwoFloats above_p, above_q;                // means of x - y: T (l - R) = (x - y) - above_p, T (l + F) = (x - y) - above_q
   float max_x, log_sum_x, max_y, log_sum_y;  // log p = (x - max_x)/T - log_sum_x
   float entropy, ref_entropy;
-  float forward, reverse, mass, information, ref_forward, ref_reverse;  // RowGradient
+  float forward, reverse, mass, information, ref_forward, ref_reverse, ref_mass, ref_information;  // RowGradient
 };
 
 struct GradientArgs {
@@ -63,7 +63,7 @@ struct GradientArgs {
   const int64_t* ids;
   int64_t ids_per_row;
   struct GradientFrame* frames;  // [rows], filled by the first launch for the second
-  double* tokens;                // [rows, ids_per_row] likewise
+  double *tokens, *ref_tokens;   // [rows, ids_per_row] likewise; null: none of that row's logits was asked for
   const bool* done;              // rows whose gradient is written already; may be null
 };
 

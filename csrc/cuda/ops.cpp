@@ -61,7 +61,7 @@ class Backward {
       : call_(c),
         frames_(torch::stable::new_empty(grad, {c.in.rows, (static_cast<int64_t>(sizeof(GradientFrame)) + 7) / 8},
                                          ScalarType::Double)),
-        tokens_(torch::stable::new_empty(grad, {c.in.rows, c.ids_per_row}, ScalarType::Double)),
+        tokens_(torch::stable::new_empty(grad, {2, c.in.rows, c.ids_per_row}, ScalarType::Double)),
         plain_(gx && !gy && c.at.forward_kl >= 0 && c.value_count == 1) {
     STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == c.in.rows && state.size(1) == kStateColumns,
                     "state does not fit the policy");
@@ -69,8 +69,6 @@ class Backward {
                     "grad does not fit the fields");
     STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::Double,
                     "grad must be float32 or float64");
-    STD_TORCH_CHECK(!gy || (c.at.ref_entropy < 0 && c.at.ref_logsumexp < 0 && c.at.ref_logprob < 0),
-                    "the cuda backend has no gradient of ref_entropy, ref_logsumexp and ref_logprob to the reference");
     args.in = c.in;
     if (gx) args.gx = layout_of(Rows(*gx, "policy gradient", gx->mutable_data_ptr()), "policy gradient");
     if (gy) args.gy = layout_of(Rows(*gy, "reference gradient", gy->mutable_data_ptr()), "reference gradient");
@@ -86,7 +84,9 @@ class Backward {
     args.ids = c.ids;
     args.ids_per_row = c.ids_per_row;
     args.frames = static_cast<GradientFrame*>(frames_.mutable_data_ptr());
-    args.tokens = static_cast<double*>(tokens_.mutable_data_ptr());
+    double* const tokens = static_cast<double*>(tokens_.mutable_data_ptr());
+    if (gx && (c.at.logprob >= 0 || c.at.log_ratio >= 0)) args.tokens = tokens;
+    if (gy && (c.at.ref_logprob >= 0 || c.at.log_ratio >= 0)) args.ref_tokens = tokens + c.in.rows * c.ids_per_row;
   }
 
   bool plain() const { return plain_; }
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& parts, const std::vector<s
   a.rows = parts.size(1);
   int64_t value_count = 0;
   a.at = value_rows(fields, 0, &value_count);
-  STD_TORCH_CHECK(a.at.logprob < 0 && a.at.ref_logprob < 0, "log-probabilities of tokens are not numbers of a state");
+  STD_TORCH_CHECK(!a.at.tokens(), "log-probabilities of tokens are not numbers of a state");
   if (inverse) {
     a.inv_temperature = static_cast<const double*>(inverse->const_data_ptr());
     a.per_row_temperature = inverse->numel() != 1;

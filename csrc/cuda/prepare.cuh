@@ -29,34 +29,46 @@ FUSEDKL_DEVICE double grad_at(const GradientArgs& a, int64_t field, int64_t r) {
   return a.grad_f64 ? static_cast<const double*>(a.grad)[i] : static_cast<const float*>(a.grad)[i];
 }
 
+FUSEDKL_DEVICE double token_grad(const GradientArgs& a, int64_t field, int64_t k, int64_t r) {
+  return field < 0 ? 0 : grad_at(a, field + k, r);
+}
+
 FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState& s) {
   RowPlan plan{};
   const double inv_t = a.in.inv_t(r);
   RowGrads grads;
-  bool token = false;
-  for (int64_t k = 0; k < a.ids_per_row && a.at.logprob >= 0; k++) {
-    const double g = a.ids[r * a.ids_per_row + k] >= 0 ? grad_at(a, a.at.logprob + k, r) : 0;
-    grads.logprob += g;
-    token |= g != 0;
+  bool token = false, ref_token = false;
+  for (int64_t k = 0; k < a.ids_per_row; k++) {  // also of tokens that are not here: every logit moves their log-probability
+    const double own = token_grad(a, a.at.logprob, k, r), other = token_grad(a, a.at.ref_logprob, k, r);
+    const double ratio = token_grad(a, a.at.log_ratio, k, r);
+    grads.logprob += own;
+    grads.ref_logprob += other;
+    grads.log_ratio += ratio;
+    token |= own != 0 || ratio != 0;
+    ref_token |= other != 0 || ratio != 0;
   }
   grads.forward_kl = grad_at(a, a.at.forward_kl, r);
   grads.reverse_kl = grad_at(a, a.at.reverse_kl, r);
   grads.entropy = grad_at(a, a.at.entropy, r);
   grads.logsumexp = grad_at(a, a.at.logsumexp, r);
+  grads.ref_entropy = grad_at(a, a.at.ref_entropy, r);
+  grads.ref_logsumexp = grad_at(a, a.at.ref_logsumexp, r);
   // rows without an incoming gradient stay at 0 whatever they hold
   plan.g = row_gradient(s, inv_t, grads);
   plan.policy = a.gx.data && (!plan.g.policy_zero() || token);
-  plan.reference = a.gy.data && !plan.g.reference_zero();
+  plan.reference = a.gy.data && (!plan.g.reference_zero() || ref_token);
   const bool wide = a.in.dx == DType::f64 || a.in.dy == DType::f64;
   plan.fate = wide ? kExact : s.policy_log_sum != s.policy_log_sum ? kInvalid : beyond_float(s, inv_t) ? kExact : kSweep;
   // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
   const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
   plan.mean_p = (s.residual + R) * t;
   plan.mean_q = (s.residual - F) * t;
-  // where the differences lie close together far from 0, l - R and l + F must be right to their spread; the mean over a slice
-  // would be another mean
-  plan.refine = s.whole != 0 && plan.fate == kSweep && F + R > 0.02 &&
-                ((plan.policy && plan.g.reverse != 0) || (plan.reference && plan.g.ref_forward != 0));
+  // where the differences lie close together far from 0, l - R and l + F must be right to their spread, and at the top of a
+  // peaked reference l + F is what the few others left; the mean over a slice would be another mean
+  const bool close = F + R > 0.02, peaked = fabs(s.reference_log_sum) < 0.01;
+  plan.refine =
+      s.whole != 0 && plan.fate == kSweep &&
+      ((plan.policy && plan.g.reverse != 0 && close) || (plan.reference && plan.g.ref_forward != 0 && (close || peaked)));
   return plan;
 }
 
@@ -98,6 +110,8 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
   f.information = static_cast<float>(plan.g.information);
   f.ref_forward = static_cast<float>(plan.g.ref_forward);
   f.ref_reverse = static_cast<float>(plan.g.ref_reverse);
+  f.ref_mass = static_cast<float>(plan.g.ref_mass);
+  f.ref_information = static_cast<float>(plan.g.ref_information);
   return f;
 }
 
@@ -122,18 +136,35 @@ FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan
   if (q > 0) plan.mean_q += shift_q / q;
 }
 
-// NaN where an earlier token of the row is the same, or none is here: those are not stored.
-FUSEDKL_DEVICE double token_gradient(const GradientArgs& a, const RowPlan& plan, int64_t r, int64_t which) {
+// Whether the token's gradient is stored: it is here, and no earlier one of the row is the same.
+FUSEDKL_DEVICE bool is_stored(const GradientArgs& a, int64_t r, int64_t which) {
   const int64_t* const ids = a.ids + r * a.ids_per_row;
-  const int64_t id = ids[which];
-  if (id < 0 || id >= a.in.length) return NAN;
-  for (int64_t j = 0; j < which; j++)
-    if (ids[j] == id) return NAN;
-  double direct = 0;
-  for (int64_t j = which; j < a.ids_per_row; j++)
-    if (ids[j] == id) direct += grad_at(a, a.at.logprob + j, r);
-  const double x = load_any(a.in.x.row(r), a.in.dx, id), y = load_any(a.in.y.row(r), a.in.dy, id), inv_t = a.in.inv_t(r);
-  return policy_gradient_at(a.state[r], plan.g, x, y, inv_t) + direct * inv_t;
+  bool stored = ids[which] >= 0 && ids[which] < a.in.length;
+  for (int64_t j = 0; j < which; j++) stored &= ids[j] != ids[which];
+  return stored;
+}
+
+// The whole gradients of the tokens that were asked for; NaN where none is stored.
+FUSEDKL_DEVICE void token_gradients(const GradientArgs& a, const RowPlan& plan, int64_t r) {
+  const int64_t* const ids = a.ids + r * a.ids_per_row;
+  const double inv_t = a.in.inv_t(r);
+  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x)) {
+    double to_policy = NAN, to_reference = NAN;
+    if (is_stored(a, r, k)) {
+      double own = 0, other = 0;
+      for (int64_t j = k; j < a.ids_per_row; j++) {
+        if (ids[j] != ids[k]) continue;
+        const double ratio = token_grad(a, a.at.log_ratio, j, r);
+        own += token_grad(a, a.at.logprob, j, r) + ratio;
+        other += token_grad(a, a.at.ref_logprob, j, r) - ratio;
+      }
+      const double x = load_any(a.in.x.row(r), a.in.dx, ids[k]), y = load_any(a.in.y.row(r), a.in.dy, ids[k]);
+      to_policy = policy_gradient_at(a.state[r], plan.g, x, y, inv_t) + own * inv_t;
+      to_reference = reference_gradient_at(a.state[r], plan.g, x, y, inv_t) + other * inv_t;
+    }
+    if (a.tokens) a.tokens[r * a.ids_per_row + k] = to_policy;
+    if (a.ref_tokens) a.ref_tokens[r * a.ids_per_row + k] = to_reference;
+  }
 }
 
 FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, int64_t r) {
@@ -153,12 +184,9 @@ FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, i
   }
   if (gx) fill(gx, a.in.dx, a.in.length, a.total_x, 0);
   if (gy) fill(gy, a.in.dy, a.in.length, a.total_y, 0);
-  if (a.at.logprob < 0 || !plan.policy) return;
   __syncthreads();
-  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x)) {
-    const double v = a.tokens[r * a.ids_per_row + k];
-    if (v == v) store_any(gx, a.in.dx, a.ids[r * a.ids_per_row + k], v);
-  }
+  if (plan.policy) store_tokens(a, r, a.tokens, gx, a.in.dx, 0, a.in.length);
+  if (plan.reference) store_tokens(a, r, a.ref_tokens, gy, a.in.dy, 0, a.in.length);
 }
 
 }  // namespace gpu

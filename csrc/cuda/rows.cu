@@ -59,9 +59,7 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) prepare_kernel(Gradi
   RowPlan plan = plan_of(a, r, a.state[r]);
   const double inv_t = a.in.inv_t(r);
   if (plan.refine) refine_means(a, r, plan, frame_of(plan, a.state[r], inv_t), room);
-  if (a.at.logprob >= 0)
-    for (int64_t k = static_cast<int64_t>(threadIdx.x); k < a.ids_per_row; k += static_cast<int64_t>(blockDim.x))
-      a.tokens[r * a.ids_per_row + k] = token_gradient(a, plan, r, k);
+  token_gradients(a, plan, r);
   if (threadIdx.x == 0) a.frames[r] = frame_of(plan, a.state[r], inv_t);
   if (plan.fate != kExact) return;
   __syncthreads();  // the tokens are read, and written by other threads

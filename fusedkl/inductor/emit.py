@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .. import autograd, divergences
-from ..backends import resolve
+from .. import autograd
+from ..backends import needs, resolve
 from ..layout import inverse_temperature, rows
 from .calls import example, where
 from .found import Reading, Single, Sum, mutations, same
@@ -34,7 +34,7 @@ def row_numbers(
     ids = None
     if index is not None:
         ids = index.reshape(shape.numel(), index.shape[-1]).contiguous()
-    backend = resolve(None, policy.device)
+    backend = resolve(None, policy.device, needs(*kinds))
     y = None if reference is None else rows(reference)
     values = autograd.row_stats(rows(policy), y, ids, kinds, parameter, inverse, backend=backend)
     found, at = [], 0
@@ -82,8 +82,6 @@ def numbers(found: Sum | Single) -> list[_Number] | str:
         factors = [-terms.pop((row, mixture), 0.0) / w for row, w in mixture.parts]
         if abs(factors[0] - factors[1]) > 1e-6 * abs(factors[0]):
             return "the two KLs of a Jensen-Shannon divergence are not weighted as its mixture is"
-        if "jsd" not in divergences.FIELDS:
-            return "there is no fused jsd"
         for row, w in mixture.parts:
             terms[row, row] = terms.get((row, row), 0.0) - factors[0] * w
         if _requires_grad(b) and not _requires_grad(a):
@@ -142,7 +140,8 @@ class Emitter:
             if len(shapes) == 2 and not same(shapes[0].shape, shapes[1].shape):
                 return "the two rows are broadcast against each other"
             for tensor in shapes:
-                if resolve(None, tensor.device) == "reference" and tensor.device.type != "meta":
+                chosen = resolve(None, tensor.device, needs(part.kind))
+                if chosen == "reference" and tensor.device.type != "meta":
                     return f"there is no compiled kernel for {tensor.device.type}"
                 storage = tensor.untyped_storage()._cdata
                 first = min(self._position[row.logits] for row in both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from .emit import Emitter
 from .reader import Reader
 from .report import record
 
-_HERE = Path(__file__).parent
-# Part of the key of torch's caches on disk: a changed pass does not find what another one made.
-_FILES = tuple(
-    str(_HERE / f"{name}.py") for name in ("calls", "values", "found", "rows", "reader", "emit")
-)
+
+@functools.cache
+def _sources() -> tuple[str, ...]:
+    """Part of the key of torch's caches on disk: a changed pass does not find what another made.
+
+    All of the package's: a graph from the cache calls operators by the shapes that they had.
+    """
+    return tuple(sorted(str(file) for file in Path(__file__).parents[1].rglob("*.py")))
 
 
 def rewrite(graph: Graph) -> None:
@@ -45,7 +49,7 @@ class _Pass(CustomGraphPass):
         of_first = tuple(getattr(other, "uuid", lambda: None)() for other in self.first)
         if None in of_first:
             return None  # nothing may be cached, then
-        return (__version__, get_hash_for_files(_FILES), of_first)
+        return (__version__, get_hash_for_files(_sources()), of_first)
 
 
 def combined(first: Any) -> CustomGraphPass:

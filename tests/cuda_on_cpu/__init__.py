@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_modules import nvcc
 
 from fusedkl._library import OPERATORS
 from fusedkl.backends import BACKENDS, Backend
@@ -37,30 +36,12 @@ FLAGS = (
 )
 
 
-def _homes() -> list[Path]:
-    """Where a CUDA toolkit may be: as the environment says, on the path, or the PyPI packages."""
-    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    found = shutil.which("nvcc")
-    on_path = [Path(found).resolve().parents[1]] if found else []
-    packages = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
-    return [*named, *on_path, Path("/usr/local/cuda"), packages]
-
-
-def _first(*files: str) -> Path:
-    for home in _homes():
-        if all((home / file).is_file() for file in files):
-            return home
-    pytest.skip("no CUDA toolkit: install one, or the packages of `make cuda-tools`")
-
-
 def cuda_include() -> Path:
     """The folder of CUDA's headers."""
-    return _first("include/cuda_bf16.h", "include/crt/host_defines.h") / "include"
-
-
-def nvcc() -> Path:
-    """The compiler."""
-    return _first("bin/nvcc") / "bin" / "nvcc"
+    home = nvcc.toolkit("include/cuda_bf16.h", "include/crt/host_defines.h")
+    if home is None:
+        pytest.skip("no CUDA headers: install a toolkit, or the packages of `make cuda-tools`")
+    return home / "include"
 
 
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
@@ -76,22 +57,15 @@ def run(command: Sequence[str | Path], **options: object) -> subprocess.Complete
     return done
 
 
-def digest(csrc: Path, flags: Sequence[str]) -> str:
-    digest = hashlib.sha256(" ".join([*flags, torch.__version__]).encode())
-    for folder in (csrc / "cuda", csrc / "cpu", csrc, HERE):
-        for file in sorted(folder.glob("*.*")):
-            if file.suffix in (".h", ".cuh", ".cu", ".cpp"):
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def build(
     sources: Sequence[Path], output: str, flags: Sequence[str], link: Sequence[str], csrc: Path
 ) -> Path:
     """Compiles what has changed; returns the library or program."""
     include = ["-isystem", str(cuda_include()), f"-I{HERE}", f"-I{csrc}"]
     everything = [*FLAGS, *flags, *include]
-    folder = ROOT / "build" / NAME / digest(csrc, [*everything, *map(str, sources)])
+    made_from = nvcc.sources(csrc / "cuda", csrc / "cpu", csrc, HERE)
+    words = [*everything, *map(str, sources), torch.__version__]
+    folder = ROOT / "build" / NAME / nvcc.digest(made_from, words)
     target = folder / output
     if target.is_file():
         return target

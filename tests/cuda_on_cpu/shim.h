@@ -213,6 +213,23 @@ SHIM_UNCHECKED inline void barrier(int line, bool cluster) {
   acquire(order);
 }
 
+// The stacks of a block's fibers. Kept for the thread's next block, whose pages then are there already; a sanitizer must see
+// each block's memory come and go.
+struct Stacks {
+  char* first;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  explicit Stacks(unsigned count) : first(static_cast<char*>(std::malloc(count * kStack))) {}
+  ~Stacks() { std::free(first); }
+#else
+  explicit Stacks(unsigned count) {
+    static thread_local std::unique_ptr<char[]> kept;
+    static thread_local unsigned have = 0;
+    if (have < count) kept.reset(new char[(have = count) * kStack]);
+    first = kept.get();
+  }
+#endif
+};
+
 SHIM_UNCHECKED inline void run(Block& b) {
   block = &b;
   b.anchor = &anchor;
@@ -225,7 +242,8 @@ SHIM_UNCHECKED inline void run(Block& b) {
     b.cluster->wait();
   }
   release(&b);
-  char* const stacks = static_cast<char*>(std::malloc(threads * kStack));
+  Stacks memory(threads);
+  char* const stacks = memory.first;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = b.fibers[i];
     f.index = static_cast<int>(i);
@@ -258,7 +276,6 @@ SHIM_UNCHECKED inline void run(Block& b) {
   if (b.peer_used_at == b.cluster_barriers + 1) fail("a peer's shared memory was used after the last cluster barrier");
   acquire(&b);
   for (Fiber& f : b.fibers) f.context.destroy();
-  std::free(stacks);
   if (b.cluster) b.cluster->wait();
 }
 

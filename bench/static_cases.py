@@ -1,0 +1,211 @@
+"""The kernels whose machine code bench/static.py counts: ours, torch.compile's, liger-kernel's."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import capture
+import inductor_code
+import nvcc
+import sass
+import torch
+from torch import Tensor
+
+from fusedkl import reference
+
+V = 128256
+# A segment of the CUDA kernels holds at most so many tokens (csrc/row_math.h), for 128 threads.
+CUDA_SEGMENT, CUDA_THREADS = 65536, 128
+
+
+@dataclass(frozen=True)
+class Found:
+    """One kernel's hot loop and resources."""
+
+    registers: int
+    stack: int
+    loop: sass.HotLoop
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to count. Bytes are of one pair of logits, one of each row."""
+
+    name: str
+    find: Callable[[int], Found]  # by architecture
+    bytes_per_pair: float  # that must move between memory and chip
+    load_bytes: float  # that the hot loop's load instructions ask for
+    per_lane: float = 0.0  # pairs of a lane between the moves of the centre; 0: it has none
+    ideal: float = 4.0  # bytes per pair that the task needs
+
+
+# ---- CUDA
+
+
+@functools.cache
+def _cuda_code(architecture: int) -> sass.Cubin:
+    target = {90: "90a"}.get(architecture, str(architecture))
+    return sass.Cubin(nvcc.cubin("bf16", target)[0])
+
+
+def _of_cuda(pattern: str) -> Callable[[int], Found]:
+    def find(architecture: int) -> Found:
+        code = _cuda_code(architecture)
+        name = code.kernel(pattern)
+        return Found(*code.registers_and_stack(name), code.loops(name)[0])
+
+    return find
+
+
+def cuda() -> list[Case]:
+    """Ours in CUDA C++, on bfloat16."""
+    segments = -(-V // CUDA_SEGMENT)
+    lane = V / segments / CUDA_THREADS
+
+    def forward(name: str, mode: int, shifted: int = 0) -> Case:
+        find = _of_cuda(rf"forward_kernelILi{mode}E\w*Lb{shifted}EEEv")
+        # a shifted reference is put together from two vectors, the second of which is in cache
+        return Case(f"CUDA {name}", find, 4, 6 if shifted else 4, lane)
+
+    gradient = _of_cuda(r"gradient_kernelILb1E\w*Lb0EEEv")
+    return [
+        forward("forward_kl", 0),
+        forward("forward_kl, rows misaligned differently", 7, 1),
+        forward("both directions", 1),
+        forward("forward_kl and entropy", 2),
+        Case("CUDA backward of forward_kl", gradient, 6, 4, ideal=6),
+    ]
+
+
+# ---- Triton
+
+
+def _of_triton(kernel: str, call: Callable[[], object]) -> Callable[[int], Found]:
+    def find(architecture: int) -> Found:
+        with capture.capture(f"cuda:{architecture}") as launches:
+            call()
+        launch = next(found for found in launches if found.name == kernel)
+        return of_cubin(launch.cubin)
+
+    return find
+
+
+def of_cubin(cubin: bytes) -> Found:
+    """The one kernel of a file."""
+    code = sass.Cubin(cubin)
+    name = code.kernel("")
+    return Found(*code.registers_and_stack(name), code.loops(name)[0])
+
+
+def _rows(dtype: torch.dtype, vocab: int = V) -> Tensor:
+    return torch.empty(4, vocab, dtype=dtype)
+
+
+def _forward(*fields: str, vocab: int = V) -> Callable[[], object]:
+    from fusedkl.kernels import backend
+
+    x, y = _rows(torch.bfloat16, vocab), _rows(torch.bfloat16, vocab)
+    return lambda: backend.row_stats(x, y, None, list(fields), None, None, None, None, None)
+
+
+def _backward(*fields: str, both: bool = False) -> Callable[[], object]:
+    from fusedkl.kernels import backend
+
+    x, y = _rows(torch.bfloat16), _rows(torch.bfloat16)
+    state = torch.empty(4, len(reference.STATE), dtype=torch.float64)
+    grad = torch.empty(len(fields), 4)
+    return lambda: backend.row_stats_backward(
+        grad, x, y, None, state, list(fields), None, None, None, None, True, both
+    )
+
+
+def triton_calls() -> dict[str, tuple[str, Callable[[], object]]]:
+    """Calls of ours in Triton, and for each the launch to look at."""
+    one, two = ("forward_kl",), ("forward_kl", "reverse_kl")
+    return {
+        "forward_kl": ("sweep_pair", _forward(*one)),
+        "forward_kl, V = 50257": ("sweep_pair", _forward(*one, vocab=50257)),
+        "both directions": ("sweep_pair", _forward(*two)),
+        "forward_kl and entropy": ("sweep_pair", _forward(*one, "entropy")),
+        "backward of forward_kl": ("gradients", _backward(*one)),
+        "backward of both, to both": ("gradients", _backward(*two, both=True)),
+    }
+
+
+def triton() -> list[Case]:
+    """Ours in Triton, on bfloat16."""
+    from fusedkl.kernels.launch import choose
+
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    found = []
+    for name, (kernel, call) in triton_calls().items():
+        moved = 6.0 if "backward" in name else 4.0
+        if "to both" in name:
+            moved = 8.0
+        vocab = 50257 if "50257" in name else V
+        # one warp works on a segment
+        lane = 0.0 if "backward" in name else choose(vocab, dtypes, 90).segment / 32
+        find = _of_triton(kernel, call)
+        found.append(Case(f"Triton {name}", find, moved, 4, lane, ideal=moved))
+    return found
+
+
+# ---- others
+
+
+def inductor() -> list[Case]:
+    """What torch.compile makes of the two lines: one kernel with two loops over both rows."""
+
+    def loop(number: int) -> Callable[[int], Found]:
+        def find(architecture: int) -> Found:
+            code = sass.Cubin(inductor_code.kl_kernel(architecture))
+            name = code.kernel("")
+            loops = sorted(code.loops(name), key=lambda found: found.at)[:2]
+            return Found(*code.registers_and_stack(name), loops[number])
+
+        return find
+
+    return [Case(f"torch.compile of F.kl_div, loop {i + 1} of 2", loop(i), 4, 4) for i in range(2)]
+
+
+def liger() -> list[Case]:
+    """liger-kernel's, as its launchers launch them; they start from log-probabilities.
+
+    kl_div on float32: its kernel does not compile for a bfloat16 target.
+    """
+    if not importlib.util.find_spec("liger_kernel"):
+        return []
+    from liger_kernel.ops import jsd, kl_div
+
+    x, low = _rows(torch.float32), _rows(torch.bfloat16)
+    return [
+        Case(
+            "liger-kernel kl_div",
+            _of_triton(
+                "_kldiv_kernel_forward",
+                lambda: kl_div.kldiv_forward_triton(x, x, True, "batchmean", 1e-10),
+            ),
+            8,
+            8,
+        ),
+        Case(
+            "liger-kernel kl_div, backward",
+            _of_triton(
+                "_kldiv_kernel_backward",
+                lambda: kl_div.kldiv_backward_triton(x, torch.ones(()), torch.empty_like(x), True),
+            ),
+            8,
+            4,
+            ideal=6,
+        ),
+        Case(
+            "liger-kernel jsd, beta = 0 (forward KL, with its gradient)",
+            _of_triton("_jsd_kernel", lambda: jsd.jsd_forward(low, low, None, 0.0, -100, False)),
+            6,
+            4,
+            ideal=6,
+        ),
+    ]

@@ -1,0 +1,110 @@
+"""The checks of the Triton kernels can fail: faults planted in a copy of them are found.
+
+By the interpreter's values, or by ttsem, which runs Triton's intermediate code on a CPU and stops
+at an access out of bounds, at a race, and at memory that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent / "kernels"
+
+
+def check(folder: Path, sanitized: bool) -> subprocess.CompletedProcess[str]:
+    script = str(HERE / "triton_check.py")
+    command = [sys.executable, "-P", script, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment.pop("TRITON_INTERPRET", None)
+    if sanitized:
+        if importlib.util.find_spec("ttsem") is None:
+            pytest.skip("the sanitizer ttsem is not installed: `make venv` does it")
+        command = [sys.executable, "-m", "ttsem.sanitize", script, "--", str(folder)]
+    else:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sanitized", [False, True], ids=["interpreter", "ttsem"])
+def test_nothing_to_report(tmp_path: Path, sanitized: bool) -> None:
+    shutil.copytree(KERNELS, tmp_path / "copied")
+    done = check(tmp_path / "copied", sanitized)
+    assert done.returncode == 0 and done.stdout.count(" ok") == 3, done.stdout + done.stderr
+
+
+# what is planted -> (file, text, what replaces it, whether ttsem must find it, what is said)
+FAULTS = {
+    "a token too many": (
+        "layout.py",
+        'tl.where(offsets < end, found, float("-inf"))',
+        'tl.where(offsets <= end, found, float("-inf"))',
+        False,
+        "WRONG",
+    ),
+    "a load beyond the row": (
+        "layout.py",
+        "mask=offsets < end",
+        "mask=offsets <= end",
+        True,
+        "past the end",
+    ),
+    "a tile too many": (
+        "sweep.py",
+        "whole = size // (2 * HALF) * (2 * HALF)",
+        "whole = (size // (2 * HALF) + 1) * (2 * HALF)",
+        True,
+        "past the end",
+    ),
+    "a centre that moved without its sums": (
+        "sweep.py",
+        "a = f * moved",
+        "a = f * a",
+        False,
+        "WRONG",
+    ),
+    "an anchor that never moves": (
+        "sweep.py",
+        "cold = tl.max(event.to(tl.int32), 0) > 0",
+        "cold = (tl.max(event.to(tl.int32), 0) > 0) & (anchor < -1e29)",
+        False,
+        "WRONG",
+    ),
+    "a wrong merge": (
+        "formulas.py",
+        "_kl_of_shares(pb, qb, bf, bps, bqs, lb)",
+        "_kl_of_shares(pa, qb, bf, bps, bqs, lb)",
+        False,
+        "WRONG",
+    ),
+    "segments that write to one place": (
+        "sweep.py",
+        "out = parts + part * COLUMNS * n + row",
+        "out = parts + row",
+        True,
+        "race",
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
+    file, text, instead, sanitized, says = FAULTS[fault]
+    folder = tmp_path / "planted"
+    shutil.copytree(KERNELS, folder)
+    source = (folder / file).read_text()
+    assert source.count(text) == 1, "the text that the fault replaces is no longer there"
+    (folder / file).write_text(source.replace(text, instead))
+    done = check(folder, sanitized)
+    assert done.returncode != 0 and says in done.stdout + done.stderr, done.stdout + done.stderr
