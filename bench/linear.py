@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import memory
 import oracle_f64
@@ -214,12 +213,7 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
     for loss in (lambda h: ours(h, "fast" if fast else None), lambda h: eager(h, fast)):
         small = Heads(heads.hidden[:2], heads.weight[:64], heads.ref_hidden[:2], heads.weight[:64])
         call(loss, small)  # thread pools, libraries
-        memory.settle()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory.resident()
-        result = call(loss, heads)
-        peaks.append(max(memory.resident("VmHWM") - before - kept, 1))
-        del result
+        peaks.append(max(memory.peak(functools.partial(call, loss, heads)) - kept, 1))
     reporter.emit(
         Result(
             goal, heads.name, peaks[1] / peaks[0],

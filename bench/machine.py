@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -54,6 +55,19 @@ def describe() -> dict[str, object]:
     }
 
 
+def gpu() -> dict[str, object]:
+    """The card that is in use, and what the driver says of it."""
+    card = torch.cuda.get_device_properties(0)
+    query = ("--query-gpu=driver_version,clocks.max.mem,power.limit", "--format=csv,noheader")
+    return {
+        "card": card.name,
+        "capability": f"sm_{card.major}{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "card_memory_GiB": round(card.total_memory / 2**30, 1),
+        "driver": _output("nvidia-smi", *query).strip(),
+    }
+
+
 def versions() -> dict[str, str]:
     import fusedkl
 
@@ -61,8 +75,16 @@ def versions() -> dict[str, str]:
         "fusedkl": getattr(fusedkl, "__version__", "unknown"),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: _version(name) for name in ("triton", "liger-kernel")},
         "compiler": _output(os.environ.get("CXX", "g++"), "--version").partition("\n")[0],
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def commit() -> str:

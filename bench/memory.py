@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def settle() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def peak(call: Callable[[], object]) -> int:
+    """Bytes by which resident memory rose above what it was, at most, during a call."""
+    settle()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident()
+    kept = call()
+    extra = resident("VmHWM") - before
+    del kept
+    return max(extra, 0)
+
+
 def run(reporter: Reporter, quick: bool, case: Case) -> None:
     """Measure one case and emit it: MiB where the goal is in MiB, else multiples of a gradient."""
     vocabulary = next(iter(cases.vocabularies(quick).values()))
@@ -92,15 +104,10 @@ def run(reporter: Reporter, quick: bool, case: Case) -> None:
         warm_up = cases.Problem("two rows", case.dtype, *two, distinct=2)
     _call(contender, warm_up, case.backward)
     leaf = problem.policy.requires_grad_(case.backward)
-    settle()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident()
     if case.backward:
-        kept = contenders.gradient(contender, leaf, problem.reference)
+        extra = peak(lambda: contenders.gradient(contender, leaf, problem.reference))
     else:
-        kept = contenders.forward(contender, problem)
-    extra = resident("VmHWM") - before
-    del kept
+        extra = peak(lambda: contenders.forward(contender, problem))
     gradient = problem.policy.numel() * problem.policy.element_size()
     in_mib = case.goal in ("memory_forward", "memory_inplace")
     reporter.emit(

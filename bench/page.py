@@ -2,7 +2,8 @@
 
     python bench/page.py bench/results/NAME.json
 
-replaces what stands there between the two marks, so that no number on that page is typed by hand.
+replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
+bench/memory_model.py), so that no number on that page is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,12 +18,40 @@ from goals import Result, verdict
 from tabulate import tabulate
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
+
+
+def marks(kind: str) -> tuple[str, str]:
+    return f"<!-- {kind}:begin -->\n", f"<!-- {kind}:end -->\n"
+
+
+def kind(content: dict[str, Any]) -> str:
+    """Which marks a file's section belongs between."""
+    return "results" if "goals" in content else "memory-model"
 
 
 def section(path: Path) -> str:
-    """The Markdown between the marks: what was measured on what, and the table of all results."""
-    content: dict[str, Any] = json.loads(path.read_text())
+    """The Markdown between the marks of one JSON file."""
+    content = json.loads(path.read_text())
+    return (_results if kind(content) == "results" else _memory_model)(path, content)
+
+
+def _memory_model(path: Path, content: dict[str, Any]) -> str:
+    """The table of bytes that contenders would allocate on a GPU."""
+    # Here, because it imports what draws plots, which the tables of goals do without.
+    from suite import outputs
+
+    table = outputs.memory_model(content["memory_model"])
+    cells = [[shown for shown, _ in row] for row in table.rows]
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    return (
+        f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
+        f"{content['commit']} on {content['date']}. Versions: {versions}.\n\n"
+        f"{tabulate(cells, table.columns, tablefmt='github', disable_numparse=True)}\n"
+    )
+
+
+def _results(path: Path, content: dict[str, Any]) -> str:
+    """What was measured on what, and the table of all results."""
     names = Result.__dataclass_fields__
     results = [
         Result(**{name: value for name, value in entry.items() if name in names})
@@ -45,9 +74,11 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(before + BEGIN + section(Path(arguments[0])) + END + after)
+    path = Path(arguments[0])
+    begin, end = marks(kind(json.loads(path.read_text())))
+    before, rest = PAGE.read_text().split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(before + begin + section(path) + end + after)
     return 0
 
 

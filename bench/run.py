@@ -1,5 +1,8 @@
 """Measure fusedkl on this machine and judge it: `python bench/run.py --device cpu`.
 
+With `--models`, and always on a GPU, it measures by model instead, everybody beside ours, and
+writes a report with plots (suite/).
+
 Every job runs in a process of its own, because huge pages, instruction sets and peak memory are
 properties of a process. A job prints its results as it goes; this file starts the jobs, shows the
 progress, prints the table, writes the JSON.
@@ -9,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import ModuleType
 
 # Explicit, so that it also works where PYTHONSAFEPATH keeps the script's folder off the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -93,6 +97,13 @@ JOBS: dict[str, Job] = {
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     quick = options.suite == "quick"
+    if options.work:
+        _suite().work(json.loads(options.work))
+        return 0
+    if options.models or options.device == "cuda":
+        old = Path(options.compare) if options.compare else None
+        out = Path(options.out or "out/bench")
+        return _suite().run(options.device, quick, out, old)
     if options.job:
         _work(options.job, quick)
         return 0
@@ -125,11 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
     return _finish(options, results, failed, about)
 
 
+def _suite() -> ModuleType:
+    """Imported here: the jobs above need no plots."""
+    return importlib.import_module("suite.driver")
+
+
 def _finish(
     options: argparse.Namespace, results: list[Result], failed: list[str], about: dict[str, object]
 ) -> int:
     judged = options.suite == "full"
-    path = Path(options.out)
+    path = Path(options.out or "out/bench-cpu.json")
     report.write(path, results, judged, about)
     print(report.table(results, judged))
     print("\n" + report.FOOTNOTE)
@@ -145,14 +161,20 @@ def _finish(
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="bench/run.py")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--suite", choices=["quick", "full"], default="full")
     parser.add_argument(
         "--only", default="", metavar="JOB,...", help="job names or their beginnings: see --list"
     )
     parser.add_argument("--list", action="store_true", help="print the job names")
     parser.add_argument("--real", action="store_true", help="also time a language model's logits")
-    parser.add_argument("--out", default="out/bench-cpu.json", help="where the JSON goes")
+    parser.add_argument(
+        "--models", action="store_true", help="by model, with plots: report.html; implied by cuda"
+    )
+    parser.add_argument("--compare", metavar="OLD.json", help="with --models: an earlier run's")
+    parser.add_argument(
+        "--out", help="the JSON (out/bench-cpu.json), with --models the folder (out/bench)"
+    )
     parser.add_argument(
         "--check",
         nargs="?",
@@ -162,7 +184,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "bandwidth makes impossible for any kernel",
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.compare and not (options.models or options.device == "cuda"):
+        parser.error("--compare needs --models")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     if options.list:
         print("\n".join(JOBS))
         parser.exit()
@@ -217,29 +244,18 @@ def _child_cpu() -> float:
 def _run_job(name: str, suite: str, results: list[Result], bar: tqdm[str]) -> bool:
     environment = {k: v for k, v in os.environ.items() if k not in _CLEARED}
     environment |= JOBS[name].environment
-    command = [sys.executable, str(Path(__file__).resolve()), "--job", name, "--suite", suite]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        ) as child,
-    ):
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                said = jobs_io.parse(line)
-                if isinstance(said, Result):
-                    results.append(said)
-                elif said is not None:
-                    bar.set_postfix_str(said)
-        except BaseException:
-            child.kill()
-            raise
-        if child.wait() != 0:
-            log.seek(0)
-            tail = log.read().splitlines()[-25:]
-            bar.write(f"job {name} failed ({child.returncode}):\n" + "\n".join(tail))
-    return child.returncode == 0
+
+    def take(line: str) -> None:
+        said = jobs_io.parse(line)
+        if isinstance(said, Result):
+            results.append(said)
+        elif said is not None:
+            bar.set_postfix_str(said)
+
+    status, tail = jobs_io.child(["--job", name, "--suite", suite], environment, take)
+    if status != 0:
+        bar.write(f"job {name} failed ({status}):\n{tail}")
+    return status == 0
 
 
 # A job states its environment; what the caller happens to have set must not leak in.

@@ -24,7 +24,7 @@ class Settings:
     """How long to measure."""
 
     quick: bool
-    rounds: int = 7
+    rounds: int = 5
     seconds: float = 4.0
     slow_rounds: int = 3
 
@@ -60,11 +60,17 @@ class Measurement:
     def __init__(self, problem: Problem, settings: Settings, reporter: Reporter) -> None:
         self.problem, self.settings, self.reporter = problem, settings, reporter
         self.expected = problem.expected_rows()
+        self._checked: dict[tuple[Contender, bool], str] = {}
 
     def right(self, goal: str, backward: bool, *checked: Contender) -> bool:
         """Whether all compute the right numbers; the first that does not is reported."""
         for contender in checked:
-            wrong = contenders.check(contender, self.problem, self.expected, backward)
+            key = contender, backward
+            if key not in self._checked:
+                self._checked[key] = contenders.check(
+                    contender, self.problem, self.expected, backward
+                )
+            wrong = self._checked[key]
             if wrong:
                 self.reporter.emit(Result(goal, short(self.problem), wrong=wrong))
                 return False

@@ -15,12 +15,14 @@ import pytest
 
 _FOLDER = Path(__file__).resolve().parent.parent / "bench"
 
-for _needed in ("tabulate", "tqdm"):
+for _needed in ("tabulate", "tqdm", "matplotlib", "jinja2"):
     pytest.importorskip(_needed, reason="the bench extra is not installed")
 
 
 def _load() -> dict[str, ModuleType]:
-    names = [path.stem for path in _FOLDER.glob("*.py") if path.stem != "run"]
+    scripts = ("run", "conftest", "test_suite")
+    names = [path.stem for path in _FOLDER.glob("*.py") if path.stem not in scripts]
+    names += ["suite", *(f"suite.{path.stem}" for path in _FOLDER.glob("suite/[!_]*.py"))]
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(_FOLDER))
     try:
@@ -50,5 +52,16 @@ report = _MODULES["report"]
 sass = _MODULES["sass"]
 speed = _MODULES["speed"]
 static = _MODULES["static"]
+suite_batch = _MODULES["suite.batch"]
+suite_compare = _MODULES["suite.compare"]
+suite_contenders = _MODULES["suite.contenders"]
+suite_driver = _MODULES["suite.driver"]
+suite_entry = _MODULES["suite.entry"]
+suite_fake_memory = _MODULES["suite.fake_memory"]
+suite_judge = _MODULES["suite.judge"]
+suite_measure = _MODULES["suite.measure"]
+suite_models = _MODULES["suite.models"]
+suite_outputs = _MODULES["suite.outputs"]
+suite_plans = _MODULES["suite.plans"]
 static_cases = _MODULES["static_cases"]
 timing = _MODULES["timing"]

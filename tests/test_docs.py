@@ -42,10 +42,14 @@ def test_named_files_exist(page: str) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_results_are_those_of_the_committed_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["results", "memory-model"])
+def test_results_are_those_of_the_committed_file(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "bench")
     page = importlib.import_module("page")
-    text = PAGES["performance.md"].split(page.BEGIN)[1].split(page.END)[0]
+    begin, end = page.marks(kind)
+    text = PAGES["performance.md"].split(begin)[1].split(end)[0]
     named = re.findall(r"`(bench/results/[\w.-]+\.json)`", text)
     assert text == page.section(ROOT / named[0])
 

@@ -1,0 +1,1 @@
+"""Who is how fast, how large and how right, by model: `python bench/run.py --models`."""

@@ -1,0 +1,154 @@
+"""What a run of the suite writes: JSON, a comparison, Markdown, plots, a page for the browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_modules import (
+    suite_batch,
+    suite_compare,
+    suite_driver,
+    suite_entry,
+    suite_outputs,
+    timing,
+)
+from browser import CHROMIUM, visit
+
+ROOT = Path(__file__).resolve().parents[1]
+Entry = suite_entry.Entry
+KL = suite_batch.Case("models", "forward_kl", "small", 16)
+
+
+def _spread(median: float, by: float = 0.1) -> Any:
+    return timing.Spread(median, median * (1 - by), median * (1 + by), median * (1 - by))
+
+
+@pytest.fixture
+def found() -> Any:
+    about = {
+        **{"command": "c", "commit": "abc", "date": "d", "device": "cpu", "suite": "full"},
+        **{"machine": {"cores": 2}, "isa": "avx2", "versions": {"torch": "2"}, "seconds": 1.0},
+        **{"load_before": [], "load_after": []},
+    }
+    ours = Entry(KL, "fusedkl cpu", _spread(0.001), _spread(1.0), 1e-8, 1e-3, peak_bytes=2**20)
+    eager = Entry(KL, "eager", _spread(0.01), _spread(10.0), 1e-5, 1e-3, peak_bytes=10 * 2**20)
+    bad = Entry(KL, "<planted>", value_error=0.5, wrong="value 2, expected 1")
+    ours.share, eager.share = 0.8, 0.08
+    more = [
+        dataclasses.replace(e, case=dataclasses.replace(KL, topic="tokens", tokens=64))
+        for e in (ours, eager)
+    ]
+    points = [
+        suite_entry.Point(name, kl, error / kl, 0, 8)
+        for name, error in (("F.kl_div, float32", 1e-8), ("fusedkl, float32", 1e-12))
+        for kl in (1e-6, 1e-3)
+    ]
+    row = {"operation": "jsd", "model": "m", "tokens": 8, "vocabulary": 9, "contender": "eager"}
+    model = [row | {"bytes": 2**31, "times_logits": 3.5}]
+    return suite_driver.Found(about, [ours, eager, bad, *more], points, model)
+
+
+def test_results_survive_the_file(found: Any, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(found.to_json())
+    again = suite_driver.Found.read(path)
+    assert again.entries == found.entries and again.points == found.points
+    assert again.model == found.model
+    assert json.loads(path.read_text())["entries"][0]["least_bytes"] == 3 * 16 * 4096 * 2
+
+
+def test_comparison_tells_changes_from_noise() -> None:
+    def entry(ms: float, ratio: float, name: str = "eager", wrong: str = "") -> Any:
+        if wrong:
+            return Entry(KL, name, wrong=wrong)
+        return Entry(KL, name, _spread(ms), _spread(ratio), peak_bytes=100)
+
+    old = entry(10.0, 5.0)
+    change = suite_compare.change
+    assert change(old, entry(20.0, 5.2)).verdict == "within the spread"  # a busier machine
+    assert change(old, entry(10.0, 10.0)).verdict == "slower"
+    assert change(old, entry(10.0, 2.0)).verdict == "faster"
+    assert change(old, entry(0, 0, wrong="value")).verdict == "now wrong: value"
+    assert (
+        change(entry(1.0, 1.0, "fusedkl cpu"), entry(2.0, 1.0, "fusedkl cpu")).verdict == "slower"
+    )
+    assert suite_compare.rows([old], [entry(1.0, 1.0, "chunked")]) == []
+    (found,) = suite_compare.rows([old], [entry(20.0, 10.0)])
+    assert (found.time, found.ratio, found.peak) == (2.0, 2.0, 1.0)
+
+
+def test_the_files_of_a_run(found: Any, tmp_path: Path) -> None:
+    changes = suite_compare.rows(found.entries, found.entries)
+    suite_outputs.write(found, tmp_path, changes, Path("old.json"))
+    text, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
+    for said in ("WRONG: value 2, expected 1", "10.00", "80.0%", "3.50", "New over old"):
+        assert said in text and said in page, said
+    assert "&lt;planted&gt;" in page and "<planted>" not in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    names = ("time", "memory", "limit", "error", "tokens")
+    assert plots == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    assert re.findall(r"!\[.*\]\((.*)\)", text) == [f"plots/{name}.svg" for name in names]
+
+
+SORTING = """<script>addEventListener("load", () => {
+  const table = document.querySelectorAll("table")[0];
+  const times = () => [...table.tBodies[0].rows].map((row) => row.cells[2].textContent);
+  const button = table.tHead.rows[0].cells[2].firstElementChild;
+  for (const expected of ["1,10,", "10,1,"]) {
+    button.click();
+    if (times().join() !== expected) throw new Error(`${times()} instead of ${expected}`);
+  }
+});</script></body>"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_in_a_browser(found: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    suite_outputs.write(found, out, [], None)
+    clean = {"errors": [], "broken": [], "foreign": []}
+    page = (out / "report.html").read_text()
+    (out / "sorted.html").write_text(page.replace("</body>", SORTING))
+    assert visit(out, "report.html", tmp_path) == clean
+    assert visit(out, "sorted.html", tmp_path) == clean
+    broken = page.replace("base64,", "base64,AAAA").replace("for (const table", "for (cnst table")
+    (out / "broken.html").write_text(broken)
+    seen = visit(out, "broken.html", tmp_path)
+    assert len(seen["broken"]) >= 5 and seen["errors"]
+
+
+@pytest.mark.full
+def test_pytest_benchmark_runs_the_suite(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-P", "-m", "pytest", "bench/", "--benchmark-only", "-q"]
+    done = subprocess.run(
+        [
+            *command,
+            f"--benchmark-json={path}",
+            "-k",
+            "reverse_kl or sliced",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=ROOT,
+        # of a worker of pytest-xdist it would inherit that benchmarks are off
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    groups = {entry["group"] for entry in json.loads(path.read_text())["benchmarks"]}
+    assert any("sliced" in group for group in groups) and any(
+        "reverse" in group for group in groups
+    )
