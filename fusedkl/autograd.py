@@ -136,6 +136,8 @@ class _RowStats(torch.autograd.Function):
         fields = list(ctx.fields)
         gx: Tensor | None = None
         gy: Tensor | None = None
+        if ctx.shards is not None and ctx.backend == "reference":
+            raise ValueError("backend='reference' has no gradients of slices (group=)")
         if recorded(policy, reference_, grad):
             distributed.refuse(ctx.shards, "double backward")
             gx, gy = composed_gradients(

@@ -275,7 +275,7 @@ def sums_of_rows(
 def with_sums(state: Tensor, sums: Tensor, field: str, parameter: float | None) -> Tensor:
     """The state [n, S] of whole rows, with the sums [n, 3] of operator row_sums put in."""
     column = dict(zip(STATE, state.unbind(-1), strict=True))
-    value = reference_family.value_of_sums(field, parameter, sums, column["forward_kl"])
+    value = reference_family.value_of_sums(field, parameter, sums)
     # not a distribution: no number of the pair
     column["divergence"] = torch.where(column["residual"].isfinite(), value, torch.nan)
     column["policy_slope"], column["reference_slope"] = sums[:, 1], sums[:, 2]

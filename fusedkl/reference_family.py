@@ -152,18 +152,3 @@ def sums(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor) 
         (policy,) = torch.autograd.grad(each.sum(), log_p)
     total, slope = row_sum(each.detach()), row_sum(policy)
     return torch.cat([total, slope, total - slope], -1)
-
-
-def value_of_sums(name: str, parameter: float | None, sums: Tensor, forward_kl: Tensor) -> Tensor:
-    """The divergence [n] from the whole rows' sums [n, 3] of operator row_sums."""
-    value = sums[:, 0].clamp(min=0)
-    if name == "hellinger":
-        return value.clamp(max=1)
-    if name == "renyi":
-        assert parameter is not None
-        near = torch.log1p(-value.clamp(max=0.5))
-        log_z = torch.where(value < 0.5, near, torch.log(sums[:, 1]))
-        value = (log_z / (parameter - 1)).clamp(min=0)
-        if parameter > 1:
-            value = torch.where(forward_kl == torch.inf, torch.inf, value)
-    return value
