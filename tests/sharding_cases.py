@@ -208,7 +208,8 @@ def bad_rows(group: dist.ProcessGroup) -> None:
     assert value.isnan().tolist() == [False, True, False]
     value.sum().backward()
     for t in mine:
-        assert t.grad.isnan().all(-1).tolist() == [False, True, False]
+        empty = t.shape[-1] == 0  # all of nothing is true
+        assert empty or t.grad.isnan().all(-1).tolist() == [False, True, False]
     # masked out, it is exactly 0
     mine = [leaf(t, part) for t in whole]
     mask = torch.tensor([True, False, True])
