@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import families
@@ -22,7 +23,7 @@ import fusedkl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # kind, options: every divergence that takes a second sweep.
-KINDS: tuple[tuple[str, dict[str, float]], ...] = (
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("jsd", {"beta": 0.5}),
     ("jsd", {"beta": 0.1}),
     ("skew_kl", {"alpha": 0.1}),

@@ -36,15 +36,15 @@ def send(kind: str, content: Any, stream: TextIO | None = None) -> None:
     print(f"{MARK}{kind} {json.dumps(content)}", file=stream or sys.stdout, flush=True)
 
 
-def receive(line: str) -> tuple[str, Any] | None:
-    """Kind and content of a marked line, None for anything else."""
+def receive(line: str) -> tuple[str, Any]:
+    """Kind and content of a marked line; ("", None) for anything else."""
     kind, _, content = line.partition(" ")
-    return (kind[len(MARK) :], json.loads(content)) if kind.startswith(MARK) else None
+    return (kind[len(MARK) :], json.loads(content)) if kind.startswith(MARK) else ("", None)
 
 
 def parse(line: str) -> str | Result | None:
     """The parent's side: the text of a step, a result, or None for anything else."""
-    kind, content = receive(line) or ("", None)
+    kind, content = receive(line)
     if kind == "step":
         return str(content)
     return Result(**content) if kind == "result" else None

@@ -131,8 +131,10 @@ class Row:
         )
 
 
-HEAD = ("kernel", "target", "registers", "spills", "load bits", "instr/pair", "with centring")
-HEAD += ("special/pair", "bytes/pair", "ceiling", "of ideal bytes")
+HEAD = (
+    *("kernel", "target", "registers", "spills", "load bits", "instr/pair", "with centring"),
+    *("special/pair", "bytes/pair", "ceiling", "of ideal bytes"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,9 @@ class Head(NamedTuple):
 def split(model: nn.Module) -> Head:
     if isinstance(model, Tiny):
         weight, bias = model.head.weight, model.head.bias
-        model.head = nn.Identity()
+        model.head = nn.Identity()  # type: ignore[assignment]
         return Head(model, weight.requires_grad_(False), bias.requires_grad_(False))
-    inner = model.model
+    inner: Any = model.model
     inner.lm_head.weight.requires_grad_(False)
     return Head(
         lambda ids: inner.model(ids, use_cache=False).last_hidden_state, inner.lm_head.weight, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cases
 import torch
@@ -77,12 +78,16 @@ class Batch(NamedTuple):
     weight: Tensor | None = None  # [V, H] of both heads
 
     def part(self, rows: slice) -> Batch:
-        return Batch(*(t[rows] for t in self[:7]), weight=self.weight)
+        return self._each(lambda t: t[rows])
 
     def double(self) -> Batch:
         """In float64, but for the weight: formulas widen that one by parts."""
-        wide = (t.double() if t.is_floating_point() else t for t in self[:7])
-        return Batch(*wide, weight=self.weight)
+        return self._each(lambda t: t.double() if t.is_floating_point() else t)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        kept = self._asdict().items()
+        changed: dict[str, Any] = {n: t if n == "weight" else change(t) for n, t in kept}
+        return Batch(**changed)
 
 
 def build(case: Case, device: str = "cpu") -> Batch:

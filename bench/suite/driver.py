@@ -121,7 +121,7 @@ def _child(job: dict[str, Any], found: Found, bar: tqdm[Any]) -> tuple[int, str]
     peaks = {entry.key: entry for entry in found.entries}
 
     def take(line: str) -> None:
-        kind, content = jobs_io.receive(line) or ("", None)
+        kind, content = jobs_io.receive(line)
         if kind == "step":
             bar.set_postfix_str(content)
         elif kind == "entry":

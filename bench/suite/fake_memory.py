@@ -76,10 +76,11 @@ def backward(loss: Tensor) -> dict[int, Tensor]:
     The engine itself asks the CUDA driver for its devices. As it does, a node runs when all that
     comes to it is there, the one recorded last first, and what it saved is given back with it.
     """
-    root = loss.grad_fn
+    root: Any = loss.grad_fn
     waiting = _uses(root)
     arrived: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones_like(loss)}}
-    ready, leaves = [root], {}
+    ready: list[Any] = [root]
+    leaves: dict[int, Tensor] = {}
     del root, loss
     # Checkpoints make one copy of what they recompute per backward, and ask which one this is.
     one_task = mock.patch.object(torch._C, "_current_graph_task_id", return_value=1)
@@ -100,7 +101,8 @@ def backward(loss: Tensor) -> dict[int, Tensor]:
                     del waiting[after]
                 del have, grad
             # nothing here may keep a node or a gradient alive while the next one runs
-            node = slots = after = None
+            node = after = None
+            slots = {}
     return leaves
 
 

@@ -99,6 +99,10 @@ def _changes(comparison: list[Change], old: Path) -> Table:
     return Table(f"New over old ({old.name})", columns, rows)
 
 
+def _median(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.median
+
+
 def _row(entry: Entry) -> list[tuple[str, float | str]]:
     ms = None if entry.seconds is None else _scaled(entry.seconds, 1e3)
     ratio = entry.ratio
@@ -106,8 +110,8 @@ def _row(entry: Entry) -> list[tuple[str, float | str]]:
     remark = f"WRONG: {entry.wrong}" if entry.wrong else entry.skipped
     return [
         *(_text(entry.case.name), _text(entry.contender)),
-        *(_number(ms and ms.median, ".3g"), _spread(ms)),
-        *(_number(ratio and ratio.median, ".2f"), _spread(ratio)),
+        *(_number(_median(ms), ".3g"), _spread(ms)),
+        *(_number(_median(ratio), ".2f"), _spread(ratio)),
         *(_number(entry.value_error, ".1e"), _number(entry.gradient_error, ".1e")),
         *(_number(peak, ".1f"), _number(entry.share, ".1%"), _text(remark)),
     ]

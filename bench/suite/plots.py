@@ -79,12 +79,16 @@ def _models(found: Found) -> list[Entry]:
     return [e for e in found.entries if e.case.topic == "models" and e.case.backward]
 
 
+def _microseconds_per_token(entry: Entry) -> float | None:
+    return None if entry.seconds is None else entry.seconds.median / entry.case.tokens * 1e6
+
+
 def _time(found: Found, axes: Any) -> bool:
     drawn = _lines(
         axes,
         _models(found),
         lambda e: e.case.vocabulary,
-        lambda e: e.seconds and e.seconds.median / e.case.tokens * 1e6,
+        _microseconds_per_token,
     )
     axes.set(xlabel="vocabulary", ylabel="microseconds per token, forward + backward")
     axes.set_yscale("log")
@@ -155,7 +159,7 @@ def _tokens(found: Found, axes: Any) -> bool:
         axes,
         alike,
         lambda e: e.case.tokens,
-        lambda e: e.seconds and e.seconds.median / e.case.tokens * 1e6,
+        _microseconds_per_token,
     )
     axes.set(xlabel="tokens", ylabel=f"microseconds per token, {first.model}")
     axes.set_xscale("log", base=2)
