@@ -92,9 +92,12 @@ def _exchange(
 
 
 # torch.compile: asked while the graph is made; the sizes are constants of it.
-@torch.compiler.assume_constant_result
 def _traced(group_name: str, vocabulary: int, **call: Any) -> tuple[int, ...]:
     return _ask(group_name, vocabulary, None, tuple(call.items()))
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it.
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sizes(group_name: str, vocabulary: int, rows: int, call: _Call) -> tuple[int, ...]:
