@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fusedkl
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import text
 

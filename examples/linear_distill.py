@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedkl
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 from memory import PeakMemory
 

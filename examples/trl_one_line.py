@@ -16,7 +16,7 @@ from typing import Any
 
 import fusedkl.integrations.trl
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import model as weights
 
