@@ -11,7 +11,7 @@
 // All terms are of one sign, and none is a difference of large numbers: KL(q || m) = sum q h(m/q - 1), because the sum of m - q is 0.
 // The terms of a token: family_terms.h.
 #pragma once
-#include "row_math.h"
+#include "gradient_math.h"
 
 namespace fusedkl {
 

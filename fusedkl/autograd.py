@@ -87,33 +87,10 @@ class _RowStats(torch.autograd.Function):
         shards: distributed.Shards | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        row = (policy, reference_, token_ids, fields, parameter, inv_temperature, mask)
         if shards is not None:
-            return distributed.row_stats(
-                policy,
-                reference_,
-                token_ids,
-                fields,
-                parameter,
-                inv_temperature,
-                mask,
-                valid_vocab,
-                softcap,
-                shards,
-                backend,
-            )
-        values, state = call(
-            "row_stats",
-            policy,
-            reference_,
-            token_ids,
-            fields,
-            parameter,
-            inv_temperature,
-            mask,
-            valid_vocab,
-            softcap,
-            backend,
-        )
+            return distributed.row_stats(*row, valid_vocab, softcap, shards, backend)
+        values, state = call("row_stats", *row, valid_vocab, softcap, backend)
         return values, state
 
     @staticmethod
@@ -136,8 +113,6 @@ class _RowStats(torch.autograd.Function):
         fields = list(ctx.fields)
         gx: Tensor | None = None
         gy: Tensor | None = None
-        if ctx.shards is not None and ctx.backend == "reference":
-            raise ValueError("backend='reference' has no gradients of slices (group=)")
         if recorded(policy, reference_, grad):
             distributed.refuse(ctx.shards, "double backward")
             gx, gy = composed_gradients(
@@ -146,40 +121,16 @@ class _RowStats(torch.autograd.Function):
         elif ctx.shards is not None and ctx.shards.holds(ctx.valid_vocab) == 0:
             gx = torch.zeros_like(policy)
             gy = None if reference_ is None else torch.zeros_like(reference_)
-        elif ctx.inplace and policy_grad:
-            gy = call(
-                "row_stats_backward_",
-                grad,
-                policy,
-                reference_,
-                token_ids,
-                state,
-                fields,
-                ctx.parameter,
-                inv_temperature,
-                ctx.valid_vocab,
-                ctx.softcap,
-                reference_grad,
-                ctx.backend,
-            )
-            gx = policy.detach()
         else:
-            gx, gy = call(
-                "row_stats_backward",
-                grad,
-                policy,
-                reference_,
-                token_ids,
-                state,
-                fields,
-                ctx.parameter,
-                inv_temperature,
-                ctx.valid_vocab,
-                ctx.softcap,
-                policy_grad,
-                reference_grad,
-                ctx.backend,
+            row = (
+                *(grad, policy, reference_, token_ids, state, fields, ctx.parameter),
+                *(inv_temperature, ctx.valid_vocab, ctx.softcap),
             )
+            if ctx.inplace and policy_grad:
+                gy = call("row_stats_backward_", *row, reference_grad, ctx.backend)
+                gx = policy.detach()
+            else:
+                gx, gy = call("row_stats_backward", *row, policy_grad, reference_grad, ctx.backend)
         gx = gx if policy_grad else None
         gy = gy if reference_grad else None
         return gx, gy, None, None, None, None, None, None, None, None, None, None
@@ -377,6 +328,9 @@ def row_stats(
         softcap,
     )
     out: Tensor
+    if shards is not None and backend == "reference" and torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in (policy, reference_)):
+            raise ValueError("backend='reference' has no gradients of slices (group=)")
     if shards is not None or differentiated(policy, reference_):
         out, _ = _RowStats.apply(*args, inplace_grad, shards, backend)
     else:

@@ -1,6 +1,6 @@
 """Gradients: one sweep that reads the logits once more and writes each gradient once.
 
-Per token, with l = log p - log q (RowGradient of csrc/row_math.h):
+Per token, with l = log p - log q (RowGradient of csrc/gradient_math.h):
 
     d/dx = moved (p - q) + p (reverse (l - R) + mass + information (log p + H))
     d/dy = ref_moved (p - q) + q (ref_forward (l + F) + mass + information (log q + H))

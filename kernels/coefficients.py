@@ -1,6 +1,6 @@
 """What a gradient sweep needs of a row, made once per row in float64 and read as fp32.
 
-RowGradient of csrc/row_math.h, and the constants of its exponentials, as columns of a
+RowGradient of csrc/gradient_math.h, and the constants of its exponentials, as columns of a
 [CONSTANTS, n] tensor. A column named hi is followed by what the rounding of it left.
 """
 

@@ -1,7 +1,7 @@
 // What the kernels are told, as plain data: no tensor, no torch.
 #pragma once
 #include "../cpu/dtype.h"
-#include "../row_math.h"
+#include "../gradient_math.h"
 
 namespace fusedkl {
 namespace gpu {

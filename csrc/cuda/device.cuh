@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../row_math.h"
+#include "../gradient_math.h"
 
 namespace fusedkl {
 namespace gpu {

@@ -61,6 +61,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
             )
         return reverse_kl(logprob, ref_logprob)
     if kind not in _ESTIMATES:
+        # the type that verl's own function raises for a penalty it does not know
         raise NotImplementedError(
             f"kl_penalty must be one of {', '.join(_ESTIMATES)}, full; got {kl_penalty!r}"
         )
