@@ -328,8 +328,9 @@ def row_stats(
         softcap,
     )
     out: Tensor
-    if shards is not None and backend == "reference" and torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in (policy, reference_)):
+    if shards is not None and backend == "reference":
+        leads_back = any(t is not None and t.requires_grad for t in (policy, reference_))
+        if leads_back and torch.is_grad_enabled():
             raise ValueError("backend='reference' has no gradients of slices (group=)")
     if shards is not None or differentiated(policy, reference_):
         out, _ = _RowStats.apply(*args, inplace_grad, shards, backend)

@@ -214,6 +214,15 @@ def not_supported(group: dist.ProcessGroup) -> None:
         assert "double backward" in str(error)
     else:
         raise AssertionError("double backward went through")
+    try:
+        fusedkl.forward_kl(x, y, group=group, backend="reference")
+    except ValueError as error:
+        assert "gradients of slices" in str(error)
+    else:
+        raise AssertionError("the reference backend took slices that need a gradient")
+    with torch.no_grad():
+        true = fusedkl.forward_kl(x, y, group=group)
+        torch.testing.assert_close(fusedkl.forward_kl(x, y, group=group, backend="reference"), true)
     for wrong in ("world", 3, dist.GroupMember.NON_GROUP_MEMBER):
         try:
             fusedkl.forward_kl(x, y, group=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -179,7 +180,30 @@ def temperature_per_row(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)
 
 
+def mixed(x: Tensor, y: Tensor, beta: float, weight: float) -> Tensor:
+    """A Jensen-Shannon divergence about (1 - beta) p + beta q, if weight is beta."""
+    log_p, log_q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    parts = torch.stack([log_p + math.log1p(-beta), log_q + math.log(beta)])
+    log_m = torch.logsumexp(parts, 0)
+    of_q, of_p = (F.kl_div(log_m, row, reduction="none", log_target=True) for row in (log_q, log_p))
+    return (weight * of_q + (1 - weight) * of_p).sum() / x.shape[0]
+
+
+def jensen_shannon(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return mixed(x, y, 0.5, 0.5)
+
+
+def generalized_jensen_shannon(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return mixed(x / 0.9, y / 0.9, 0.1, 0.1)
+
+
+def mixture_of_other_weights(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return mixed(x, y, 0.1, 0.3)
+
+
 REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
+    jensen_shannon: ("jsd",),
+    generalized_jensen_shannon: ("jsd",),
     row_loss: ("forward_kl",),
     both_directions_and_entropy: ("forward_kl", "reverse_kl", "entropy"),
     teacher_without_grad: ("forward_kl",),
@@ -246,6 +270,7 @@ LEFT_ALONE = {
     broadcast: "broadcast",
     unnormalised: "kl_div: target is exp",
     narrowed: "turns torch.float32 into torch.float64",
+    mixture_of_other_weights: "not weighted as its mixture is",
 }
 
 
