@@ -36,7 +36,7 @@ def gradient(rows: int, seed: int = 0) -> Tensor:
 
 
 def in_process(code: str, **environment: str) -> str:
-    """What a fresh process prints, in which `gradient` and `mapped` (MiB of address space) exist."""
+    """What a fresh process prints. It has `gradient`, and `mapped`: MiB of address space."""
     head = (
         "import os, sys, torch\n"
         "from test_kept_memory import gradient, MIB, V\n"
