@@ -1,4 +1,4 @@
-"""What a type checker tells the users of the installed package: `mypy --strict` of a script of theirs."""
+"""`mypy --strict` of a script that uses the installed package: what its users are told."""
 
 from __future__ import annotations
 
