@@ -26,6 +26,8 @@ PAGES = {
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
 }
+# Between the marks of results that nobody has committed yet.
+NOTHING = "No results are committed yet: they want a quiet machine.\n"
 
 
 def marks(kind: str) -> tuple[str, str]:
@@ -36,8 +38,10 @@ def kind(content: dict[str, Any]) -> str:
     """Which marks a file's section belongs between."""
     if "products" in content:
         return "linear-tables"
-    if "goals" not in content:
+    if "memory_model" in content:
         return "memory-model"
+    if "goals" not in content:
+        return ""  # a figure's or another page's
     only = all(entry["goal"].startswith("linear_") for entry in content["results"])
     return "linear-results" if only else "results"
 

@@ -148,6 +148,8 @@ def topk_divergence(
     )
     width = policy_logits.shape[-1] if shards is None else shards.total
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
+    if inverse is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        validation.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
     if shards is not None:
