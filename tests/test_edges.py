@@ -192,7 +192,7 @@ def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
 
 
 def test_no_rows_and_a_strided_gradient(backend: str) -> None:
-    """contiguous() leaves an empty tensor its strides, which the kernels refuse; fuzzing found it."""
+    """contiguous() leaves an empty tensor its strides, which kernels refuse; found by fuzzing."""
     leaf = torch.randn(0, 0, 2, 2, requires_grad=True)
     value = fusedkl.log_softmax(leaf, 2, backend=backend)
     (found,) = torch.autograd.grad(value, leaf, torch.ones(0, 0, 2, 2))
