@@ -165,8 +165,8 @@ def test_masked_tokens_make_no_products() -> None:
     assert peak(forward) < 1 << 20
 
 
-def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under fake CUDA tensors: how often the tiles' memory is asked for, and that no value is."""
+def cuda_shapes(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The list of what torch.empty is asked for on a GPU from now on."""
     shapes: list[tuple[int, ...]] = []
     empty = torch.empty
 
@@ -176,18 +176,24 @@ def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -
             shapes.append(tuple(out.shape))
         return out
 
+    patch.setattr(torch, "empty", counted)
+    return shapes
+
+
+def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under fake CUDA tensors: how often the tiles' memory is asked for, and that no value is."""
     with FakeTensorMode():
         tokens, vocabulary, width = 4096, 64 * 1024, 128
         given = arguments(
             "reference",
-            hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
-            weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
-            ref_hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
-            ref_weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
-            mask=empty(tokens, dtype=torch.bool, device="cuda"),
+            hidden=torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            weight=torch.empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            ref_hidden=torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            ref_weight=torch.empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            mask=torch.empty(tokens, dtype=torch.bool, device="cuda"),
             tile=[],
         )
-        monkeypatch.setattr(torch, "empty", counted)
+        shapes = cuda_shapes(monkeypatch)
         # the schedule itself, whatever backend's kernels its rows go to
         engine = linear_ops.engine_of(given)
         tiles = math.prod(engine.tile[:2])
@@ -200,16 +206,7 @@ def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_on_a_gpu_backward_allocates_its_tiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of logits and of d weight, d weight itself, d hidden; what a product returns aside."""
-    shapes: list[tuple[int, ...]] = []
-    empty = torch.empty
-
-    def counted(*args: Any, **options: Any) -> Tensor:
-        out = empty(*args, **options)
-        if out.device.type == "cuda":
-            shapes.append(tuple(out.shape))
-        return out
-
+    """Of workspace: two tiles of logits and one of d weight in fp32."""
     with FakeTensorMode():
         tokens, vocabulary, width = 4096, 64 * 1024, 128
         sides = {"hidden": tokens, "weight": vocabulary, "ref_hidden": tokens}
@@ -218,14 +215,14 @@ def test_on_a_gpu_backward_allocates_its_tiles_once(monkeypatch: pytest.MonkeyPa
             ref_weight=None,
             tile=[],
             **{
-                name: empty(n, width, dtype=torch.bfloat16, device="cuda")
+                name: torch.empty(n, width, dtype=torch.bfloat16, device="cuda")
                 for name, n in sides.items()
             },
         )
         engine = linear_ops.engine_of(given)
-        state = empty(tokens, len(reference.STATE), dtype=torch.float64, device="cuda")
-        grad = empty(1, tokens, device="cuda")
-        monkeypatch.setattr(torch, "empty", counted)
+        state = torch.empty(tokens, len(reference.STATE), dtype=torch.float64, device="cuda")
+        grad = torch.empty(1, tokens, device="cuda")
+        shapes = cuda_shapes(monkeypatch)
         wanted = Wanted(hidden=True, weight=True), Wanted()
         found, _ = backward(engine, linear_ops._questions(given), [grad], [state], wanted)
         assert found.hidden is not None and found.hidden.dtype == torch.float32
