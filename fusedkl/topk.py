@@ -154,7 +154,7 @@ def topk_divergence(
         ids = torch.where(counted[:, None], ids, -1)
     ids = ids.contiguous()
     log_q = torch.where(ids >= 0, log_q, -torch.inf)
-    if policy_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if policy_logits.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width)
 
     x = rows(policy_logits)
