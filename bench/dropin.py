@@ -224,8 +224,8 @@ def measure(rows: int, seconds: float) -> dict[str, Any]:
 def section(found: dict[str, Any]) -> str:
     """The tables of docs/dropin.md."""
     lines = [
-        f"{found['rows']} rows of {found['vocabulary']} logits, forward and backward, one thread, at a "
-        f"load of {found['load'][0]:.1f}. Must and aim: at least so many times less.",
+        f"{found['rows']} rows of {found['vocabulary']} logits, forward and backward, one thread, "
+        f"at a load of {found['load'][0]:.1f}. Must and aim: at least so many times less.",
         "",
         "| code | time, plain / fused | must, aim | memory, plain / fused | must, aim |",
         "|---|---|---|---|---|",
