@@ -55,6 +55,10 @@ _GPU_TAKES = frozenset(
         *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
     )
 )
+_CUDA_TAKES = _GPU_TAKES | {"float64"}
+_TRITON_TAKES = (
+    _GPU_TAKES | {"jsd", "skew_kl", "renyi", "tvd", "hellinger", "mean_logprob"} | {"softcap"}
+)
 
 
 class _Triton:
@@ -101,7 +105,7 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
-            _GPU_TAKES | {"float64"},
+            _CUDA_TAKES,
             gradient_ahead=True,
         ),
         Backend(
@@ -109,7 +113,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _GPU_TAKES,
+            _TRITON_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )

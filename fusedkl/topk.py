@@ -137,7 +137,7 @@ def topk_divergence(
         raise ValueError('reduction="batchmean" needs logits with a batch dim; got shape [V]')
     inverse = inverse_temperature(temperature, policy_logits)
     counted = reductions.counted_tokens(policy_logits, mask, None, -100)
-    name = _resolve(backend, policy_logits.device)
+    name = _resolve(backend, policy_logits.device, needs(policy_logits))
     shards = distributed.shards(
         group,
         policy_logits,
@@ -179,8 +179,9 @@ def topk_divergence(
             rest = log_p[:, -1:]
             floor = torch.finfo(reference.result_dtype(policy_logits, topk_logprobs)).eps
             pair = torch.cat([pair[0], rest], -1), torch.cat([log_q, _tail(log_q, rest, floor)], -1)
-        # Few outcomes in float64: the rows of any other divergence.
-        values = autograd.row_stats(*pair, None, (kind,), None, None, counted, backend=name)[0]
+        # Few outcomes in float64, which triton does not take: the rows of any other divergence.
+        few = "reference" if name == "triton" else name
+        values = autograd.row_stats(*pair, None, (kind,), None, None, counted, backend=few)[0]
     dtype = reference.result_dtype(policy_logits, topk_logprobs)
     value = reductions.reduce(values.to(dtype), counted, None, reduction, shape, backend=name)
     if not return_mass:
@@ -216,8 +217,8 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
     return value if counted is None else torch.where(counted, value, 0)
 
 
-def _resolve(backend: str | None, device: torch.device) -> str:
-    name = resolve(backend, device)
+def _resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...]) -> str:
+    name = resolve(backend, device, wanted)
     if name in BACKENDS:
         return name
     if backend is not None:

@@ -8,11 +8,13 @@ fusedkl::topk_logprobs(policy, token_ids, inv_temperature?, mask?, backend)
 fusedkl::topk_logprobs_backward(grad [N, K + 1], policy, token_ids, state, inv_temperature?,
                                 backend) -> gradient to the policy, contiguous, in its dtype
 
-The cpu backend reads each row once in either, the reference backend composes it from torch.
+The cpu and triton backends read each row once in either, the reference backend composes it from
+torch.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from . import reference, reference_backend
 from ._library import LIB, NAMESPACE, TAGS
 from .autograd import recorded
+from .backends import kernels
 
 _ARGUMENTS = {
     "topk_logprobs": (
@@ -39,9 +42,10 @@ _OPS = getattr(torch.ops, NAMESPACE)
 
 
 # By backend, as backends.py has it for the operators that all backends share.
-_KERNELS: dict[str, dict[str, Any]] = {
-    "cpu": {name: getattr(_OPS, f"_{name}") for name in _ARGUMENTS},
-    "reference": {name: getattr(reference_backend, name) for name in _ARGUMENTS},
+_KERNELS: dict[str, Any] = {
+    "cpu": SimpleNamespace(**{name: getattr(_OPS, f"_{name}") for name in _ARGUMENTS}),
+    "triton": kernels("triton"),
+    "reference": reference_backend,
 }
 BACKENDS = tuple(_KERNELS)
 
@@ -49,7 +53,7 @@ BACKENDS = tuple(_KERNELS)
 def _implementation(name: str) -> Any:
     def implementation(*args: Any) -> Any:
         *rest, backend = args
-        return _KERNELS[backend][name](*rest)
+        return getattr(_KERNELS[backend], name)(*rest)
 
     return implementation
 
