@@ -28,6 +28,7 @@ CPU_SOURCES = [
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/family_series.cpp",
     "csrc/cpu/rows_f64.cpp",
+    "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/row_stats.cpp",
     "csrc/cpu/row_stats_backward.cpp",
