@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, cuda_library, reference_backend
+from . import _library, cuda_library, divergences, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -48,17 +48,12 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_GPU_TAKES = frozenset(
-    (
-        *("float32", "bfloat16", "float16"),
-        *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
-        *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
-    )
-)
-_CUDA_TAKES = _GPU_TAKES | {"float64"}
-_TRITON_TAKES = (
-    _GPU_TAKES | {"jsd", "skew_kl", "renyi", "tvd", "hellinger", "mean_logprob"} | {"softcap"}
-)
+_GPU_DTYPES = frozenset(("float32", "bfloat16", "float16"))
+_CUDA_TAKES = _GPU_DTYPES | {
+    *("float64", "forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
+    *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
+}
+_TRITON_TAKES = _GPU_DTYPES | {*divergences.FIELDS, "softcap"}
 
 
 class _Triton:

@@ -45,7 +45,8 @@ def _write(
             gradients[(piece.rows, -(-max(widths) // sizes.chunk))](
                 *piece.tensors, constants, inverse, call.kind, call.cap, n, piece.inner,
                 piece.first, *widths, call.vocab, sizes.chunk, call.given, *strides, **wanted,
-                FIELDS=call.fields, CAP=call.capped, ALIGNED=aligned(piece), BLOCK=sizes.block, num_warps=sizes.warps, num_stages=1,
+                FIELDS=call.fields, CAP=call.capped, ALIGNED=aligned(piece), BLOCK=sizes.block,
+                num_warps=sizes.warps, num_stages=1,
             )  # fmt: skip
             for index, found in store:
                 grid = (piece.rows, -(-call.tokens // LANES))

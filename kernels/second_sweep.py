@@ -35,7 +35,8 @@ def _token(
     l = tl.minimum(v * inv_t, BOUND)  # noqa: E741  a token that neither row has: NaN, weight 0
     q = tl.exp2(tl.fma(y, inv_t * LOG2E, shift))
     p = q * tl.exp2(l * LOG2E)
-    return *family_terms(p, q, l, kind, FIELD), v
+    a, b, c, d = family_terms(p, q, l, kind, FIELD)
+    return a, b, c, d, v
 
 
 @unspecialised
