@@ -26,17 +26,18 @@ def _token(
     x, y, hi, lo, shift, inv_t, kind, cap,
     FIELD: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The four terms of tokens, in units of q's common factor; and how far they are."""
+    """q but for its common factor, what it multiplies in four sums, and how far tokens are."""
+    slope = inv_t * LOG2E
     if CAP:
-        v = (capped_difference(x, y, cap) - hi) - lo
+        v = capped_difference(x, y, cap) - hi
         y = capped(y, cap)
     else:
-        v = difference(x, y, hi, lo, EXACT)
-    l = tl.minimum(v * inv_t, BOUND)  # noqa: E741  a token that neither row has: NaN, weight 0
-    q = tl.exp2(tl.fma(y, inv_t * LOG2E, shift))
-    p = q * tl.exp2(l * LOG2E)
-    a, b, c, d = family_terms(p, q, l, kind, FIELD)
-    return a, b, c, d, v
+        v = difference(x, y, hi, 0.0, EXACT)
+    # a token that neither row has: NaN, weight 0
+    l = tl.minimum(tl.fma(v, slope, -(lo * slope)), BOUND * LOG2E)  # noqa: E741
+    q = tl.exp2(tl.fma(y, slope, shift))
+    a, b, c, d = family_terms(tl.exp2(l), 1.0, l, kind, FIELD)
+    return q, a, b, c, d, v
 
 
 @unspecialised
@@ -79,43 +80,43 @@ def sweep_family(
     if ALIGNED:
         x_row = vectorised(x_row)
         y_row = vectorised(y_row)
-    a = tl.zeros((WIDTH,), tl.float32)
-    b = tl.zeros((WIDTH,), tl.float32)
-    c = tl.zeros((WIDTH,), tl.float32)
-    d = tl.zeros((WIDTH,), tl.float32)
+    a = tl.zeros((HALVES, WIDTH), tl.float32)
+    b = tl.zeros((HALVES, WIDTH), tl.float32)
+    c = tl.zeros((HALVES, WIDTH), tl.float32)
+    d = tl.zeros((HALVES, WIDTH), tl.float32)
     reach = tl.zeros((WIDTH,), tl.float32)
     cell = tl.arange(0, HALVES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = size // (2 * HALF) * (2 * HALF)
     for i in tl.range(0, whole, 2 * HALF):
         x0, x1 = load_wide(x_row, i, cell, HALF, EXACT, ALIGNED)
         y0, y1 = load_wide(y_row, i, cell, HALF, EXACT, ALIGNED)
-        a0, b0, c0, d0, v0 = _token(x0, y0, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
-        a1, b1, c1, d1, v1 = _token(x1, y1, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
-        a += tl.sum(a0 + a1, 0)
-        b += tl.sum(b0 + b1, 0)
-        c += tl.sum(c0 + c1, 0)
-        d += tl.sum(d0 + d1, 0)
+        q0, a0, b0, c0, d0, v0 = _token(x0, y0, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
+        q1, a1, b1, c1, d1, v1 = _token(x1, y1, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
+        a = tl.fma(q1, a1, tl.fma(q0, a0, a))
+        b = tl.fma(q1, b1, tl.fma(q0, b0, b))
+        c = tl.fma(q1, c1, tl.fma(q0, c0, c))
+        d = tl.fma(q1, d1, tl.fma(q0, d0, d))
         if SLICE:
             reach = tl.maximum(reach, tl.max(tl.maximum(v0, v1), 0))
     if whole < size:
         x0, x1 = load_rest(x_row, whole, cell, HALF, EXACT, size)
         y0, y1 = load_rest(y_row, whole, cell, HALF, EXACT, size)
-        a0, b0, c0, d0, v0 = _token(x0, y0, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
-        a1, b1, c1, d1, v1 = _token(x1, y1, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
-        a += tl.sum(a0 + a1, 0)
-        b += tl.sum(b0 + b1, 0)
-        c += tl.sum(c0 + c1, 0)
-        d += tl.sum(d0 + d1, 0)
+        q0, a0, b0, c0, d0, v0 = _token(x0, y0, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
+        q1, a1, b1, c1, d1, v1 = _token(x1, y1, hi, lo, shift, inv_t, kind, cap, FIELD, EXACT, CAP)
+        a = tl.fma(q1, a1, tl.fma(q0, a0, a))
+        b = tl.fma(q1, b1, tl.fma(q0, b0, b))
+        c = tl.fma(q1, c1, tl.fma(q0, c0, c))
+        d = tl.fma(q1, d1, tl.fma(q0, d0, d))
         if SLICE:
             reach = tl.maximum(reach, tl.max(tl.maximum(v0, v1), 0))
     beyond = (inv_t > 1e5) | (inv_t < 1e-5) | (tl.abs(hi) > FAR) | (tl.abs(shift) > FAR)
     beyond = beyond | (tl.max(reach, 0) * inv_t > BOUND)
     weight += tl.where(beyond, float("nan"), 0.0)
     out = parts + part * SUMS * n + row
-    tl.store(out, (tl.sum(a, 0) * weight).to(tl.float32))
-    tl.store(out + n, (tl.sum(b, 0) * weight).to(tl.float32))
-    tl.store(out + 2 * n, (tl.sum(c, 0) * weight).to(tl.float32))
-    tl.store(out + 3 * n, (tl.sum(d, 0) * weight).to(tl.float32))
+    tl.store(out, (tl.sum(a) * weight).to(tl.float32))
+    tl.store(out + n, (tl.sum(b) * weight).to(tl.float32))
+    tl.store(out + 2 * n, (tl.sum(c) * weight).to(tl.float32))
+    tl.store(out + 3 * n, (tl.sum(d) * weight).to(tl.float32))
 
 
 @triton.jit
@@ -240,7 +241,7 @@ def careful_family(
         l = log_ratio(x, y, state, inv_t)  # noqa: E741
         here = (x != float("-inf")) & (y != float("-inf"))
         l = tl.where(here, l - mended, l)  # noqa: E741
-        a0, b0, c0, d0 = family_terms(p, q, l, kind, FIELD)
+        a0, b0, c0, d0 = family_terms(p, q, l * LOG2E, kind, FIELD)
         a += a0
         b += b0
         c += c0
