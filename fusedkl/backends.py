@@ -48,12 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_GPU_DTYPES = frozenset(("float32", "bfloat16", "float16"))
-_CUDA_TAKES = _GPU_DTYPES | {
-    *("float64", "forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
-    *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
-}
-_TRITON_TAKES = _GPU_DTYPES | {*divergences.FIELDS, "softcap"}
+_TRITON_TAKES = frozenset((*divergences.FIELDS, "softcap", "float32", "bfloat16", "float16"))
 
 
 class _Triton:
@@ -100,7 +95,6 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
-            _CUDA_TAKES,
             gradient_ahead=True,
         ),
         Backend(

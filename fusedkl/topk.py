@@ -11,7 +11,7 @@ from . import autograd, distributed, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
-from .topk_ops import BACKENDS
+from .topk_ops import KERNELS
 from .topk_ops import topk_logprobs as outcomes
 
 if TYPE_CHECKING:
@@ -252,11 +252,11 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
 
 def _resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...]) -> str:
     name = resolve(backend, device, wanted)
-    if name in BACKENDS:
+    if name in KERNELS:
         return name
     if backend is not None:
         raise ValueError(
-            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(BACKENDS)} do"
+            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(KERNELS)} do"
         )
     return "reference"
 

@@ -8,8 +8,7 @@ fusedkl::topk_logprobs(policy, token_ids, inv_temperature?, mask?, backend)
 fusedkl::topk_logprobs_backward(grad [N, K + 1], policy, token_ids, state, inv_temperature?,
                                 backend) -> gradient to the policy, contiguous, in its dtype
 
-The cpu and triton backends read each row once in either, the reference backend composes it from
-torch.
+The reference backend composes it from torch, the others read each row once in either.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ._library import LIB, NAMESPACE, TAGS
 from .autograd import recorded
 from .backends import kernels
 
-_ARGUMENTS = {
+ARGUMENTS = {
     "topk_logprobs": (
         "Tensor policy, Tensor token_ids, Tensor? inv_temperature, Tensor? mask",
         "(Tensor values, Tensor state)",
@@ -35,25 +34,26 @@ _ARGUMENTS = {
         "Tensor",
     ),
 }
-for _name, (_arguments, _results) in _ARGUMENTS.items():
+for _name, (_arguments, _results) in ARGUMENTS.items():
     LIB.define(f"{_name}({_arguments}, str backend) -> {_results}", tags=TAGS)
     LIB.define(f"_{_name}({_arguments}) -> {_results}", tags=TAGS)
 _OPS = getattr(torch.ops, NAMESPACE)
 
 
 # By backend, as backends.py has it for the operators that all backends share.
-_KERNELS: dict[str, Any] = {
-    "cpu": SimpleNamespace(**{name: getattr(_OPS, f"_{name}") for name in _ARGUMENTS}),
+_COMPILED = SimpleNamespace(**{name: getattr(_OPS, f"_{name}") for name in ARGUMENTS})
+KERNELS: dict[str, Any] = {
+    "cpu": _COMPILED,
+    "cuda": _COMPILED,
     "triton": kernels("triton"),
     "reference": reference_backend,
 }
-BACKENDS = tuple(_KERNELS)
 
 
 def _implementation(name: str) -> Any:
     def implementation(*args: Any) -> Any:
         *rest, backend = args
-        return getattr(_KERNELS[backend], name)(*rest)
+        return getattr(KERNELS[backend], name)(*rest)
 
     return implementation
 
