@@ -148,7 +148,7 @@ def topk_divergence(
     )
     width = policy_logits.shape[-1] if shards is None else shards.total
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
-    if inverse is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
         validation.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
@@ -195,7 +195,7 @@ def teacher_rows(
         ids = torch.where(counted[:, None], ids, -1)
     ids = ids.contiguous()
     log_q = torch.where(ids >= 0, log_q, -torch.inf)
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width, names)
     return ids, log_q
 
