@@ -66,3 +66,26 @@ def load_each(pointer, offsets, end):
     """Logits in fp32, -inf from `end` on: tokens that neither row has."""
     found = tl.load(pointer + offsets, mask=offsets < end, other=0.0).to(tl.float32)
     return tl.where(offsets < end, found, float("-inf"))
+
+
+@triton.jit
+def load_wide(
+    row, begin, cell, HALF: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Both half tiles [halves, width] of a whole tile, in fp32; EXACT: one row has 32 bits."""
+    if ALIGNED and not EXACT:
+        return load_words(row, begin, cell)
+    else:
+        even = cell if EXACT else cell * 2
+        odd = even + (HALF if EXACT else 1)
+        first = tl.load(row + (begin + even)).to(tl.float32)
+        second = tl.load(row + (begin + odd)).to(tl.float32)
+        return first, second
+
+
+@triton.jit
+def load_rest(row, begin, cell, HALF: tl.constexpr, EXACT: tl.constexpr, end):
+    """The same of the last tile of a row, -inf from `end` on."""
+    even = cell if EXACT else cell * 2
+    odd = even + (HALF if EXACT else 1)
+    return load_each(row, begin + even, end), load_each(row, begin + odd, end)

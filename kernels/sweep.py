@@ -21,26 +21,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
+from .formulas import (
+    FAR,
+    LOG2E,
+    NEAR,
+    capped,
+    capped_difference,
+    centred,
+    difference,
+    gap_coefficients,
+    gap_polynomial,
+)
 from .layout import is_half, load_each, load_words, row_pointer, unspecialised, vectorised
 
 # What a segment leaves behind, one float each, for merge.py.
 SUMS = (
     *("s", "sx", "a", "b", "c", "hx", "hy", "reach"),
     *("anchor", "high", "low", "top", "ties_x", "ties_y"),
+    *("total", "origin"),  # sum of x - origin
 )
 COLUMNS = tl.constexpr(len(SUMS))
 JUMP = tl.constexpr(1.0)
 
 
 @triton.jit
-def _terms(x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """What one token adds to each sum, and x - y - c, +inf where y alone is -inf."""
+def _apart(x, y, cap, CAP: tl.constexpr):
+    """x - y and both logits, as the sums take them."""
+    if CAP:
+        return capped_difference(x, y, cap), capped(x, cap), capped(y, cap)
+    else:
+        return x - y, x, y
+
+
+@triton.jit
+def mean_origin(row, cap, CAP: tl.constexpr):
+    """What logits are summed about: the first of the segment, if that is one."""
+    found = tl.load(row).to(tl.float32)
+    if CAP:
+        found = capped(found, cap)
+    return tl.where(tl.abs(found) < FAR, found, 0.0)
+
+
+@triton.jit
+def _terms(
+    s, x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """What one token adds to each sum, and s - c, s = x - y: +inf where y alone is -inf."""
     slope = inv_t * LOG2E
     zy = tl.fma(y, slope, shift)
     wy = tl.exp2(zy)
-    found = (x - y) - high
-    v = tl.minimum(difference(x, y, high, low if EXACT else 0.0, EXACT), FAR)
+    found = s - high
+    v = tl.minimum(centred(s, x, y, high, low if EXACT else 0.0, EXACT), FAR)
     zx = tl.fma(v, slope, zy)
     wx = tl.exp2(zx)
     t = wy * v
@@ -55,16 +86,15 @@ def _terms(x, y, shift, high, low, inv_t, coefficients, REVERSE: tl.constexpr, E
 
 
 @triton.jit
-def _fresh(x, y, inv_t, EXACT: tl.constexpr):
+def _fresh(s, x, y, inv_t, EXACT: tl.constexpr):
     """Anchor and centre from one tile: its largest y, and the weighted mean of its x - y."""
     top = tl.max(y)
-    s = x - y
     seen = tl.abs(s) < FAR
     weight = tl.where(seen, tl.exp2((y - top) * (LOG2E * inv_t)), 0.0)
     # the top token's own difference as origin makes a constant difference exactly 0
     high = tl.max(tl.where(seen & (y == top), s, -FAR))
     high = tl.where(high > -FAR, high, 0.0)
-    v = tl.where(seen, difference(x, y, high, 0.0, EXACT), 0.0)
+    v = tl.where(seen, centred(s, x, y, high, 0.0, EXACT), 0.0)
     mean = tl.sum(weight * v) / tl.maximum(tl.sum(weight), 1e-30)
     if EXACT:
         return top, high, mean
@@ -81,7 +111,7 @@ def top_exponent(top, anchor, high, low, slope, shift, EXACT: tl.constexpr):
 
 @triton.jit
 def _tile(
-    state, x0, y0, x1, y1, inv_t, coefficients,
+    state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
     REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The running numbers after two half tiles [halves, width] more; sums are [width]."""
@@ -97,7 +127,7 @@ def _tile(
         x = tl.join(x0, x1)
         y = tl.join(y0, y1)
         jumped = tl.max(y) > anchor + (0.0 if REF_ENTROPY else (1.0 / inv_t) * JUMP)
-        new_anchor, new_high, new_low = _fresh(x, y, inv_t, EXACT)
+        new_anchor, new_high, new_low = _fresh(tl.join(d0, d1), x, y, inv_t, EXACT)
         new_anchor = tl.where(jumped, new_anchor, anchor)
         new_high = tl.where(jumped, new_high, high)
         new_low = tl.where(jumped, new_low, low)
@@ -151,10 +181,10 @@ def _tile(
         high = new_high
         low = new_low
     wy0, wx0, t0, b0, c0, zx0, zy0, v0 = _terms(
-        x0, y0, shift, high, low, inv_t, coefficients, REVERSE, EXACT
+        d0, x0, y0, shift, high, low, inv_t, coefficients, REVERSE, EXACT
     )
     wy1, wx1, t1, b1, c1, zx1, zy1, v1 = _terms(
-        x1, y1, shift, high, low, inv_t, coefficients, REVERSE, EXACT
+        d1, x1, y1, shift, high, low, inv_t, coefficients, REVERSE, EXACT
     )
     reach = tl.maximum(reach, tl.max(tl.maximum(v0, v1), 0))
     a += tl.sum(t0 + t1, 0)
@@ -181,14 +211,17 @@ def _tile(
 
 @unspecialised
 def sweep_pair(
-    policy, reference, parts, inv_temperature, mask,
+    policy, reference, parts, inv_temperature, mask, cap,
     n: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64, segment: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64, per_row: tl.int64,
     REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
+    MEAN: tl.constexpr, CAP: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """parts[segment, COLUMNS, n] of rows first.. ; grid (rows, segments), one warp each."""
     EXACT: tl.constexpr = not (is_half(policy) and is_half(reference))
+    # of capped logits the difference is one float that knows itself to its last digits
+    BOTH: tl.constexpr = EXACT and not CAP
     HALF: tl.constexpr = HALVES * WIDTH
     local = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
@@ -211,6 +244,8 @@ def sweep_pair(
     )  # fmt: skip
     cell = tl.arange(0, HALVES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = size // (2 * HALF) * (2 * HALF)
+    origin = mean_origin(x_row, cap, CAP)
+    total = zero
     # Tiles are the same tokens in the same lanes either way: the sums do not depend on alignment.
     even = cell if EXACT else cell * 2
     odd = even + (HALF if EXACT else 1)
@@ -226,17 +261,28 @@ def sweep_pair(
             x1 = tl.load(x_row + (i + odd)).to(tl.float32)
             y0 = tl.load(y_row + (i + even)).to(tl.float32)
             y1 = tl.load(y_row + (i + odd)).to(tl.float32)
+        d0, x0, y0 = _apart(x0, y0, cap, CAP)
+        d1, x1, y1 = _apart(x1, y1, cap, CAP)
+        if MEAN:
+            total += tl.sum((x0 - origin) + (x1 - origin), 0)
         state = _tile(
-            state, x0, y0, x1, y1, inv_t, coefficients, REVERSE, ENTROPY, REF_ENTROPY, EXACT
-        )
+            state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
+            REVERSE, ENTROPY, REF_ENTROPY, BOTH,
+        )  # fmt: skip
     if whole < size:
         x0 = load_each(x_row, whole + even, size)
         x1 = load_each(x_row, whole + odd, size)
         y0 = load_each(y_row, whole + even, size)
         y1 = load_each(y_row, whole + odd, size)
+        d0, x0, y0 = _apart(x0, y0, cap, CAP)
+        d1, x1, y1 = _apart(x1, y1, cap, CAP)
+        if MEAN:
+            total += tl.sum(tl.where(whole + even < size, x0 - origin, 0.0), 0)
+            total += tl.sum(tl.where(whole + odd < size, x1 - origin, 0.0), 0)
         state = _tile(
-            state, x0, y0, x1, y1, inv_t, coefficients, REVERSE, ENTROPY, REF_ENTROPY, EXACT
-        )
+            state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
+            REVERSE, ENTROPY, REF_ENTROPY, BOTH,
+        )  # fmt: skip
     s, sx, a, b, c, hx, hy, reach, anchor, _, high, low, top, ties_x, ties_y = state
     out = parts + part * COLUMNS * n + row
     tl.store(out, tl.sum(s, 0))
@@ -253,3 +299,6 @@ def sweep_pair(
     tl.store(out + 11 * n, top)
     tl.store(out + 12 * n, ties_x)
     tl.store(out + 13 * n, ties_y)
+    if MEAN:
+        tl.store(out + 14 * n, tl.sum(total, 0))
+        tl.store(out + 15 * n, origin)
