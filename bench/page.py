@@ -1,9 +1,10 @@
-"""Write the results of one JSON file into docs/performance.md.
+"""Write the results of one JSON file into the page of docs/ that shows them.
 
     python bench/page.py bench/results/NAME.json
 
-replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
-bench/memory_model.py), so that no number on that page is typed by hand.
+replaces what stands there between the two marks of its kind (a run of bench/run.py or of
+bench/memory_model.py in performance.md, of bench/sharding.py in sharding.md), so that no number
+there is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import report
 from goals import Result, verdict
 from tabulate import tabulate
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def page(kind: str) -> Path:
+    """Where the section of a kind stands."""
+    return DOCS / ("sharding.md" if kind == "sharding" else "performance.md")
 
 
 def marks(kind: str) -> tuple[str, str]:
@@ -26,13 +32,16 @@ def marks(kind: str) -> tuple[str, str]:
 
 def kind(content: dict[str, Any]) -> str:
     """Which marks a file's section belongs between."""
+    if "sharding" in content:
+        return "sharding"
     return "results" if "goals" in content else "memory-model"
 
 
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    return (_results if kind(content) == "results" else _memory_model)(path, content)
+    sections = {"results": _results, "memory-model": _memory_model, "sharding": _sharding}
+    return sections[kind(content)](path, content)
 
 
 def _memory_model(path: Path, content: dict[str, Any]) -> str:
@@ -47,6 +56,58 @@ def _memory_model(path: Path, content: dict[str, Any]) -> str:
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}. Versions: {versions}.\n\n"
         f"{tabulate(cells, table.columns, tablefmt='github', disable_numparse=True)}\n"
+    )
+
+
+def _table(rows: list[list[str]], columns: list[str]) -> str:
+    return tabulate(rows, columns, tablefmt="github", disable_numparse=True)
+
+
+def _sharding(path: Path, content: dict[str, Any]) -> str:
+    """Bytes and times over 2 and 4 processes, and the model of more."""
+    machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    measured = [
+        [
+            r["kind"],
+            str(r["ranks"]),
+            str(r["tokens"]),
+            " + ".join(f"{size:,}" for size in r["sent_bytes"].values()),
+            f"{r['largest_buffer_bytes']:,}",
+            *(f"{r[name]:.2f}" for name in ("alone_ms", "forward_ms", "backward_ms")),
+        ]
+        for r in content["sharding"]
+    ]
+    columns = ["kind", "processes", "tokens", "bytes sent by a rank", "largest buffer, bytes"]
+    columns += ["its slice alone, ms", "forward, ms", "backward, ms"]
+    vocabularies = list(content["model"][0]["read_us"])
+    modelled = [
+        [
+            r["kind"],
+            str(r["ranks"]),
+            str(r["collectives"]),
+            *(f"{r[name] / 2**20:.2f}" for name in ("sent", "received", "held")),
+            f"{r['time_us']:.0f}",
+            *(f"{r['read_us'][v]:.0f}" for v in vocabularies),
+        ]
+        for r in content["model"]
+    ]
+    assumed = content["assumed"]
+    names = ["kind", "ranks", "collectives", "sent, MiB", "received, MiB", "largest buffer, MiB"]
+    names += ["collectives, µs", *(f"reading, V = {v}, µs" for v in vocabularies)]
+    return (
+        f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
+        f"{content['commit']} on {content['date']}.\n\n"
+        f"Measured, with gloo over the loopback of one machine, float32 logits, V = "
+        f"{content['vocabulary']}, one thread a process. Machine: {machine}. Versions: {versions}."
+        f"\n\n{_table(measured, columns)}\n\n"
+        f"Modelled, not measured: {assumed['tokens']} tokens; a link of "
+        f"{assumed['link_GB_per_s_up_to_8_ranks']} GB/s in one direction up to 8 ranks and of "
+        f"{assumed['link_GB_per_s_beyond']} GB/s beyond, and "
+        f"{assumed['latency_us_per_collective']} µs to start a collective; reading: a rank's "
+        f"slices of {assumed['bytes_per_logit']}-byte logits, once, at {assumed['memory_GB_per_s']} GB/s. "
+        f"These are assumptions of a GPU of 2023, and no GPU was used.\n\n"
+        f"{_table(modelled, names)}\n"
     )
 
 
@@ -75,10 +136,11 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    begin, end = marks(kind(json.loads(path.read_text())))
-    before, rest = PAGE.read_text().split(begin)
+    which = kind(json.loads(path.read_text()))
+    begin, end = marks(which)
+    before, rest = page(which).read_text().split(begin)
     after = rest.split(end)[1]
-    PAGE.write_text(before + begin + section(path) + end + after)
+    page(which).write_text(before + begin + section(path) + end + after)
     return 0
 
 

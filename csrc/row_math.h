@@ -37,7 +37,9 @@ struct RowState {
   double reference_max, reference_log_sum;  // logsumexp(y/T)
   double centre, residual;                  // D = lse(x/T) - lse(y/T) = centre/T + residual: l = ((x - y) - centre)/T - residual
   double forward_kl, reverse_kl, entropy, reference_entropy;
-  double whole;              // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one
+  // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one; -1: the same, and the others
+  // are in other processes
+  double whole;
   double logit_sum, tokens;  // sum of x/T, over how many logits; mean log p = logit_sum / tokens - lse(x/T)
   // of a divergence that takes a second sweep: its value and the means of its slopes (family_math.h); of the whole row only
   double divergence, policy_slope, reference_slope;

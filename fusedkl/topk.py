@@ -141,12 +141,13 @@ def topk_divergence(
     shards = distributed.shards(
         group,
         policy_logits,
+        ids_name="topk_ids",
         kind=f"topk {kind} {tail} {k}",
         dtype=" ".join(needs(policy_logits, topk_logprobs)),
         temperature=temperature,
     )
-    width = policy_logits.shape[-1] if shards is None else shards.total
-    if not 1 <= k <= width:
+    width = None if shards is not None else policy_logits.shape[-1]
+    if width is not None and not 1 <= k <= width:
         raise ValueError(f"topk_ids must hold from 1 to V = {width} tokens a row; got {k}")
     ids = topk_ids.reshape(-1, k)
     log_q = topk_logprobs.reshape(-1, k).to(reference.inside(policy_logits.device))
@@ -240,11 +241,11 @@ def _check(policy: Tensor, ids: Tensor, logprobs: Tensor, kind: str, tail: str) 
     validation.alike("topk_logprobs", logprobs, "topk_ids", ids)
 
 
-def _check_contents(ids: Tensor, log_q: Tensor, width: int) -> None:
+def _check_contents(ids: Tensor, log_q: Tensor, width: int | None) -> None:
     if not ids.numel():
         return
     low, high = (int(v) for v in ids.aminmax())
-    if low < -1 or high >= width:
+    if width is not None and (low < -1 or high >= width):  # of slices: sharded_topk
         raise ValueError(
             f"topk_ids must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
         )

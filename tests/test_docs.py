@@ -49,13 +49,13 @@ import re, sys
 sys.path.insert(0, sys.argv[1])
 import page
 begin, end = page.marks(sys.argv[2])
-text = page.PAGE.read_text().split(begin)[1].split(end)[0]
+text = page.page(sys.argv[2]).read_text().split(begin)[1].split(end)[0]
 named = re.findall(r"`(bench/results/[\\w.-]+\\.json)`", text)
-assert text == page.section(page.PAGE.parents[1] / named[0]), f"python bench/page.py {named[0]}"
+assert text == page.section(page.DOCS.parent / named[0]), f"python bench/page.py {named[0]}"
 """
 
 
-@pytest.mark.parametrize("kind", ["results", "memory-model"])
+@pytest.mark.parametrize("kind", ["results", "memory-model", "sharding"])
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

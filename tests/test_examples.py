@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# trl_one_line has no picture: tests/test_trl_trainers.py runs it.
-OTHERS = ("common", "trl_one_line")
+# Without a picture: tests/test_trl_trainers.py and test_sharding.py run them.
+OTHERS = ("common", "trl_one_line", "vocabulary_parallel")
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in OTHERS)
 # What each needs to show it on the tiny model.
 STEPS = {"rlhf_penalty": 60, "ppo": 4, "vae": 150, "trpo": 6, "grpo": 12}

@@ -67,7 +67,7 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   // peaked reference l + F is what the few others left; the mean over a slice would be another mean
   const bool close = F + R > 0.02, peaked = fabs(s.reference_log_sum) < 0.01;
   plan.refine =
-      s.whole != 0 && plan.fate == kSweep &&
+      s.whole > 0 && plan.fate == kSweep &&
       ((plan.policy && plan.g.reverse != 0 && close) || (plan.reference && plan.g.ref_forward != 0 && (close || peaked)));
   return plan;
 }
