@@ -105,8 +105,9 @@ def _sharding(path: Path, content: dict[str, Any]) -> str:
         f"{assumed['link_GB_per_s_up_to_8_ranks']} GB/s in one direction up to 8 ranks and of "
         f"{assumed['link_GB_per_s_beyond']} GB/s beyond, and "
         f"{assumed['latency_us_per_collective']} µs to start a collective; reading: a rank's "
-        f"slices of {assumed['bytes_per_logit']}-byte logits, once, at {assumed['memory_GB_per_s']} GB/s. "
-        f"These are assumptions of a GPU of 2023, and no GPU was used.\n\n"
+        f"slices of {assumed['bytes_per_logit']}-byte logits, once, at "
+        f"{assumed['memory_GB_per_s']} GB/s. These are assumptions about a GPU, and none was "
+        f"used.\n\n"
         f"{_table(modelled, names)}\n"
     )
 

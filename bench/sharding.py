@@ -170,8 +170,6 @@ def model() -> list[dict[str, Any]]:
             }  # fmt: skip
             times = {"time_us": wire + start, "read_us": read}
             rows.append({"kind": kind, "ranks": ranks, **v, **times})
-                {"kind": kind, "ranks": ranks, **v, "time_us": wire + start, "read_us": read}
-            )
     return rows
 
 

@@ -124,8 +124,9 @@ static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t
 }
 
 static void run_job(const GradientJob& job, DType dx, DType dy, MixedRow& room) {
-  const bool slice_in_double = job.gradient.family() && job.state.whole < 0 && (dx == DType::f32 || dy == DType::f32) &&
-                               sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t);
+  const bool exact = job.gradient.family() && job.state.whole < 0 && (dx == DType::f32 || dy == DType::f32);
+  const bool slice_in_double =
+      exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
   if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double)
     gradient_f64(job, dx, dy);
   else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);

@@ -99,6 +99,11 @@ inline void take_means_as_summed(const FamilyKind& k, FamilySums& sums) {
   sums.reference_slope -= left_out;
 }
 
+// Whether the rows hardly overlap: every slope of a mixture is then about as large as its mean.
+inline bool saturated(const FamilyKind& k, const RowState& s) {
+  return k.family == Family::mixture && s.divergence > -0.8 * (k.weight_q * log(k.beta) + k.weight_p * log1p(-k.beta));
+}
+
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
   std::vector<float> x, y;
