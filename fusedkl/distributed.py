@@ -9,6 +9,7 @@ every rank, and its gradient is taken once, as in Megatron: do not sum losses ov
 from __future__ import annotations
 
 import math
+import operator
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -39,7 +40,7 @@ class Shards(NamedTuple):
     ids_name: str | None  # of the argument with token ids, if there is one
     # Of the cut that this rank goes by, if the call's numbers depend on it; docs/sharding.md.
     mark: int | None
-    question: tuple[int, tuple[tuple[str, Any], ...]] | None  # that the cut was the answer to
+    question: tuple[int, tuple[tuple[str, str], ...]] | None  # that the cut was the answer to
 
     def holds(self, valid_vocab: int | None) -> int:
         """How many of the slice's logits exist; valid_vocab counts from the slice's first."""
@@ -92,10 +93,10 @@ def shards(
             "group must be a torch.distributed.ProcessGroup that this process is a member of; "
             f"got {type(group).__name__}"
         )
-    name, here = group.group_name, len(range(logits.shape[-1]))  # never symbolic
+    name, here = group.group_name, operator.index(logits.shape[-1])
     call["valid_vocab"] = valid_vocab
-    # of a tensor only that it is one: its contents stay on the device
-    said = tuple((k, "a tensor" if isinstance(v, Tensor) else v) for k, v in call.items())
+    # Text is never symbolic. Of a tensor only that it is one: its contents stay on the device.
+    said = tuple((k, "a tensor" if isinstance(v, Tensor) else f"{v}") for k, v in call.items())
     rows = math.prod(logits.shape[:-1])
     sizes = shard_agreement.sizes(name, here, rows, said)
     by_place = ids_name is not None or valid_vocab is not None
@@ -110,6 +111,9 @@ def shards(
 
 def _mark(sizes: tuple[int, ...]) -> int:
     return zlib.crc32(repr(sizes).encode())
+
+
+_mark._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in shard_agreement.py
 
 
 def placed(shards: Shards, run: Callable[[Shards], _T]) -> tuple[_T, Shards]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-_Call = tuple[tuple[str, Any], ...]  # names and constants
+_Call = tuple[tuple[str, str], ...]  # names and what is said of them
 
 
 @dataclass
@@ -88,7 +88,7 @@ def _exchange(group: Any, vocabulary: int, rows: int | None, call: _Call) -> tup
     store: Any = c10d._get_process_group_store(group)
     me = group.rank()
     number, record.asked = record.asked, record.asked + 1
-    mine = json.dumps({"vocabulary": vocabulary, "rows": rows, **{k: str(v) for k, v in call}})
+    mine = json.dumps({"vocabulary": vocabulary, "rows": rows, **dict(call)})
     store.set(_key(number, me), mine)
     posts = []
     for rank in range(group.size()):
@@ -103,8 +103,8 @@ def _exchange(group: Any, vocabulary: int, rows: int | None, call: _Call) -> tup
         store.delete_key(_key(number - 1, me))
     _compare(posts)
     found = tuple(int(post["vocabulary"]) for post in posts)
-    valid = dict(call).get("valid_vocab")
-    if not 1 <= (sum(found) if valid is None else valid) <= sum(found):
+    valid = dict(call).get("valid_vocab", "None")
+    if not 1 <= (sum(found) if valid == "None" else int(valid)) <= sum(found):
         raise ValueError(
             f"the group's vocabulary must have at least 1 entry, and valid_vocab be from 1 to "
             f"{sum(found)}; got {valid}"

@@ -52,7 +52,7 @@ def second_sweep(group: dist.ProcessGroup) -> dict[str, Any]:
         for j, (kind, parameter) in enumerate(SECOND_SWEEP.items()):
             part = cut(group, V, i + j)
             found = errors(group, pair(*rows), part, truth(*rows, kind), kind, **parameter)
-            # rows that hardly overlap, or next to one token not at all: the gradient itself vanishes
+            # of rows that hardly overlap, or are one token, the gradient itself vanishes
             limit = 2e-4 if rows[0] >= 14 and rows[2] == 4 else 1e-5
             assert found[0] <= 1e-5, f"{kind} {rows} {part}: values off by {found[0]}"
             assert max(found) <= limit, f"{kind} {rows} {part}: gradients off by {found}"
