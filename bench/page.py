@@ -2,9 +2,9 @@
 
     python bench/page.py bench/results/NAME.json
 
-replaces what stands there between the two marks of its kind (a run of bench/run.py or of
-bench/memory_model.py in performance.md, of bench/sharding.py in sharding.md), so that no number
-there is typed by hand.
+replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
+bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
+bench/sharding.py), so that no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from goals import Result, verdict
 from tabulate import tabulate
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-def page(kind: str) -> Path:
-    """Where the section of a kind stands."""
-    return DOCS / ("sharding.md" if kind == "sharding" else "performance.md")
+# Of each kind of file, the page that shows it.
+PAGES = {
+    "results": DOCS / "performance.md",
+    "memory-model": DOCS / "performance.md",
+    "linear-results": DOCS / "linear.md",
+    "linear-tables": DOCS / "linear.md",
+    "sharding": DOCS / "sharding.md",
+}
+# Between the marks of results that nobody has committed yet.
+NOTHING = "No results are committed yet: they want a quiet machine.\n"
 
 
 def marks(kind: str) -> tuple[str, str]:
@@ -32,16 +37,40 @@ def marks(kind: str) -> tuple[str, str]:
 
 def kind(content: dict[str, Any]) -> str:
     """Which marks a file's section belongs between."""
+    if "products" in content:
+        return "linear-tables"
+    if "memory_model" in content:
+        return "memory-model"
     if "sharding" in content:
         return "sharding"
-    return "results" if "goals" in content else "memory-model"
+    if "goals" not in content:
+        return ""  # a figure's or another page's
+    only = all(entry["goal"].startswith("linear_") for entry in content["results"])
+    return "linear-results" if only else "results"
 
 
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    sections = {"results": _results, "memory-model": _memory_model, "sharding": _sharding}
-    return sections[kind(content)](path, content)
+    sections = {
+        "linear-tables": _linear_tables,
+        "memory-model": _memory_model,
+        "sharding": _sharding,
+    }
+    return sections.get(kind(content), _results)(path, content)
+
+
+def _linear_tables(path: Path, content: dict[str, Any]) -> str:
+    # Here, because it imports fusedkl, which the other tables do without.
+    import linear_tables
+
+    machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    return (
+        f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
+        f"{content['commit']} on {content['date']}. Machine: {machine}, {content['isa']} kernels. "
+        f"Versions: {versions}.\n\n{linear_tables.section(content)}"
+    )
 
 
 def _memory_model(path: Path, content: dict[str, Any]) -> str:
@@ -137,11 +166,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    which = kind(json.loads(path.read_text()))
-    begin, end = marks(which)
-    before, rest = page(which).read_text().split(begin)
+    of = kind(json.loads(path.read_text()))
+    begin, end = marks(of)
+    page = PAGES[of]
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    page(which).write_text(before + begin + section(path) + end + after)
+    page.write_text(before + begin + section(path) + end + after)
     return 0
 
 
