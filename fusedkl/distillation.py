@@ -157,13 +157,13 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
 
 def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
     soft, hard, parameter, inverse, read, ids, name, shards = call
-    rest = {"shards": shards, "backend": name}
-    return torch.cat(
-        [
-            autograd.row_stats(x, y, None, soft, parameter, inverse, read, **rest),
-            autograd.row_stats(x, None, ids, hard, None, None, read, **rest),
-        ]
+    soft_ones = autograd.row_stats(
+        x, y, None, soft, parameter, inverse, read, shards=shards, backend=name
     )
+    hard_ones = autograd.row_stats(
+        x, None, ids, hard, None, None, read, shards=shards, backend=name
+    )
+    return torch.cat([soft_ones, hard_ones])
 
 
 class _TwoTemperatures(torch.autograd.Function):
