@@ -1,14 +1,16 @@
-"""Write the results of one JSON file into the page of docs/ that shows them.
+"""Write the results of one JSON file into its page of docs/.
 
     python bench/page.py bench/results/NAME.json
 
 replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
 bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
-bench/sharding.py), so that no number on these pages is typed by hand.
+bench/dropin.py; of bench/trainers.py; of bench/sharding.py), so that no number on these pages is
+typed by hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,7 +27,16 @@ PAGES = {
     "memory-model": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
+    "dropin": DOCS / "dropin.md",
+    "trainers": DOCS / "integrations.md",
     "sharding": DOCS / "sharding.md",
+}
+# Scripts that say what their results look like, with a `section(content)`.
+SCRIPTS = {
+    "linear-tables": "linear_tables",
+    "dropin": "dropin",
+    "trainers": "trainers",
+    "sharding": "sharding",
 }
 # Between the marks of results that nobody has committed yet.
 NOTHING = "No results are committed yet: they want a quiet machine.\n"
@@ -41,10 +52,9 @@ def kind(content: dict[str, Any]) -> str:
         return "linear-tables"
     if "memory_model" in content:
         return "memory-model"
-    if "sharding" in content:
-        return "sharding"
     if "goals" not in content:
-        return ""  # a figure's or another page's
+        suite = content.get("suite", "")  # none: a figure's
+        return suite if suite in SCRIPTS else ""
     only = all(entry["goal"].startswith("linear_") for entry in content["results"])
     return "linear-results" if only else "results"
 
@@ -52,24 +62,21 @@ def kind(content: dict[str, Any]) -> str:
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    sections = {
-        "linear-tables": _linear_tables,
-        "memory-model": _memory_model,
-        "sharding": _sharding,
-    }
-    return sections.get(kind(content), _results)(path, content)
+    of = kind(content)
+    if of in SCRIPTS:
+        return _of_script(path, content, SCRIPTS[of])
+    return (_memory_model if of == "memory-model" else _results)(path, content)
 
 
-def _linear_tables(path: Path, content: dict[str, Any]) -> str:
+def _of_script(path: Path, content: dict[str, Any], script: str) -> str:
     # Here, because it imports fusedkl, which the other tables do without.
-    import linear_tables
-
+    module = importlib.import_module(script)
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     return (
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}. Machine: {machine}, {content['isa']} kernels. "
-        f"Versions: {versions}.\n\n{linear_tables.section(content)}"
+        f"Versions: {versions}.\n\n{module.section(content)}"
     )
 
 
@@ -85,59 +92,6 @@ def _memory_model(path: Path, content: dict[str, Any]) -> str:
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}. Versions: {versions}.\n\n"
         f"{tabulate(cells, table.columns, tablefmt='github', disable_numparse=True)}\n"
-    )
-
-
-def _table(rows: list[list[str]], columns: list[str]) -> str:
-    return tabulate(rows, columns, tablefmt="github", disable_numparse=True)
-
-
-def _sharding(path: Path, content: dict[str, Any]) -> str:
-    """Bytes and times over 2 and 4 processes, and the model of more."""
-    machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
-    measured = [
-        [
-            r["kind"],
-            str(r["ranks"]),
-            str(r["tokens"]),
-            " + ".join(f"{size:,}" for size in r["sent_bytes"].values()),
-            f"{r['largest_buffer_bytes']:,}",
-            *(f"{r[name]:.2f}" for name in ("alone_ms", "forward_ms", "backward_ms")),
-        ]
-        for r in content["sharding"]
-    ]
-    columns = ["kind", "processes", "tokens", "bytes sent by a rank", "largest buffer, bytes"]
-    columns += ["its slice alone, ms", "forward, ms", "backward, ms"]
-    vocabularies = list(content["model"][0]["read_us"])
-    modelled = [
-        [
-            r["kind"],
-            str(r["ranks"]),
-            str(r["collectives"]),
-            *(f"{r[name] / 2**20:.2f}" for name in ("sent", "received", "held")),
-            f"{r['time_us']:.0f}",
-            *(f"{r['read_us'][v]:.0f}" for v in vocabularies),
-        ]
-        for r in content["model"]
-    ]
-    assumed = content["assumed"]
-    names = ["kind", "ranks", "collectives", "sent, MiB", "received, MiB", "largest buffer, MiB"]
-    names += ["collectives, µs", *(f"reading, V = {v}, µs" for v in vocabularies)]
-    return (
-        f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
-        f"{content['commit']} on {content['date']}.\n\n"
-        f"Measured, with gloo over the loopback of one machine, float32 logits, V = "
-        f"{content['vocabulary']}, one thread a process. Machine: {machine}. Versions: {versions}."
-        f"\n\n{_table(measured, columns)}\n\n"
-        f"Modelled, not measured: {assumed['tokens']} tokens; a link of "
-        f"{assumed['link_GB_per_s_up_to_8_ranks']} GB/s in one direction up to 8 ranks and of "
-        f"{assumed['link_GB_per_s_beyond']} GB/s beyond, and "
-        f"{assumed['latency_us_per_collective']} µs to start a collective; reading: a rank's "
-        f"slices of {assumed['bytes_per_logit']}-byte logits, once, at "
-        f"{assumed['memory_GB_per_s']} GB/s. These are assumptions about a GPU, and none was "
-        f"used.\n\n"
-        f"{_table(modelled, names)}\n"
     )
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 import torch
 import torch.distributed as dist
+from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedkl
@@ -173,6 +174,49 @@ def model() -> list[dict[str, Any]]:
     return rows
 
 
+def _table(rows: list[list[str]], columns: list[str]) -> str:
+    return tabulate(rows, columns, tablefmt="github", disable_numparse=True)
+
+
+def section(content: dict[str, Any]) -> str:
+    """The tables for docs/sharding.md."""
+    measured = [
+        [
+            *(str(r[name]) for name in ("kind", "ranks", "tokens")),
+            " + ".join(f"{size:,}" for size in r["sent_bytes"].values()),
+            f"{r['largest_buffer_bytes']:,}",
+            *(f"{r[name]:.2f}" for name in ("alone_ms", "forward_ms", "backward_ms")),
+        ]
+        for r in content["sharding"]
+    ]
+    columns = ["kind", "processes", "tokens", "bytes sent by a rank", "largest buffer, bytes"]
+    columns += ["its slice alone, ms", "forward, ms", "backward, ms"]
+    vocabularies = list(content["model"][0]["read_us"])
+    modelled = [
+        [
+            *(str(r[name]) for name in ("kind", "ranks", "collectives")),
+            *(f"{r[name] / 2**20:.2f}" for name in ("sent", "received", "held")),
+            f"{r['time_us']:.0f}",
+            *(f"{r['read_us'][v]:.0f}" for v in vocabularies),
+        ]
+        for r in content["model"]
+    ]
+    assumed = content["assumed"]
+    names = ["kind", "ranks", "collectives", "sent, MiB", "received, MiB", "largest buffer, MiB"]
+    names += ["collectives, µs", *(f"reading, V = {v}, µs" for v in vocabularies)]
+    return (
+        f"Measured, with gloo over the loopback of that machine, float32 logits, V = "
+        f"{content['vocabulary']}, one thread a process:\n\n{_table(measured, columns)}\n\n"
+        f"Modelled, not measured: {assumed['tokens']} tokens; a link of "
+        f"{assumed['link_GB_per_s_up_to_8_ranks']} GB/s in one direction up to 8 ranks and of "
+        f"{assumed['link_GB_per_s_beyond']} GB/s beyond, and "
+        f"{assumed['latency_us_per_collective']} µs to start a collective; reading: a rank's "
+        f"slices of {assumed['bytes_per_logit']}-byte logits, once, at "
+        f"{assumed['memory_GB_per_s']} GB/s. These are assumptions about a GPU, and none was "
+        f"used.\n\n{_table(modelled, names)}\n"
+    )
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
@@ -180,10 +224,12 @@ def main(arguments: list[str]) -> int:
     out = Path(arguments[0])
     content = {
         "schema": 1,
+        "suite": "sharding",
         "command": f"python bench/sharding.py {out}",
         "commit": machine.commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
+        "isa": machine.instruction_set(),
         "versions": machine.versions(),
         "vocabulary": VOCABULARY,
         "assumed": ASSUMED,

@@ -149,7 +149,7 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
             x, y, call.ids if call.hard else None, fields, call.parameter, inverse, call.read,
             shards=call.shards, backend=call.backend,
         )  # fmt: skip
-    if torch.compiler.is_compiling() or x.numel() == 0 or sharded:
+    if autograd.intercepted(x, y) or x.numel() == 0 or sharded:
         return _apart(x, y, call)
     out: Tensor = _TwoTemperatures.apply(x, y, call)
     return out

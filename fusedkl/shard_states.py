@@ -262,7 +262,8 @@ def _merge_shards(
         if any(f.second_sweep for f in known):  # to come
             got |= {f.name: torch.zeros_like(state[rows, :1]).t() for f in known if f.second_sweep}
         values[:, rows] = torch.cat([got[name] for name in fields])
-    state[:, reference.STATE.index("whole")] = -1
+    if backend == "cpu":  # csrc/cpu/rows.h
+        state[:, reference.STATE.index("whole")] = -1
     if mask is not None:
         values.masked_fill_(~mask, 0)
     return values, state

@@ -11,7 +11,7 @@ from . import autograd, distributed, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
-from .topk_ops import BACKENDS
+from .topk_ops import KERNELS
 from .topk_ops import topk_logprobs as outcomes
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def topk_divergence(
     # of slices, what the whole vocabulary has is looked at by sharded_topk
     width = policy_logits.shape[-1] if shards is None else None
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
-    if inverse is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
         validation.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
@@ -198,7 +198,7 @@ def teacher_rows(
         ids = torch.where(counted[:, None], ids, -1)
     ids = ids.contiguous()
     log_q = torch.where(ids >= 0, log_q, -torch.inf)
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width, names)
     return ids, log_q
 
@@ -254,11 +254,11 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
 
 def _resolve(backend: str | None, device: torch.device) -> str:
     name = resolve(backend, device)
-    if name in BACKENDS:
+    if name in KERNELS:
         return name
     if backend is not None:
         raise ValueError(
-            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(BACKENDS)} do"
+            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(KERNELS)} do"
         )
     return "reference"
 

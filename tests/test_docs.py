@@ -95,9 +95,11 @@ assert text == page.section(shown.parents[1] / named[0]), f"python bench/page.py
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["results", "memory-model", "linear-results", "linear-tables", "sharding"]
-)
+KINDS = ["results", "memory-model", "linear-results", "linear-tables"]
+KINDS += ["dropin", "trainers", "sharding"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

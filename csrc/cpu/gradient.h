@@ -384,7 +384,7 @@ static void gradient_row(GradientJob job) {
   if (!job.y) return single_gradient<D>(job);
   Means m = means_of(job);
   // the mean over a slice would be another mean
-  const Lacking lack = job.state.whole > 0 ? lacking<D>(job, false) : Lacking{};
+  const Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
   if (lack.any()) refine_means<D>(job, m);
   if (lack.ratio) set_ratio(job.state, m, job.inv_t);
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
