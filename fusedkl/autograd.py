@@ -327,7 +327,8 @@ def row_stats(
             values, _ = applied(
                 _RowStats, policy, reference_,
                 None if token_ids is None else place.local_ids(token_ids), fields, parameter,
-                inv_temperature, mask, place.local_vocabulary(valid_vocab), softcap, inplace_grad, place, backend,
+                inv_temperature, mask, place.local_vocabulary(valid_vocab), softcap,
+                inplace_grad, place, backend,
             )  # fmt: skip
             found: Tensor = values
             return found
