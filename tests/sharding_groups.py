@@ -147,7 +147,8 @@ def graphs(group: dist.ProcessGroup) -> None:
                 value = run(*mine, ids[:rows].clone(), mask[:rows].clone())
                 value.backward()
             found.append([value.detach(), *(t.grad for t in mine)])
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), f"{rows} rows"
+        for a, b in zip(*found, strict=True):  # gradients of three functions, added in some order
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
 
 
 @case
