@@ -11,8 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
-from .layout import row_pointer, unspecialised, vectorised
+from .formulas import (
+    FAR,
+    LOG2E,
+    NEAR,
+    difference,
+    gap_coefficients,
+    gap_polynomial,
+    multiply_add,
+)
+from .layout import is_half, load_words, row_pointer, unspecialised, vectorised
 from .state import has, only
 
 # 16-bit gradients: expm1(u) = u + u^2/2 up to here, to 2e-4.
@@ -52,7 +60,7 @@ def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.co
     if ROBUST:
         return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
     else:
-        return tl.exp2(tl.fma(logit, slope, -shift)) * weight
+        return tl.exp2(multiply_add(logit, slope, -shift)) * weight
 
 
 @triton.jit
@@ -91,6 +99,16 @@ def _token(
     return gx, gy
 
 
+@triton.jit
+def _load(row, begin, tokens, words, WORDS: tl.constexpr):
+    """Tokens begin .. in fp32: even and odd ones, or all of them twice."""
+    if WORDS:
+        return load_words(row, begin, words)
+    else:
+        found = tl.load(row + (begin + tokens)).to(tl.float32)
+        return found, found
+
+
 @unspecialised
 def gradients(
     policy, reference, policy_grad, reference_grad, constants, inv_temperature,
@@ -106,6 +124,14 @@ def gradients(
     NEEDS_Y: tl.constexpr = REFERENCE or has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl")
     # with one term only, its coefficient may as well be in the weights
     PLAIN: tl.constexpr = only(FIELDS, "forward_kl") and not REFERENCE
+    ACCURATE: tl.constexpr = (
+        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
+    )
+    # unpacking two tokens of a word costs less than one of a vector of tokens
+    WORDS: tl.constexpr = (
+        ALIGNED and not ACCURATE and ((not NEEDS_X) or is_half(policy))
+        and ((not NEEDS_Y) or is_half(reference))
+    )  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = first + local
     begin = tl.program_id(1).to(tl.int64) * chunk
@@ -130,10 +156,8 @@ def gradients(
     y_row = row_pointer(reference, local, inner, y_outer, y_inner) + begin
     gx_row = row_pointer(policy_grad, local, inner, gx_outer, gx_inner) + begin
     gy_row = row_pointer(reference_grad, local, inner, gy_outer, gy_inner) + begin
-    ACCURATE: tl.constexpr = (
-        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
-    )
     lane = tl.arange(0, BLOCK)
+    word = tl.arange(0, BLOCK // 2)
     if ALIGNED:
         x_row = vectorised(x_row)
         y_row = vectorised(y_row)
@@ -143,15 +167,23 @@ def gradients(
     series = gap_coefficients(inv_t)
     if action == 1.0:  # other rows, and the end of this one, take the loop below
         for i in tl.range(0, whole, BLOCK):
-            x = 0.0
-            y = 0.0
+            x = (0.0, 0.0)
+            y = (0.0, 0.0)
             if NEEDS_X:
-                x = tl.load(x_row + (i + lane)).to(tl.float32)
+                x = _load(x_row, i, lane, word, WORDS)
             if NEEDS_Y:
-                y = tl.load(y_row + (i + lane)).to(tl.float32)
+                y = _load(y_row, i, lane, word, WORDS)
             gx, gy = _token(
-                x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
+                x[0], y[0], c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
             )
+            if WORDS:  # even tokens, and here the odd ones
+                odd_x, odd_y = _token(
+                    x[1], y[1], c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
+                )
+                if POLICY:
+                    gx = tl.reshape(tl.join(gx, odd_x), (BLOCK,))
+                if REFERENCE:
+                    gy = tl.reshape(tl.join(gy, odd_y), (BLOCK,))
             if POLICY:
                 tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty))
             if REFERENCE:

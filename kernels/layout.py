@@ -66,3 +66,15 @@ def load_each(pointer, offsets, end):
     """Logits in fp32, -inf from `end` on: tokens that neither row has."""
     found = tl.load(pointer + offsets, mask=offsets < end, other=0.0).to(tl.float32)
     return tl.where(offsets < end, found, float("-inf"))
+
+
+@triton.jit
+def total(columns):
+    """The sum of [width] numbers, in an order that does not depend on which lanes hold them.
+
+    tl.sum adds what one lane holds first, and loads of other widths put other numbers there.
+    """
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    columns = a + b
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    return tl.sum(a + b, 0)

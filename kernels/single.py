@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .formulas import FAR, LOG2E
-from .layout import load_each, load_words, row_pointer, unspecialised, vectorised
+from .layout import load_each, load_words, row_pointer, total, unspecialised, vectorised
 from .sweep import COLUMNS
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -85,7 +85,7 @@ def sweep_single(
         state = _tile(state, x0, x1, slope, ENTROPY)
     rest, gap, top, ties = state
     out = parts + part * COLUMNS * n + row
-    tl.store(out + n, tl.sum(rest, 0))
-    tl.store(out + 5 * n, tl.sum(gap, 0))
+    tl.store(out + n, total(rest))
+    tl.store(out + 5 * n, total(gap))
     tl.store(out + 11 * n, top)
     tl.store(out + 12 * n, ties)
