@@ -4,6 +4,7 @@ FUSEDKL_NO_EXT=1   pure Python: no compiler needed, everything runs on the refer
 FUSEDKL_BUILD_CUDA=1, 0   the CUDA kernels, or not; unset: where PyTorch has CUDA and sees a GPU,
                    and nvcc is found
 FUSEDKL_DEBUG=1    compile with -O0 -g
+FUSEDKL_COVERAGE=1 count which lines run, for gcov: `make coverage-cpp`
 MAX_JOBS=n         parallel compile jobs
 """
 
@@ -16,6 +17,7 @@ from setuptools import Extension, setup
 
 NO_EXT = os.environ.get("FUSEDKL_NO_EXT") == "1"
 DEBUG = os.environ.get("FUSEDKL_DEBUG") == "1"
+COVERAGE = ["--coverage"] if os.environ.get("FUSEDKL_COVERAGE") == "1" else []
 # One binary serves every CPython >= 3.10. Free-threaded interpreters have no such ABI.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -28,6 +30,7 @@ CPU_SOURCES = [
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/family_series.cpp",
     "csrc/cpu/rows_f64.cpp",
+    "csrc/cpu/kept_memory.cpp",
     "csrc/cpu/tensors.cpp",
     "csrc/cpu/row_stats.cpp",
     "csrc/cpu/row_stats_backward.cpp",
@@ -80,8 +83,8 @@ def compile_flags() -> list[str]:
     # No contraction: which multiply-adds are fused is part of the arithmetic; the code states it.
     # No -march: the instruction set is chosen at run time; the ISA files state their target inside.
     numerics = ["-ffp-contract=off", "-fno-math-errno"]
-    optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
-    return [*define, *optimise, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
+    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if COVERAGE else ["-O3", "-g0"]
+    return [*define, *optimise, *COVERAGE, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
 
 
 def cuda_library() -> Extension:
@@ -122,6 +125,7 @@ def native_build() -> dict[str, object]:
         include_dirs=[os.path.abspath("csrc")],  # ninja runs in the build folder
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=COVERAGE,
         py_limited_api=LIMITED_API,
     )
     libraries = [library]

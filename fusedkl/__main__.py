@@ -12,7 +12,12 @@ import fusedkl
 
 from . import _library
 
-ENVIRONMENT = ("FUSEDKL_BACKEND", "FUSEDKL_CPU_ISA", "FUSEDKL_HUGE_PAGES")
+ENVIRONMENT = (
+    "FUSEDKL_BACKEND",
+    "FUSEDKL_CPU_ISA",
+    "FUSEDKL_HUGE_PAGES",
+    "FUSEDKL_KEEP_MEMORY",
+)
 
 
 def info() -> str:

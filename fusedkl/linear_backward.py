@@ -56,6 +56,7 @@ class _Sums:
         if wanted.given and side.given is not None:
             self.out.given = torch.empty_like(side.given, memory_format=torch.contiguous_format)
         self._weight: Tensor | None = None
+        self._fresh = False  # nothing has been added to the tile of d weight yet
         self._bias: Tensor | None = None
 
     def _room(self, name: str, rows: int, columns: int) -> Tensor:
@@ -66,7 +67,12 @@ class _Sums:
         """Before a tile of the vocabulary."""
         size = columns.stop - columns.start
         if self.out.weight is not None:
-            self._weight = self._room("weight", size, self.out.weight.shape[1]).zero_()
+            self._fresh = True
+            self._weight = (
+                self.out.weight[columns]  # summed where it is wanted
+                if self.out.weight.dtype == self.products.total
+                else self._room("weight", size, self.out.weight.shape[1])
+            )
         elif self.weight_of is not None:  # one weight for both sides
             self._weight = self.weight_of._weight
         if self.out.bias is not None:
@@ -87,14 +93,19 @@ class _Sums:
         if self.out.hidden is not None and side.weight is not None:
             self.products.add(self.out.hidden[tokens], gradient, side.weight[columns])
         if self._weight is not None and side.hidden is not None:
-            self.products.add(self._weight, gradient.t(), side.hidden[tokens])
+            owner = self if self.weight_of is None else self.weight_of
+            self.products.add(self._weight, gradient.t(), side.hidden[tokens], owner._fresh)
+            owner._fresh = False
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
     def end(self, columns: slice) -> None:
         """After it: rounded once."""
         if self.out.weight is not None and self._weight is not None:
-            self.out.weight[columns] = self._weight
+            if self._fresh:  # there are no tokens
+                self._weight.zero_()
+            if self._weight.dtype != self.out.weight.dtype:
+                self.out.weight[columns] = self._weight
         if self.out.bias is not None and self._bias is not None:
             self.out.bias[columns] = self._bias
 

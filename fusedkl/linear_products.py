@@ -94,17 +94,24 @@ class Products:
                     torch.addmm(out, a, b.t(), out=out)
         return out
 
-    def add(self, total: Tensor, gradient: Tensor, other: Tensor) -> None:
-        """total [m, H] += gradient [m, k] other [k, H]; the gradient is a tile or its transpose."""
+    def add(self, total: Tensor, gradient: Tensor, other: Tensor, fresh: bool = False) -> None:
+        """total [m, H] += gradient [m, k] other [k, H]; the gradient is a tile or its transpose.
+
+        fresh: the total is not read; it may hold anything.
+        """
+        beta = 0 if fresh else 1
         if self.plain and total.dtype == self.tile:
-            torch.addmm(total, gradient, other, out=total)
-        elif self.plain:
-            total += torch.mm(gradient, other)
-        elif self.stores_wide:
-            total += torch.mm(gradient.to(self.operands), other, out_dtype=total.dtype)
+            torch.addmm(total, gradient, other, beta=beta, out=total)
+        elif self.plain or self.stores_wide:
+            product = (
+                torch.mm(gradient, other)
+                if self.plain
+                else torch.mm(gradient.to(self.operands), other, out_dtype=total.dtype)
+            )
+            total.copy_(product) if fresh else total.add_(product)
         else:
             for at in range(0, other.shape[1], self.inner):
                 part = total[:, at : at + self.inner]
                 widened = self._widened("right", other[:, at : at + self.inner])
                 with self._multipliers():
-                    torch.addmm(part, gradient, widened, out=part)
+                    torch.addmm(part, gradient, widened, beta=beta, out=part)

@@ -130,7 +130,7 @@ def test_the_page_in_a_browser(found: Any, tmp_path: Path) -> None:
 def test_pytest_benchmark_runs_the_suite(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "benchmark.json"
-    command = [sys.executable, "-P", "-m", "pytest", "bench/", "--benchmark-only", "-q"]
+    command = [sys.executable, "-I", "-m", "pytest", "bench/", "--benchmark-only", "-q"]
     done = subprocess.run(
         [
             *command,

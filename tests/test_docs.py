@@ -43,6 +43,40 @@ def test_named_files_exist(page: str) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def commands(text: str) -> list[str]:
+    """What a page tells its reader to run: lines of indented blocks, and code in a sentence."""
+    told = r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:make|python|pytest) [^`\n]+"
+    found = re.findall(rf"^    ({told})", text, re.MULTILINE) + re.findall(rf"`({told})`", text)
+    return [c.partition(" #")[0].strip() for c in found]
+
+
+def unknown(command: str) -> list[str]:
+    """Targets, files and options of a command that are not there."""
+    words = [w for w in command.split() if not re.match(r"[A-Z_]+=", w)]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return [w for w in words[1:] if w not in targets]
+    files = [w for w in words[1:] if re.fullmatch(r"(?:\w+/)*\w+\.py|bench/", w)]
+    missing = [name for name in files if not (ROOT / name).exists()]
+    if words[0].endswith("pytest") or missing or not files or files[0] == "setup.py":
+        return missing
+    program = (ROOT / files[0]).read_text()
+    program += (ROOT / "examples/common.py").read_text() if "examples/" in files[0] else ""
+    return [w for w in words if w.startswith("--") and f'"{w}"' not in program]
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if commands(PAGES[name])])
+def test_commands_are_known(page: str) -> None:
+    assert [c for c in commands(PAGES[page]) if unknown(c)] == []
+
+
+def test_unknown_commands_are_seen() -> None:
+    (command,) = commands("    .venv/bin/python bench/run.py --models --no-such  # x\n")
+    assert unknown(command) == ["--no-such"]
+    assert unknown("make nothing") == ["nothing"]
+    assert unknown("A=1 pytest tests/test_none.py -k x") == ["tests/test_none.py"]
+
+
 # In a process of its own: modules of bench/ share names with those of other tests.
 COMPARE = """
 import re, sys

@@ -16,6 +16,7 @@ from kl_div_cases import needs_kernel
 from torch import Tensor
 
 import fusedkl
+from fusedkl import autograd
 from fusedkl.inductor.passes import rewrite
 
 pytestmark = [
@@ -149,6 +150,25 @@ def selective_by_logsumexp(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return chosen + (lse - (F.softmax(x, -1) * x).sum(-1))
 
 
+def selective_by_a_loop(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """As TRL writes it, with the entropy beside it; x [..., N, V] in a loop over its first dim."""
+    x = x.reshape(1, *x.shape).expand(2, -1, -1) / 0.7
+    index = (mask * 7).long().unsqueeze(0).expand(2, -1).unsqueeze(-1)
+    lse = torch.stack([torch.logsumexp(part, dim=-1) for part in x])
+    chosen = (torch.gather(x, dim=-1, index=index) - lse.unsqueeze(-1)).squeeze(-1)
+    log_p = F.log_softmax(x, dim=-1)
+    return chosen[0] - (torch.exp(log_p) * log_p).sum(-1)[1]
+
+
+def metrics_without_grad(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """The entropy is only watched, the log-probability trained."""
+    index = (mask * 7).long().unsqueeze(-1)
+    log_p = F.log_softmax(x, -1)
+    with torch.no_grad():
+        watched = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, index).squeeze(-1) * watched
+
+
 def many_tokens(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     index = torch.arange(4).expand(x.shape[0], 4)
     return x.log_softmax(-1).gather(-1, index)
@@ -211,6 +231,8 @@ REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
     metric_under_no_grad: ("forward_kl", "forward_kl"),
     selective: ("logprob", "entropy"),
     selective_by_logsumexp: ("logprob", "entropy"),
+    selective_by_a_loop: ("logprob", "entropy"),
+    metrics_without_grad: ("entropy", "logprob"),
     many_tokens: ("logprob",),
     kept: ("forward_kl",),
     masked_elements: ("forward_kl",) * 3,
@@ -257,6 +279,23 @@ def unnormalised(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(x, -1), y.exp(), reduction="sum")
 
 
+def picked_by_indexing(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return F.log_softmax(x, -1)[torch.arange(N), (mask * 7).long()]
+
+
+def picked_from_some_rows(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return F.log_softmax(x, -1).gather(-1, (mask * 7).long().unsqueeze(-1)[1:]).squeeze(-1)
+
+
+def picked_over_tokens(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return F.log_softmax(x, 0).gather(-1, (mask * 7).long().unsqueeze(-1)).squeeze(-1)
+
+
+def picked_at_another_temperature(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    chosen = x.gather(-1, (mask * 7).long().unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.logsumexp(x / 2, -1)
+
+
 def narrowed(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     p = F.log_softmax(x, -1, dtype=torch.float64)
     return F.kl_div(p, F.softmax(y, -1), reduction="sum").float()
@@ -269,6 +308,10 @@ LEFT_ALONE = {
     written_in_between: "changed in place between",
     broadcast: "broadcast",
     unnormalised: "kl_div: target is exp",
+    picked_by_indexing: "by indexing; gather(-1, tokens) is known",
+    picked_from_some_rows: "an index (4, 1) that does not have their rows (5,)",
+    picked_over_tokens: "over dim 0 of 2",
+    picked_at_another_temperature: "not of the same row at one temperature",
     narrowed: "turns torch.float32 into torch.float64",
     mixture_of_other_weights: "not weighted as its mixture is",
 }
@@ -283,6 +326,23 @@ def test_near_misses_are_left_alone_and_reported(function: Callable[..., Tensor]
     assert LEFT_ALONE[function] in str(report)
 
 
+def test_token_statistics_are_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities and the entropy of the same rows come from one call of the operator."""
+    asked = []
+    stats = autograd.row_stats
+
+    def counting(x: Tensor, y: Tensor | None, ids: Tensor | None, fields: Any, *a: Any, **k: Any):  # type: ignore[no-untyped-def]
+        asked.append(tuple(fields))
+        return stats(x, y, ids, fields, *a, **k)
+
+    monkeypatch.setattr(autograd, "row_stats", counting)
+    for function in (selective, selective_by_logsumexp, selective_by_a_loop):
+        torch.compiler.reset()
+        asked.clear()
+        compiled(function)(*inputs())
+        assert len(asked) == 1 and sorted(asked[0]) == ["entropy", "logprob"], function
+
+
 def half_detached(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     p, q = F.log_softmax(x, -1), F.log_softmax(y, -1)
     return (p.exp() * (p.detach() - q)).sum(-1) * 2 + (q.exp().detach() * (q - p)).sum(-1)
@@ -291,6 +351,17 @@ def half_detached(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
 def test_detached_factors_keep_their_gradients() -> None:
     x, y, mask = inputs()
     agree(half_detached, (x, y.requires_grad_(), mask))
+
+
+def rows_in_another_order(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    x = x.reshape(1, *x.shape).expand(2, -1, -1) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    index = (mask * 7).long().unsqueeze(0).expand(2, -1).unsqueeze(-1)
+    lse = torch.stack([torch.logsumexp(x[i], dim=-1) for i in (1, 0)])
+    return (torch.gather(x, dim=-1, index=index) - lse.unsqueeze(-1)).squeeze(-1)
+
+
+def test_a_loop_in_another_order_is_not_the_whole() -> None:
+    assert agree(rows_in_another_order, inputs()).rewritten == ()
 
 
 def test_other_graphs_are_not_touched() -> None:

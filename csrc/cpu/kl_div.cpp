@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad, std::optional<Ten
                   "fusedkl kl_div: grad must be one number of target's dtype on the CPU");
   check_alike(input.value_or(target), target);
   const DType dtype = dtype_of(target, "target");
-  auto fresh = [&](bool wanted) { return new_result(target, wanted ? sizes_of(target) : std::vector<int64_t>{0}, dtype); };
+  auto fresh = [&](bool wanted) { return wanted ? new_gradient(target, dtype) : torch::stable::new_empty(target, {0}); };
   const Tensor dx = fresh(input_grad), dt = fresh(target_grad);
   if (!input_grad && !target_grad) return {dx, dt};
   const auto gradient = kl_kernels().gradient[static_cast<int>(dtype)][log_target][input_grad + 2 * target_grad - 1];

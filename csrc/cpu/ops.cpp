@@ -79,7 +79,7 @@ Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, ScalarType
                          : dtype == ScalarType::BFloat16 ? DType::bf16
                          : dtype == ScalarType::Half     ? DType::f16
                                                          : DType::f64;
-  const Tensor result = new_result(output, sizes_of(output), out_type);
+  const Tensor result = new_gradient(output, out_type);
   const Rows out(result, "result", result.mutable_data_ptr());
   const KernelTable& k = kernels();
   const bool f64 = g.dtype == DType::f64 || o.dtype == DType::f64 || out_type == DType::f64;

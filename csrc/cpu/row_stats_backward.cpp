@@ -200,8 +200,8 @@ static void run(const BackwardCall& c) {
   });
 }
 
-static Tensor new_gradient(bool wanted, const Tensor& like, const char* name) {
-  return wanted ? new_result(like, sizes_of(like), dtype_of(like, name)) : torch::stable::new_empty(like, {0});
+static Tensor gradient_if(bool wanted, const Tensor& like, const char* name) {
+  return wanted ? new_gradient(like, dtype_of(like, name)) : torch::stable::new_empty(like, {0});
 }
 
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& policy, const std::optional<Tensor>& reference,
@@ -210,8 +210,8 @@ std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& 
                                               const std::optional<Tensor>& inv_temperature, std::optional<int64_t> valid_vocab,
                                               std::optional<double> softcap, bool policy_grad, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
-  const Tensor gx = new_gradient(policy_grad, policy, "policy"),
-               gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
+  const Tensor gx = gradient_if(policy_grad, policy, "policy"),
+               gy = gradient_if(reference_grad, reference ? *reference : policy, "reference");
   run({grad,
        policy,
        reference,
@@ -231,7 +231,7 @@ Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const std::optiona
                            std::optional<double> parameter, const std::optional<Tensor>& inv_temperature,
                            std::optional<int64_t> valid_vocab, std::optional<double> softcap, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
-  const Tensor gy = new_gradient(reference_grad, reference ? *reference : policy, "reference");
+  const Tensor gy = gradient_if(reference_grad, reference ? *reference : policy, "reference");
   run({grad,
        policy,
        reference,
@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(
     std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
   const Controls controls{parameter, valid_vocab, softcap};
   const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask, controls);
-  const Tensor gx = new_gradient(true, policy, "policy");
+  const Tensor gx = new_gradient(policy, dtype_of(policy, "policy"));
   const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, controls, &gx, nullptr);
   torch::stable::parallel_for(0, f.policy.count, grain_of(f.policy.length), [&](int64_t begin, int64_t end) {
     Widened wide;

@@ -1,11 +1,6 @@
 #include "tensors.h"
 
-#include <cstdlib>
-#include <cstring>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "kept_memory.h"
 
 namespace fusedkl {
 
@@ -19,21 +14,18 @@ const KernelTable& kernels() {
 
 Tensor new_result(const Tensor& like, std::vector<int64_t> sizes, DType dtype) {
   Tensor t = torch::stable::new_empty(like, sizes, scalar_type_of(dtype));
-#if defined(__linux__)
-  static const bool wanted = [] {
-    const char* v = std::getenv("FUSEDKL_HUGE_PAGES");
-    return !v || std::strcmp(v, "0") != 0;
-  }();
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t bytes = static_cast<uintptr_t>(t.numel() * size_of(dtype));
-  if (wanted && bytes >= 2 * kHuge) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) / kHuge * kHuge;
-    // advice only: where it is refused, small pages serve
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
+  advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel() * size_of(dtype)));
   return t;
+}
+
+Tensor new_gradient(const Tensor& like, DType dtype) {
+  const std::vector<int64_t> sizes = sizes_of(like);
+  const KeptBlock block = take_memory(static_cast<size_t>(like.numel() * size_of(dtype)));
+  if (!block) return new_result(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return torch::stable::from_blob(block.data, sizes, strides, like.device(), scalar_type_of(dtype),
+                                  [block](void*) { give_memory(block); });
 }
 
 }  // namespace fusedkl

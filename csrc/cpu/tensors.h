@@ -82,9 +82,12 @@ class Rows {
   int64_t count = 1, length = 0;
 };
 
-// An uninitialised tensor of these sizes, on huge pages where it is large and the system grants them: page faults would
-// otherwise be the largest single cost of a gradient. FUSEDKL_HUGE_PAGES=0 turns that off.
+// Uninitialised and contiguous, on huge pages where it is large and the system grants them: page faults would otherwise be the
+// largest single cost of it.
 Tensor new_result(const Tensor& like, std::vector<int64_t> sizes, DType dtype);
+// As large as `like`, in memory that is kept for the next one (kept_memory.h). Its storage cannot be resized, so this is not
+// for results that are more than a gradient.
+Tensor new_gradient(const Tensor& like, DType dtype);
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> s;

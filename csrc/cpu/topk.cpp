@@ -164,7 +164,7 @@ Tensor topk_logprobs_backward(const Tensor& grad, const Tensor& policy, const Te
                       state.size(0) == c.policy.count && state.size(1) == kTopkColumns,
                   "state does not fit the policy");
   kernels();
-  const Tensor result = new_result(policy, sizes_of(policy), c.policy.dtype);
+  const Tensor result = new_gradient(policy, c.policy.dtype);
   const Rows out(result, "gradient", result.mutable_data_ptr());
   torch::stable::parallel_for(0, c.policy.count, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++)

@@ -45,6 +45,12 @@ class Reader(Rows):
 
     def _getitem(self, node: Node, x: Any, index: Any) -> Value:
         products, mask, tensor = self.value(x), example(index), example(x)
+        if isinstance(index, tuple) and isinstance(values.log_of(products), Row):
+            if any(isinstance(example(part), torch.Tensor) for part in index):
+                self.reading.missed[node] = (
+                    "log-probabilities of tokens by indexing; gather(-1, tokens) is known"
+                )
+            return None
         if not isinstance(products, Products) or not isinstance(mask, torch.Tensor):
             return None
         if mask.dtype != torch.bool or not same(mask.shape, tensor.shape[:-1]):
@@ -116,11 +122,18 @@ class Reader(Rows):
 
     def _gather(self, node: Node, x: Any, dim: Any, index: Any) -> Value:
         value, tensor, ids = self.value(x), example(x), example(index)
-        if tensor is None or ids is None or not last(dim, tensor):
-            return None
-        if not same(ids.shape[:-1], tensor.shape[:-1]) or ids.dtype != torch.int64:
+        if tensor is None or ids is None:
             return None
         atom = values.log_of(value)
+        if not last(dim, tensor) or not same(ids.shape[:-1], tensor.shape[:-1]):
+            if isinstance(atom, Row):
+                self.reading.missed[node] = (
+                    f"gather of log-probabilities over dim {dim}, with an index "
+                    f"{tuple(ids.shape)} that does not have their rows {tuple(tensor.shape[:-1])}"
+                )
+            return None
+        if x in self._why:
+            self.reading.missed[node] = f"gather: input {self._reason(x)}"
         if isinstance(atom, Row):
             self._record(Single(node, atom, index))
         return Picked(value.row, index) if isinstance(value, Scaled) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -144,7 +145,24 @@ class Rows(ABC):
     def _stack(self, node: Node, x: Any, dim: int = 0) -> Value:
         if dim != 0 or not isinstance(x, (list, tuple)):
             return None
-        return Stacked(tuple(self.value(part) for part in x))
+        parts = tuple(self.value(part) for part in x)
+        return self._whole(parts) or Stacked(parts)
+
+    def _whole(self, parts: tuple[Value, ...]) -> LogSumExp | None:
+        """logsumexp of a tensor's rows, from those of x[0], x[1], ..., x[-1], in a loop over it."""
+        if not all(isinstance(part, LogSumExp) and not part.kept for part in parts):
+            return None
+        nodes = [part.row.logits for part in parts if part.row.temperature is None]
+        whole = nodes[0].args[0] if nodes and nodes[0].target is operator.getitem else None
+        value, tensor = self.value(whole), example(whole)
+        if not isinstance(value, Scaled) or [n.args for n in nodes] != [
+            (whole, i) for i in range(len(parts))
+        ]:
+            return None
+        if not same(tensor.shape[0], len(parts)) or len({p.row.detached for p in parts}) != 1:
+            return None
+        value = values.detach(value) if parts[0].row.detached else value
+        return LogSumExp(value.row, kept=False)
 
     def _cast(self, node: Node, x: Node, dtype: torch.dtype) -> Value:
         value, before = self.value(x), example(x).dtype
@@ -241,8 +259,12 @@ class Rows(ABC):
         if isinstance(x, LogSumExp) and isinstance(y, LogitProducts) and x.row == y.row:
             if y.reduced and not x.kept:
                 self._record(Single(node, x.row))
-        elif not isinstance(x, Picked) or not isinstance(y, LogSumExp) or x.row != y.row:
+        elif not isinstance(x, Picked) or not isinstance(y, LogSumExp):
             return None
+        elif x.row != y.row:
+            self.reading.missed[node] = (
+                "logits of tokens less a logsumexp that is not of the same row at one temperature"
+            )
         elif x.squeezed is not y.kept:
             self._record(Single(node, x.row, x.index, x.squeezed))
         return None
