@@ -54,6 +54,7 @@ class Job:
     threads: int | None = 1
     optional: bool = False
     needs_avx2: bool = False
+    asked: bool = False  # only if it is named
 
 
 def _memory(case: memory.Case) -> Job:
@@ -89,6 +90,7 @@ JOBS: dict[str, Job] = {
         for backward in (False, True)
         for fast in (True, False)
     },
+    "sweep-linear": Job(linear.run_sweep, asked=True),
     "threads": Job(threads.run, {"THP_MEM_ALLOC_ENABLE": "1"}, threads=2),
     "real": Job(inputs.run_real, {"THP_MEM_ALLOC_ENABLE": "1"}, optional=True),
 }
@@ -211,7 +213,9 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     return [
         job
         for job, what in JOBS.items()
-        if (options.real or not what.optional) and (has_avx2 or not what.needs_avx2)
+        if (options.real or not what.optional)
+        and (has_avx2 or not what.needs_avx2)
+        and not what.asked
     ]
 
 
