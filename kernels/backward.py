@@ -34,14 +34,14 @@ def _bounded(v):
 
 
 @triton.jit
-def _moved(v, p, q, inv_t, series, ACCURATE: tl.constexpr):
+def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr):
     """p - q, from v = T l where they are close."""
     if ACCURATE:
         near = q * v * tl.fma(v, gap_polynomial(v, series), inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p_less_q)
     else:
         near = q * v * tl.fma(v, 0.5 * inv_t * inv_t, inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p_less_q)
 
 
 @triton.jit
@@ -56,11 +56,11 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 @triton.jit
 def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
-    """weight 2^(logit slope - shift); ROBUST where the product may leave the range of float."""
+    """2^(logit slope - shift) and its weight; ROBUST where their product may leave the range."""
     if ROBUST:
-        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
+        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E), 1.0
     else:
-        return tl.exp2(multiply_add(logit, slope, -shift)) * weight
+        return tl.exp2(multiply_add(logit, slope, -shift)), weight
 
 
 @triton.jit
@@ -78,12 +78,15 @@ def _token(
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    p = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    of_x, per_x = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    p = of_x * per_x
     q = p
     if FORWARD or REVERSE or REFERENCE:
-        q = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        of_y, per_y = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        q = of_y * per_y
     if FORWARD or REVERSE:
-        moved = _moved(difference(x, y, c[0], c[1], ACCURATE), p, q, inv_t, series, ACCURATE)
+        v = difference(x, y, c[0], c[1], ACCURATE)
+        moved = _moved(v, tl.fma(of_x, per_x, -q), q, inv_t, series, ACCURATE)
         if POLICY:
             gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:

@@ -33,7 +33,7 @@ mov.b64 {$0, $1}, a;
 
 @triton.jit
 def multiply_add(a, b, c):
-    """tl.fma of float32, for the arguments of exponentials, which Triton does not pack by itself."""
+    """tl.fma of float32 for the arguments of exponentials, which Triton does not pack by itself."""
     if tl.target_info.cuda_capability_geq(10, 0):
         return tl.inline_asm_elementwise(
             _PAIR, "=f,=f,f,f,f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=2

@@ -40,6 +40,7 @@ def row_stats(
     flags = {"REVERSE": "reverse_kl" in fields, "REF_ENTROPY": "ref_entropy" in fields}
     flags = flags if call.pair else {}
     shape = {"WIDTH": sizes.width, "HALVES": sizes.halves, "num_warps": 1, "num_stages": 1}
+    shape |= {"enable_fp_fusion": False}
     with on(device):
         for piece in pieces([policy, call.other]):
             logits = piece.tensors if call.pair else piece.tensors[:1]

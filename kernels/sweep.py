@@ -13,7 +13,10 @@ A program is one warp with one segment of one row. Its running numbers:
 
 Nothing large is subtracted anywhere, so small divergences keep their digits (row_math.h). A sum
 that overflowed or met a token that one row lacks is not finite, and merge.py then sends the row to
-careful.py. Tokens that both rows lack have weight 0 and v = FAR.
+careful.py. Tokens that both rows lack have weight 0.
+
+Sums and products are fused where it says so and nowhere else, so that the code for aligned rows and
+that for others round alike.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def _terms(
     if REVERSE:
         below = tl.fma(v, inv_t, -1.0)
         c = tl.where(near, (t * v) * tl.fma(p, below, inv_t * inv_t), tl.fma(wx, below, wy))
-    return wy, wx, t, b, c, zx, zy
+    return wy, wx, v, t, b, c, zx, zy
 
 
 @triton.jit
@@ -220,14 +223,14 @@ def _tile(
             shift = new_shift
             high = new_high
             low = new_low
-    wy0, wx0, t0, b0, c0, zx0, zy0 = _terms(
+    wy0, wx0, v0, _, b0, c0, zx0, zy0 = _terms(
         d0, x0, y0, shift, high, low, inv_t, coefficients, REVERSE, EXACT
     )
-    wy1, wx1, t1, b1, c1, zx1, zy1 = _terms(
+    wy1, wx1, _, t1, b1, c1, zx1, zy1 = _terms(
         d1, x1, y1, shift, high, low, inv_t, coefficients, REVERSE, EXACT
     )
     reach = tl.maximum(reach, far - high)
-    a += tl.sum(t0 + t1, 0)
+    a += tl.sum(tl.fma(wy0, v0, t1), 0)
     b += tl.sum(b0 + b1, 0)
     if REVERSE:
         c += tl.sum(c0 + c1, 0)
@@ -237,13 +240,13 @@ def _tile(
             ties_x += tl.sum((x0 == top).to(tl.float32) + (x1 == top).to(tl.float32))
             wx0 = tl.where(x0 == top, 0.0, wx0)
             wx1 = tl.where(x1 == top, 0.0, wx1)
-        hx += tl.sum(wx0 * zx0 + wx1 * zx1, 0)
+        hx += tl.sum(tl.fma(wx0, zx0, wx1 * zx1), 0)
     if REF_ENTROPY:
         if cold:
             ties_y += tl.sum((y0 == anchor).to(tl.float32) + (y1 == anchor).to(tl.float32))
             wy0 = tl.where(y0 == anchor, 0.0, wy0)
             wy1 = tl.where(y1 == anchor, 0.0, wy1)
-        hy += tl.sum(wy0 * zy0 + wy1 * zy1, 0)
+        hy += tl.sum(tl.fma(wy0, zy0, wy1 * zy1), 0)
     s += tl.sum(wy0 + wy1, 0)
     sx += tl.sum(wx0 + wx1, 0)
     return s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y
