@@ -74,6 +74,12 @@ $(VENV)/.trainers: $(VENV)/.demo-smollm2
 	$(PIP) --quiet 'fusedkl[trl]'
 	@touch $@
 
+# Small packages beside torch.
+$(VENV)/.lightning: $(VENV)/.installed
+	@echo "== $(VENV): installing Lightning, whose example the tests run"
+	$(PIP) --quiet 'fusedkl[lightning]'
+	@touch $@
+
 # ttsem asks for Python 3.12 and runs on 3.11; its extra would pin torch.
 $(VENV)/.static: $(VENV)/.installed
 	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
@@ -105,7 +111,7 @@ test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at m
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs ## every test: real models, long fuzzing, huge tensors (75 minutes)
+test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs $(VENV)/.lightning ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html

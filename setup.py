@@ -10,6 +10,7 @@ MAX_JOBS=n         parallel compile jobs
 
 import glob
 import os
+import shutil
 import sys
 import sysconfig
 
@@ -49,22 +50,44 @@ CUDA_SOURCES = [
     "csrc/cuda/f32.cu",
     "csrc/cuda/mixed.cu",
     "csrc/cuda/rows.cu",
+    "csrc/cuda/family_bf16.cu",
+    "csrc/cuda/family_f16.cu",
+    "csrc/cuda/family_f32.cu",
+    "csrc/cuda/family_any.cu",
+    "csrc/cuda/topk.cu",
     "csrc/cuda/ops.cpp",
+    "csrc/cuda/topk_ops.cpp",
+    "csrc/cpu/family_series.cpp",
 ]
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def find_toolkit() -> str | None:
+    """The folder of a CUDA toolkit that is whole; PyTorch takes a wrapper on the path for one."""
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    behind = os.path.dirname(os.path.dirname(os.path.realpath(on_path))) if on_path else None
+    for home in (*named, behind, "/usr/local/cuda"):
+        parts = ("bin/nvcc", "include/cuda_runtime.h")
+        if home and all(os.path.isfile(os.path.join(home, part)) for part in parts):
+            return home
+    return None
 
 
 def wants_cuda() -> bool:
     """Whether to build the CUDA library; the reason goes to the build's log."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+
+    toolkit = find_toolkit()
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = toolkit  # for torch.utils.cpp_extension, imported after this
 
     asked = os.environ.get("FUSEDKL_BUILD_CUDA")
     if asked not in (None, "", "0", "1"):
         raise ValueError(f"FUSEDKL_BUILD_CUDA must be 0 or 1, got {asked!r}")
     missing = "this PyTorch has no CUDA" if torch.version.cuda is None else ""
-    if not missing and CUDA_HOME is None:
-        missing = "nvcc was not found (set CUDA_HOME)"
+    if not missing and toolkit is None:
+        missing = "no CUDA toolkit was found (set CUDA_HOME)"
     if asked == "1" and missing:
         raise RuntimeError(f"FUSEDKL_BUILD_CUDA=1, but {missing}")
     if asked != "1" and not missing and not torch.cuda.is_available():
@@ -101,13 +124,17 @@ def cuda_library() -> Extension:
         depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
         extra_compile_args={
             "cxx": [*compile_flags(), "-DUSE_CUDA"],
-            "nvcc": [*define, *code, "-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [
+                *(*define, *code, "-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"),
+                "--compress-mode=size",  # a sixth
+            ],
         },
         py_limited_api=LIMITED_API,
     )
 
 
 def native_build() -> dict[str, object]:
+    with_cuda = wants_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class IncrementalBuild(BuildExtension):
@@ -129,7 +156,7 @@ def native_build() -> dict[str, object]:
         py_limited_api=LIMITED_API,
     )
     libraries = [library]
-    if wants_cuda():
+    if with_cuda:
         libraries.append(cuda_library())
     wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
     return {"ext_modules": libraries, "cmdclass": {"build_ext": IncrementalBuild}, "options": wheel}

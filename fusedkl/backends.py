@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, cuda_library, reference_backend
+from . import _library, cuda_library, divergences, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -48,13 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_GPU_TAKES = frozenset(
-    (
-        *("float32", "bfloat16", "float16"),
-        *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
-        *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
-    )
-)
+_TRITON_TAKES = frozenset((*divergences.FIELDS, "softcap", "float32", "bfloat16", "float16"))
 
 
 class _Triton:
@@ -101,7 +95,6 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
-            _GPU_TAKES | {"float64"},
             gradient_ahead=True,
         ),
         Backend(
@@ -109,7 +102,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _GPU_TAKES,
+            _TRITON_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )

@@ -80,9 +80,11 @@ def teacher(
     tail = "bucket" if tail is None else tail
     if kind not in topk.KINDS:
         raise ValueError(f"kind must be one of {', '.join(topk.KINDS)} with ref_topk; got {kind!r}")
-    topk.check(hidden, *ref_topk, kind, tail, NAMES)
-    ids, log_q = topk.teacher_rows(*ref_topk, counted, weight.shape[0], NAMES)
-    return Teacher(ids, log_q, kind, tail, reference.result_dtype(hidden, ref_topk[1]))
+    ids, log_q = ref_topk
+    topk.check(hidden, ids, log_q, kind, tail, NAMES)
+    dtype = reference.result_dtype(hidden, log_q)
+    rows = topk.teacher_rows(ids, log_q, counted, weight.shape[0], NAMES)
+    return Teacher(*rows, kind, tail, dtype)
 
 
 class Apart(NamedTuple):

@@ -85,6 +85,43 @@ def centred(s, x, y, high, low, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _decay(x, cap):
+    """e^(-2 |x/cap|)"""
+    z = tl.abs(x) * (1.0 / cap)
+    return tl.exp(-2.0 * z) if x.dtype == tl.float64 else tl.exp2(z * (-2.0 * LOG2E))
+
+
+@triton.jit
+def capped(x, cap):
+    """cap tanh(x/cap), to a unit of the cap; an absent token stays absent."""
+    e = _decay(x, cap)
+    t = (1.0 - e) / (1.0 + e) * cap
+    return tl.where(x == float("-inf"), x, tl.where(x < 0.0, -t, t))
+
+
+@triton.jit
+def cap_slope(x, cap):
+    """Its derivative, 1 / cosh^2(x/cap)."""
+    e = _decay(x, cap)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def capped_difference(x, y, cap):
+    """capped(x) - capped(y) in fp32, relative to itself: cap sinh((x - y)/cap) / (cosh cosh)."""
+    z = (x - y) * (1.0 / cap)
+    near = tl.abs(z) <= NEAR
+    v = tl.where(near, z, 0.0)
+    # (e^v - e^-v)/2 = v + (g(v) - g(-v))/2
+    coefficients = gap_coefficients(1.0)
+    odd = gap_polynomial(v, coefficients) - gap_polynomial(-v, coefficients)
+    far = tl.exp2(z * LOG2E) - tl.exp2(z * -LOG2E)
+    sinh = tl.where(near, tl.fma(v * v, 0.5 * odd, v), 0.5 * far)
+    slopes = tl.sqrt(cap_slope(x, cap)) * tl.sqrt(cap_slope(y, cap))
+    return tl.where(tl.abs(z) <= 40.0, cap * sinh * slopes, capped(x, cap) - capped(y, cap))
+
+
+@triton.jit
 def gap(u):
     """g(u) in float64, to full relative accuracy."""
     near = tl.abs(u) <= 0.3

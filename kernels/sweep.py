@@ -28,6 +28,8 @@ from .formulas import (
     FAR,
     LOG2E,
     NEAR,
+    capped,
+    capped_difference,
     centred,
     difference,
     gap_coefficients,
@@ -39,7 +41,7 @@ from .layout import (
     load_each,
     load_words,
     row_pointer,
-    total,
+    sum_in_order,
     unspecialised,
     vectorised,
 )
@@ -48,6 +50,7 @@ from .layout import (
 SUMS = (
     *("s", "sx", "a", "b", "c", "hx", "hy", "reach"),
     *("anchor", "high", "low", "top", "ties_x", "ties_y"),
+    *("total", "origin"),  # sum of x - origin
 )
 COLUMNS = tl.constexpr(len(SUMS))
 JUMP = tl.constexpr(1.0)
@@ -73,6 +76,24 @@ def _most(a, b, ALIGNED: tl.constexpr):
         first, second = tl.split(tl.reshape(_more(first, second), (a.shape[1] // 4, 2)))
         found = _more(first, second)
     return found
+
+
+@triton.jit
+def _apart(x, y, cap, CAP: tl.constexpr):
+    """x - y and both logits, as the sums take them."""
+    if CAP:
+        return capped_difference(x, y, cap), capped(x, cap), capped(y, cap)
+    else:
+        return x - y, x, y
+
+
+@triton.jit
+def mean_origin(row, cap, CAP: tl.constexpr):
+    """What logits are summed about: the first of the segment, if that is one."""
+    found = tl.load(row).to(tl.float32)
+    if CAP:
+        found = capped(found, cap)
+    return tl.where(tl.abs(found) < FAR, found, 0.0)
 
 
 @triton.jit
@@ -107,7 +128,7 @@ def _fresh(s0, x0, y0, s1, x1, y1, inv_t, EXACT: tl.constexpr):
     high = tl.where(high > -FAR, high, 0.0)
     w0, t0 = _weighted(s0, x0, y0, top, high, inv_t, EXACT)
     w1, t1 = _weighted(s1, x1, y1, top, high, inv_t, EXACT)
-    mean = total(tl.sum(t0 + t1, 0)) / tl.maximum(total(tl.sum(w0 + w1, 0)), 1e-30)
+    mean = sum_in_order(tl.sum(t0 + t1, 0)) / tl.maximum(sum_in_order(tl.sum(w0 + w1, 0)), 1e-30)
     if EXACT:
         return top, high, mean
     else:
@@ -137,7 +158,7 @@ def top_exponent(top, anchor, high, low, slope, shift, EXACT: tl.constexpr):
 
 @triton.jit
 def _tile(
-    state, x0, y0, x1, y1, inv_t, coefficients,
+    state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
     REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, EXACT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +166,6 @@ def _tile(
     s, sx, a, b, c, hx, hy, reach, anchor, shift, high, low, top, ties_x, ties_y = state
     slope = inv_t * LOG2E
     limit = anchor if REF_ENTROPY else anchor + (1.0 / inv_t) * JUMP
-    d0 = x0 - y0
-    d1 = x1 - y1
     far = _most(d0, d1, ALIGNED)
     larger_y = _most(y0, y1, ALIGNED)
     larger = larger_y >= limit if REF_ENTROPY else larger_y > limit
@@ -254,14 +273,17 @@ def _tile(
 
 @unspecialised
 def sweep_pair(
-    policy, reference, parts, inv_temperature, mask,
+    policy, reference, parts, inv_temperature, mask, cap,
     n: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64, segment: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64, per_row: tl.int64,
     REVERSE: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
+    MEAN: tl.constexpr, CAP: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """parts[segment, COLUMNS, n] of rows first.. ; grid (rows, segments), one warp each."""
     EXACT: tl.constexpr = not (is_half(policy) and is_half(reference))
+    # of capped logits the difference is one float that knows itself to its last digits
+    BOTH: tl.constexpr = EXACT and not CAP
     HALF: tl.constexpr = HALVES * WIDTH
     local = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
@@ -276,16 +298,18 @@ def sweep_pair(
     y_row = row_pointer(reference, local, inner, y_outer, y_inner) + begin
     coefficients = gap_coefficients(inv_t)
     zero = tl.zeros((WIDTH,), tl.float32)
+    reach = tl.zeros((WIDTH // 4 if ALIGNED else WIDTH,), tl.float32) - FAR
     nothing = inv_t * 0.0
     anchor = nothing - FAR
-    reach = tl.zeros((WIDTH // 4 if ALIGNED else WIDTH,), tl.float32) - FAR
     state = (
         zero, zero, zero, zero, zero, zero, zero, reach,
         anchor, inv_t * LOG2E * FAR, nothing, nothing, anchor, nothing, nothing,
     )  # fmt: skip
     cell = tl.arange(0, HALVES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = size // (2 * HALF) * (2 * HALF)
-    # Tiles are the same tokens in the same lanes either way: the sums do not depend on alignment.
+    origin = mean_origin(x_row, cap, CAP)
+    total = zero
+    # Tiles are the same tokens in the same columns either way: the sums do not depend on alignment.
     even = cell if EXACT else cell * 2
     odd = even + (HALF if EXACT else 1)
     if ALIGNED:
@@ -300,48 +324,37 @@ def sweep_pair(
             x1 = tl.load((x_row + i) + odd).to(tl.float32)
             y0 = tl.load((y_row + i) + even).to(tl.float32)
             y1 = tl.load((y_row + i) + odd).to(tl.float32)
+        d0, x0, y0 = _apart(x0, y0, cap, CAP)
+        d1, x1, y1 = _apart(x1, y1, cap, CAP)
+        if MEAN:
+            total += tl.sum((x0 - origin) + (x1 - origin), 0)
         state = _tile(
-            state,
-            x0,
-            y0,
-            x1,
-            y1,
-            inv_t,
-            coefficients,
-            REVERSE,
-            ENTROPY,
-            REF_ENTROPY,
-            EXACT,
-            ALIGNED,
-        )
+            state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
+            REVERSE, ENTROPY, REF_ENTROPY, BOTH, ALIGNED,
+        )  # fmt: skip
     if whole < size:
         x0 = load_each(x_row, whole + even, size)
         x1 = load_each(x_row, whole + odd, size)
         y0 = load_each(y_row, whole + even, size)
         y1 = load_each(y_row, whole + odd, size)
+        d0, x0, y0 = _apart(x0, y0, cap, CAP)
+        d1, x1, y1 = _apart(x1, y1, cap, CAP)
+        if MEAN:
+            total += tl.sum(tl.where(whole + even < size, x0 - origin, 0.0), 0)
+            total += tl.sum(tl.where(whole + odd < size, x1 - origin, 0.0), 0)
         state = _tile(
-            state,
-            x0,
-            y0,
-            x1,
-            y1,
-            inv_t,
-            coefficients,
-            REVERSE,
-            ENTROPY,
-            REF_ENTROPY,
-            EXACT,
-            ALIGNED,
-        )
+            state, d0, d1, x0, y0, x1, y1, inv_t, coefficients,
+            REVERSE, ENTROPY, REF_ENTROPY, BOTH, ALIGNED,
+        )  # fmt: skip
     s, sx, a, b, c, hx, hy, reach, anchor, _, high, low, top, ties_x, ties_y = state
     out = parts + part * COLUMNS * n + row
-    tl.store(out, total(s))
-    tl.store(out + n, total(sx))
-    tl.store(out + 2 * n, total(a))
-    tl.store(out + 3 * n, total(b))
-    tl.store(out + 4 * n, total(c))
-    tl.store(out + 5 * n, total(hx))
-    tl.store(out + 6 * n, total(hy))
+    tl.store(out, sum_in_order(s))
+    tl.store(out + n, sum_in_order(sx))
+    tl.store(out + 2 * n, sum_in_order(a))
+    tl.store(out + 3 * n, sum_in_order(b))
+    tl.store(out + 4 * n, sum_in_order(c))
+    tl.store(out + 5 * n, sum_in_order(hx))
+    tl.store(out + 6 * n, sum_in_order(hy))
     tl.store(out + 7 * n, tl.max(reach, 0))
     tl.store(out + 8 * n, anchor)
     tl.store(out + 9 * n, high)
@@ -349,3 +362,6 @@ def sweep_pair(
     tl.store(out + 11 * n, top)
     tl.store(out + 12 * n, ties_x)
     tl.store(out + 13 * n, ties_y)
+    if MEAN:
+        tl.store(out + 14 * n, sum_in_order(total))
+        tl.store(out + 15 * n, origin)
