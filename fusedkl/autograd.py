@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import distributed, ops, reference
 from .forward_mode import applied
+from .layout import dense
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
@@ -227,7 +228,7 @@ def composed_gradients(
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch dim of torch.vmap first, expanded where this argument has none; last stride 1."""
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return dense(t)
 
 
 def per_row(t: Tensor | None, dim: int | None, size: int, rows: int, *last: int) -> Tensor | None:
@@ -257,9 +258,7 @@ class _LogSoftmax(torch.autograd.Function):
             inner = torch.promote_types(torch.promote_types(grad.dtype, ctx.dtype), torch.float32)
             g, z = grad.to(inner), output.to(inner)
             return (g - z.exp() * g.sum(-1, keepdim=True)).to(ctx.dtype), None, None
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
-        out: Tensor = OPS.log_softmax_backward(grad, output, ctx.dtype, ctx.backend)
+        out: Tensor = OPS.log_softmax_backward(dense(grad), output, ctx.dtype, ctx.backend)
         return out, None, None
 
     @staticmethod

@@ -138,7 +138,7 @@ def topk_divergence(
         raise ValueError('reduction="batchmean" needs logits with a batch dim; got shape [V]')
     inverse = inverse_temperature(temperature, policy_logits)
     counted = reductions.counted_tokens(policy_logits, mask, None, -100)
-    name = _resolve(backend, policy_logits.device)
+    name = _resolve(backend, policy_logits.device, needs(policy_logits))
     shards = distributed.shards(
         group,
         policy_logits,
@@ -226,7 +226,8 @@ def of_outcomes(
         left = _tail(log_q, rest, torch.finfo(dtype).eps)
         log_p, log_q = torch.cat([log_p, rest], -1), torch.cat([log_q, left], -1)
     # Few outcomes in float64: the rows of any other divergence.
-    rows = autograd.row_stats(log_p, log_q, None, (kind,), None, None, counted, backend=backend)
+    few = "reference" if backend == "triton" else backend  # in float64, which triton does not take
+    rows = autograd.row_stats(log_p, log_q, None, (kind,), None, None, counted, backend=few)
     return rows[0].to(dtype)
 
 
@@ -252,8 +253,8 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
     return value if counted is None else torch.where(counted, value, 0)
 
 
-def _resolve(backend: str | None, device: torch.device) -> str:
-    name = resolve(backend, device)
+def _resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...]) -> str:
+    name = resolve(backend, device, wanted)
     if name in KERNELS:
         return name
     if backend is not None:

@@ -8,11 +8,12 @@ fusedkl::topk_logprobs(policy, token_ids, inv_temperature?, mask?, backend)
 fusedkl::topk_logprobs_backward(grad [N, K + 1], policy, token_ids, state, inv_temperature?,
                                 backend) -> gradient to the policy, contiguous, in its dtype
 
-The cpu backend reads each row once in either, the reference backend composes it from torch.
+The reference backend composes it from torch, the others read each row once in either.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import reference, reference_backend
 from ._library import LIB, NAMESPACE, TAGS
 from .autograd import front, per_row, recorded
+from .backends import kernels
 from .forward_mode import applied
 
 ARGUMENTS = {
@@ -40,17 +42,19 @@ _OPS = getattr(torch.ops, NAMESPACE)
 
 
 # By backend, as backends.py has it for the operators that all backends share.
-KERNELS: dict[str, dict[str, Any]] = {
-    "cpu": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
-    "cuda": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
-    "reference": {name: getattr(reference_backend, name) for name in ARGUMENTS},
+_COMPILED = SimpleNamespace(**{name: getattr(_OPS, f"_{name}") for name in ARGUMENTS})
+KERNELS: dict[str, Any] = {
+    "cpu": _COMPILED,
+    "cuda": _COMPILED,
+    "triton": kernels("triton"),
+    "reference": reference_backend,
 }
 
 
 def _implementation(name: str) -> Any:
     def implementation(*args: Any) -> Any:
         *rest, backend = args
-        return KERNELS[backend][name](*rest)
+        return getattr(KERNELS[backend], name)(*rest)
 
     return implementation
 
