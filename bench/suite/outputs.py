@@ -109,7 +109,9 @@ def _row(entry: Entry) -> list[tuple[str, float | str]]:
     peak = None if entry.peak_bytes is None else entry.peak_bytes / 2**20
     remark = f"WRONG: {entry.wrong}" if entry.wrong else entry.skipped
     # Where the time would stand: the remark is far to the right. No key: sorted to the end.
-    time = _digits(_median(ms)) if ms else ("wrong" if entry.wrong else "skipped", "")
+    time: tuple[str, float | str] = "wrong" if entry.wrong else "skipped", ""
+    if ms is not None:
+        time = _digits(ms.median)
     return [
         *(_text(entry.case.name), _text(entry.contender)),
         *(time, _spread(ms)),
