@@ -151,8 +151,9 @@ coverage-cpp: $(VENV)/.dev ## the same of C++, from a build that counts; a page 
 	FUSEDKL_COVERAGE=1 $(BIN)/python setup.py --quiet build --build-base $(COUNTED) --build-lib $(COUNTED)/lib
 	find $(COUNTED) -name '*.gcda' -delete
 	PYTHONPATH=$(CURDIR)/$(COUNTED)/lib $(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/gcovr --root . --filter 'csrc/' --exclude-throw-branches --print-summary \
-		--txt --html-details $(COUNTED)/index.html $(COUNTED)
+	$(BIN)/gcovr --root . --filter 'csrc/' --merge-lines --exclude-throw-branches --print-summary \
+		--txt $(COUNTED)/lines.txt --html-details $(COUNTED)/index.html $(COUNTED)
+	cut -c -66 $(COUNTED)/lines.txt
 
 fuzz: $(VENV)/.installed ## random calls of the public functions, for SECONDS=60
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import distributed, ops, reference
 from .forward_mode import applied
+from .layout import dense
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
@@ -227,7 +228,7 @@ def composed_gradients(
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch dim of torch.vmap first, expanded where this argument has none; last stride 1."""
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return dense(t)
 
 
 def per_row(t: Tensor | None, dim: int | None, size: int, rows: int, *last: int) -> Tensor | None:
@@ -257,9 +258,7 @@ class _LogSoftmax(torch.autograd.Function):
             inner = torch.promote_types(torch.promote_types(grad.dtype, ctx.dtype), torch.float32)
             g, z = grad.to(inner), output.to(inner)
             return (g - z.exp() * g.sum(-1, keepdim=True)).to(ctx.dtype), None, None
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
-        out: Tensor = OPS.log_softmax_backward(grad, output, ctx.dtype, ctx.backend)
+        out: Tensor = OPS.log_softmax_backward(dense(grad), output, ctx.dtype, ctx.backend)
         return out, None, None
 
     @staticmethod
@@ -319,8 +318,27 @@ def row_stats(
 ) -> Tensor:
     """Values [R, N] of operator row_stats, differentiable in policy and reference_.
 
-    With shards the rows are slices, and so are valid_vocab and token_ids (-1: in another slice).
+    With shards the rows are slices; valid_vocab and token_ids are of the whole vocabulary.
     """
+    if shards is not None:
+
+        def of(place: distributed.Shards) -> Tensor:
+            values, _ = applied(
+                _RowStats, policy, reference_,
+                None if token_ids is None else place.local_ids(token_ids), fields, parameter,
+                inv_temperature, mask, place.local_vocabulary(valid_vocab), softcap,
+                inplace_grad, place, backend,
+            )  # fmt: skip
+            found: Tensor = values
+            return found
+
+        leads_back = any(t is not None and t.requires_grad for t in (policy, reference_))
+        if backend == "reference" and leads_back and torch.is_grad_enabled():
+            raise ValueError("backend='reference' has no gradients of slices (group=)")
+        values, shards = distributed.placed(shards, of)
+        if token_ids is not None:
+            shards.check_ids(token_ids, mask)
+        return values
     args = (
         policy,
         reference_,
@@ -333,12 +351,8 @@ def row_stats(
         softcap,
     )
     out: Tensor
-    if shards is not None and backend == "reference":
-        leads_back = any(t is not None and t.requires_grad for t in (policy, reference_))
-        if leads_back and torch.is_grad_enabled():
-            raise ValueError("backend='reference' has no gradients of slices (group=)")
-    if shards is not None or differentiated(policy, reference_):
-        out, _ = applied(_RowStats, *args, inplace_grad, shards, backend)
+    if differentiated(policy, reference_):
+        out, _ = applied(_RowStats, *args, inplace_grad, None, backend)
     else:
         out, _ = ops.run("row_stats", *args, backend)
     return out

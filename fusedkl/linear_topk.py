@@ -33,6 +33,8 @@ class Teacher(NamedTuple):
         rest = torch.where(rest == -torch.inf, -torch.inf, rest)  # no rest: no gradient to it
         log_p = torch.log_softmax(torch.cat([logits, rest], -1), -1)
         parts = log_p[:, :-1], log_p[:, -1:]
+        if backend not in topk.KERNELS:  # where topk_divergence takes them, too: K + 1 numbers
+            backend = "reference"
         return topk.of_outcomes(
             *parts, self.ids, self.log_q, self.kind, self.tail, counted, self.dtype, backend
         )

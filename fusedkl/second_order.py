@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference, validation
+from .autograd import intercepted
 from .layout import inverse_temperature, row_parts, rows
 
 
@@ -46,7 +47,7 @@ def fisher_vector_product(
     validation.floating("vector", vector)
     validation.alike("vector", vector, "logits", logits)
     inverse = inverse_temperature(temperature, logits)
-    if inverse is not None and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inverse is not None and logits.device.type == "cpu" and not intercepted(inverse):
         validation.temperatures(inverse, None)
     dtype = reference.inside(logits.device)
     x, v = rows(logits), rows(vector)

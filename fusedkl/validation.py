@@ -251,7 +251,8 @@ def _may_overlap(t: Tensor) -> bool:
 def _memory(t: Tensor) -> tuple[int, int]:
     extent = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True)) + 1
     # Fake tensors have no memory: there, places in the storage are compared.
-    begin = t.storage_offset() * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()
+    fake = isinstance(t, FakeTensor)
+    begin: Any = t.storage_offset() * t.element_size() if fake else t.data_ptr()
     return begin, begin + extent * t.element_size()
 
 

@@ -23,8 +23,9 @@ from .formulas import (
     centred,
     gap_coefficients,
     gap_polynomial,
+    multiply_add,
 )
-from .layout import row_pointer, unspecialised, vectorised
+from .layout import is_half, load_words, row_pointer, unspecialised, vectorised
 from .state import family_of, has, only
 
 # 16-bit gradients: expm1(u) = u + u^2/2 up to here, to 2e-4.
@@ -38,14 +39,14 @@ def _bounded(v):
 
 
 @triton.jit
-def _moved(v, p, q, inv_t, series, ACCURATE: tl.constexpr):
+def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr):
     """p - q, from v = T l where they are close."""
     if ACCURATE:
         near = q * v * tl.fma(v, gap_polynomial(v, series), inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p_less_q)
     else:
         near = q * v * tl.fma(v, 0.5 * inv_t * inv_t, inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p_less_q)
 
 
 @triton.jit
@@ -60,11 +61,11 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 @triton.jit
 def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
-    """weight 2^(logit slope - shift); ROBUST where the product may leave the range of float."""
+    """2^(logit slope - shift) and its weight; ROBUST where their product may leave the range."""
     if ROBUST:
-        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
+        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E), 1.0
     else:
-        return tl.exp2(tl.fma(logit, slope, -shift)) * weight
+        return tl.exp2(multiply_add(logit, slope, -shift)), weight
 
 
 @triton.jit
@@ -95,10 +96,12 @@ def _token(
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    p = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    of_x, per_x = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    p = of_x * per_x
     q = p
     if FORWARD or REVERSE or REFERENCE or FAMILY != "":
-        q = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        of_y, per_y = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        q = of_y * per_y
     if FAMILY != "":
         l = bounded_ratio(centred(d, x, y, c[0], c[1], EXACT), x, inv_t)  # noqa: E741
         of_p, of_q = family_slopes(p, q, l, c[24], c[25], c[26], kind, FAMILY)
@@ -108,7 +111,8 @@ def _token(
             gx = tl.where(c[27] == 0.0, (p - q) * c[16], gx)
             gy = tl.where(c[28] == 0.0, 0.0, gy)
     if FORWARD or REVERSE:
-        moved = _moved(centred(d, x, y, c[0], c[1], EXACT), p, q, inv_t, series, ACCURATE)
+        v = centred(d, x, y, c[0], c[1], EXACT)
+        moved = _moved(v, tl.fma(of_x, per_x, -q), q, inv_t, series, ACCURATE)
         if POLICY:
             gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:
@@ -129,6 +133,16 @@ def _token(
         return gx, gy
 
 
+@triton.jit
+def _load(row, begin, tokens, words, WORDS: tl.constexpr):
+    """Tokens begin .. in fp32: even and odd ones, or all of them twice."""
+    if WORDS:
+        return load_words(row, begin, words)
+    else:
+        found = tl.load(row + (begin + tokens)).to(tl.float32)
+        return found, found
+
+
 @unspecialised
 def gradients(
     policy, reference, policy_grad, reference_grad, constants, inv_temperature, kind, cap,
@@ -147,6 +161,14 @@ def gradients(
     NEEDS_Y: tl.constexpr = REFERENCE or PAIR
     # with one term only, its coefficient may as well be in the weights
     PLAIN: tl.constexpr = only(FIELDS, "forward_kl") and not REFERENCE
+    ACCURATE: tl.constexpr = (
+        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
+    )
+    # unpacking two tokens of a word costs less than one of a vector of tokens
+    WORDS: tl.constexpr = (
+        ALIGNED and not ACCURATE and ((not NEEDS_X) or is_half(policy))
+        and ((not NEEDS_Y) or is_half(reference))
+    )  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = first + local
     begin = tl.program_id(1).to(tl.int64) * chunk
@@ -173,10 +195,8 @@ def gradients(
     y_row = row_pointer(reference, local, inner, y_outer, y_inner) + begin
     gx_row = row_pointer(policy_grad, local, inner, gx_outer, gx_inner) + begin
     gy_row = row_pointer(reference_grad, local, inner, gy_outer, gy_inner) + begin
-    ACCURATE: tl.constexpr = (
-        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
-    )
     lane = tl.arange(0, BLOCK)
+    word = tl.arange(0, BLOCK // 2)
     if ALIGNED:
         x_row = vectorised(x_row)
         y_row = vectorised(y_row)
@@ -186,16 +206,25 @@ def gradients(
     series = gap_coefficients(inv_t)
     if action == 1.0:  # other rows, and the end of this one, take the loop below
         for i in tl.range(0, whole, BLOCK):
-            x = 0.0
-            y = 0.0
+            x = (0.0, 0.0)
+            y = (0.0, 0.0)
             if NEEDS_X:
-                x = tl.load(x_row + (i + lane)).to(tl.float32)
+                x = _load(x_row, i, lane, word, WORDS)
             if NEEDS_Y:
-                y = tl.load(y_row + (i + lane)).to(tl.float32)
+                y = _load(y_row, i, lane, word, WORDS)
             gx, gy = _token(
-                x, y, c, inv_t, series, kind, cap,
+                x[0], y[0], c, inv_t, series, kind, cap,
                 FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False, CAP,
             )  # fmt: skip
+            if WORDS:  # even tokens, and here the odd ones
+                odd_x, odd_y = _token(
+                    x[1], y[1], c, inv_t, series, kind, cap,
+                    FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False, CAP,
+                )  # fmt: skip
+                if POLICY:
+                    gx = tl.reshape(tl.join(gx, odd_x), (BLOCK,))
+                if REFERENCE:
+                    gy = tl.reshape(tl.join(gy, odd_y), (BLOCK,))
             if POLICY:
                 tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty))
             if REFERENCE:

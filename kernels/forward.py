@@ -42,6 +42,7 @@ def row_stats(
     flags |= {"MEAN": "mean_logprob" in fields, "CAP": call.capped}
     own, more = ((), ()) if call.pair else ((ids,), (0,))  # tokens to leave out: none
     shape = {"WIDTH": sizes.width, "HALVES": sizes.halves, "num_warps": 1, "num_stages": 1}
+    shape |= {"enable_fp_fusion": False}
     with on(device):
         for piece in pieces([policy, call.other]):
             logits = piece.tensors if call.pair else piece.tensors[:1]

@@ -46,7 +46,7 @@ def _write(
                 *piece.tensors, constants, inverse, call.kind, call.cap, n, piece.inner,
                 piece.first, *widths, call.vocab, sizes.chunk, call.given, *strides, **wanted,
                 FIELDS=call.fields, CAP=call.capped, ALIGNED=aligned(piece), BLOCK=sizes.block,
-                num_warps=sizes.warps, num_stages=1,
+                num_warps=sizes.warps, num_stages=1, enable_fp_fusion=False,
             )  # fmt: skip
             for index, found in store:
                 grid = (piece.rows, -(-call.tokens // LANES))

@@ -89,3 +89,15 @@ def load_rest(row, begin, cell, HALF: tl.constexpr, EXACT: tl.constexpr, end):
     even = cell if EXACT else cell * 2
     odd = even + (HALF if EXACT else 1)
     return load_each(row, begin + even, end), load_each(row, begin + odd, end)
+
+
+@triton.jit
+def sum_in_order(columns):
+    """The sum of [width] numbers, in an order that does not depend on which lanes hold them.
+
+    tl.sum adds what one lane holds first, and loads of other widths put other numbers there.
+    """
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    columns = a + b
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    return tl.sum(a + b, 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .formulas import FAR, LOG2E, capped
-from .layout import load_each, load_words, row_pointer, unspecialised, vectorised
+from .layout import load_each, load_words, row_pointer, sum_in_order, unspecialised, vectorised
 from .sweep import COLUMNS, mean_origin
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -39,7 +39,7 @@ def _tile(state, x0, x1, slope, ENTROPY: tl.constexpr):
         w1 = tl.where(x1 == top, 0.0, w1)
     rest += tl.sum(w0 + w1, 0)
     if ENTROPY:
-        gap += tl.sum(w0 * tl.minimum(down0, FAR) + w1 * tl.minimum(down1, FAR), 0)
+        gap += tl.sum(tl.fma(w0, tl.minimum(down0, FAR), w1 * tl.minimum(down1, FAR)), 0)
     return rest, gap, top, ties
 
 
@@ -135,10 +135,10 @@ def sweep_single(
         state = _tile(state, x0, x1, slope, ENTROPY)
     rest, gap, top, ties = state
     out = parts + part * COLUMNS * n + row
-    tl.store(out + n, tl.sum(rest, 0))
-    tl.store(out + 5 * n, tl.sum(gap, 0))
+    tl.store(out + n, sum_in_order(rest))
+    tl.store(out + 5 * n, sum_in_order(gap))
     tl.store(out + 11 * n, top)
     tl.store(out + 12 * n, ties)
     if MEAN:
-        tl.store(out + 14 * n, tl.sum(total, 0))
+        tl.store(out + 14 * n, sum_in_order(total))
         tl.store(out + 15 * n, origin)

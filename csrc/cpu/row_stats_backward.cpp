@@ -123,8 +123,11 @@ static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t
   return tokens;
 }
 
-static void run_job(const GradientJob& job, DType dx, DType dy, MixedRow& room) {
-  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t))
+static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, MixedRow& room) {
+  const bool exact = job.gradient.family() && elsewhere && (dx == DType::f32 || dy == DType::f32);
+  const bool slice_in_double =
+      exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
+  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double)
     gradient_f64(job, dx, dy);
   else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);
   else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
@@ -138,6 +141,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   job.inv_t = !c.inv_temperature ? 1 : c.inv_temperature[c.per_row_temperature ? r : 0];
   job.cap = c.cap;
   job.state = settled(c.states[r]);
+  const bool elsewhere = job.state.whole < 0;
+  if (elsewhere) job.state.whole = 0;
   job.x = c.policy.row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
@@ -177,7 +182,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   }
   if (job.gradient.paired()) {
     job.y = c.reference->row(r);
-    run_job(job, dx, dy, room);
+    run_job(job, dx, dy, elsewhere, room);
   } else {
     GradientJob other = job;
     other.state = reference_alone(job.state);
@@ -186,9 +191,9 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
     job.gy = other.gy = nullptr;
     if (other.gx) {
       other.x = c.reference->row(r);
-      run_job(other, dy, dy, room);
+      run_job(other, dy, dy, elsewhere, room);
     }
-    if (job.gx) run_job(job, dx, dx, room);
+    if (job.gx) run_job(job, dx, dx, elsewhere, room);
   }
   for (const TokenGradient& t : tokens) store_double(t.row, t.dtype, t.id, t.value);
 }
