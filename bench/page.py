@@ -25,14 +25,14 @@ def marks(kind: str) -> tuple[str, str]:
 
 
 def kind(content: dict[str, Any]) -> str:
-    """Which marks a file's section belongs between."""
-    return "results" if "goals" in content else "memory-model"
+    """Which marks a file's section belongs between: a run has those of its instruction set."""
+    return f"results-{content['isa']}" if "goals" in content else "memory-model"
 
 
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    return (_results if kind(content) == "results" else _memory_model)(path, content)
+    return (_results if "goals" in content else _memory_model)(path, content)
 
 
 def _memory_model(path: Path, content: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ assert text == page.section(page.PAGE.parents[1] / named[0]), f"python bench/pag
 """
 
 
-@pytest.mark.parametrize("kind", ["results", "memory-model"])
+@pytest.mark.parametrize("kind", ["results-avx512", "results-avx2", "memory-model"])
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
