@@ -34,7 +34,7 @@ endif
 # A half-made stamp must not count as made.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-tools demo test test-quick test-full bench bench-cpu lint mypy format wheel site fuzz coverage clean
+.PHONY: help venv cuda-tools demo test test-quick test-full bench bench-cpu lint mypy format wheel site fuzz coverage coverage-cpp clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -105,7 +105,7 @@ test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at m
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.trainers $(VENV)/.static ## every test: real models, long fuzzing, huge tensors (75 minutes)
+test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html
@@ -136,7 +136,17 @@ wheel: $(VENV)/.dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 coverage: $(VENV)/.dev ## which lines of Python the quick tests run; a page in out/coverage/
-	$(BIN)/pytest -m "not full and not slow" --cov=fusedkl --cov-report=term --cov-report=html:out/coverage
+	$(BIN)/pytest -m "not full and not slow" --cov=fusedkl --cov-report=term --cov-report=html:out/coverage $(PYTEST_ARGS)
+
+# A build of its own, before the editable one on the path; of gcov's counts, all processes' together.
+COUNTED := out/coverage-cpp
+
+coverage-cpp: $(VENV)/.dev ## the same of C++, from a build that counts; a page in out/coverage-cpp/
+	FUSEDKL_COVERAGE=1 $(BIN)/python setup.py --quiet build --build-base $(COUNTED) --build-lib $(COUNTED)/lib
+	find $(COUNTED) -name '*.gcda' -delete
+	PYTHONPATH=$(CURDIR)/$(COUNTED)/lib $(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/gcovr --root . --filter 'csrc/' --exclude-throw-branches --print-summary \
+		--txt --html-details $(COUNTED)/index.html $(COUNTED)
 
 fuzz: $(VENV)/.installed ## random calls of the public functions, for SECONDS=60
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)

@@ -4,11 +4,13 @@ FUSEDKL_NO_EXT=1   pure Python: no compiler needed, everything runs on the refer
 FUSEDKL_BUILD_CUDA=1, 0   the CUDA kernels, or not; unset: where PyTorch has CUDA and sees a GPU,
                    and nvcc is found
 FUSEDKL_DEBUG=1    compile with -O0 -g
+FUSEDKL_COVERAGE=1 count which lines run, for gcov: `make coverage-cpp`
 MAX_JOBS=n         parallel compile jobs
 """
 
 import glob
 import os
+import shutil
 import sys
 import sysconfig
 
@@ -16,6 +18,7 @@ from setuptools import Extension, setup
 
 NO_EXT = os.environ.get("FUSEDKL_NO_EXT") == "1"
 DEBUG = os.environ.get("FUSEDKL_DEBUG") == "1"
+COVERAGE = ["--coverage"] if os.environ.get("FUSEDKL_COVERAGE") == "1" else []
 # One binary serves every CPython >= 3.10. Free-threaded interpreters have no such ABI.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -47,22 +50,44 @@ CUDA_SOURCES = [
     "csrc/cuda/f32.cu",
     "csrc/cuda/mixed.cu",
     "csrc/cuda/rows.cu",
+    "csrc/cuda/family_bf16.cu",
+    "csrc/cuda/family_f16.cu",
+    "csrc/cuda/family_f32.cu",
+    "csrc/cuda/family_any.cu",
+    "csrc/cuda/topk.cu",
     "csrc/cuda/ops.cpp",
+    "csrc/cuda/topk_ops.cpp",
+    "csrc/cpu/family_series.cpp",
 ]
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def find_toolkit() -> str | None:
+    """The folder of a CUDA toolkit that is whole; PyTorch takes a wrapper on the path for one."""
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    behind = os.path.dirname(os.path.dirname(os.path.realpath(on_path))) if on_path else None
+    for home in (*named, behind, "/usr/local/cuda"):
+        parts = ("bin/nvcc", "include/cuda_runtime.h")
+        if home and all(os.path.isfile(os.path.join(home, part)) for part in parts):
+            return home
+    return None
 
 
 def wants_cuda() -> bool:
     """Whether to build the CUDA library; the reason goes to the build's log."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+
+    toolkit = find_toolkit()
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = toolkit  # for torch.utils.cpp_extension, imported after this
 
     asked = os.environ.get("FUSEDKL_BUILD_CUDA")
     if asked not in (None, "", "0", "1"):
         raise ValueError(f"FUSEDKL_BUILD_CUDA must be 0 or 1, got {asked!r}")
     missing = "this PyTorch has no CUDA" if torch.version.cuda is None else ""
-    if not missing and CUDA_HOME is None:
-        missing = "nvcc was not found (set CUDA_HOME)"
+    if not missing and toolkit is None:
+        missing = "no CUDA toolkit was found (set CUDA_HOME)"
     if asked == "1" and missing:
         raise RuntimeError(f"FUSEDKL_BUILD_CUDA=1, but {missing}")
     if asked != "1" and not missing and not torch.cuda.is_available():
@@ -81,8 +106,8 @@ def compile_flags() -> list[str]:
     # No contraction: which multiply-adds are fused is part of the arithmetic; the code states it.
     # No -march: the instruction set is chosen at run time; the ISA files state their target inside.
     numerics = ["-ffp-contract=off", "-fno-math-errno"]
-    optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
-    return [*define, *optimise, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
+    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if COVERAGE else ["-O3", "-g0"]
+    return [*define, *optimise, *COVERAGE, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
 
 
 def cuda_library() -> Extension:
@@ -99,13 +124,17 @@ def cuda_library() -> Extension:
         depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
         extra_compile_args={
             "cxx": [*compile_flags(), "-DUSE_CUDA"],
-            "nvcc": [*define, *code, "-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [
+                *(*define, *code, "-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"),
+                "--compress-mode=size",  # a sixth
+            ],
         },
         py_limited_api=LIMITED_API,
     )
 
 
 def native_build() -> dict[str, object]:
+    with_cuda = wants_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class IncrementalBuild(BuildExtension):
@@ -123,10 +152,11 @@ def native_build() -> dict[str, object]:
         include_dirs=[os.path.abspath("csrc")],  # ninja runs in the build folder
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         extra_compile_args={"cxx": compile_flags()},
+        extra_link_args=COVERAGE,
         py_limited_api=LIMITED_API,
     )
     libraries = [library]
-    if wants_cuda():
+    if with_cuda:
         libraries.append(cuda_library())
     wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
     return {"ext_modules": libraries, "cmdclass": {"build_ext": IncrementalBuild}, "options": wheel}

@@ -1,12 +1,16 @@
 """lm_head and divergence together against full logits: time, memory, accuracy.
 
 Time is judged against the same products: tiles of them alone (what the divergence adds), and full
-logits made by them, then the divergence by PyTorch's operators.
+logits made by them, then the divergence by PyTorch's operators. A machine without bfloat16
+multipliers takes 20 times as long over a product as one that has them: how many tokens there are
+follows from the speed of a product, so that the jobs end in time everywhere, and is in the case's
+name. `python bench/run.py --only linear` runs the jobs, `--only sweep-linear` all sizes.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,9 +30,13 @@ from fusedkl.linear_ops import Inputs, engine_of
 from fusedkl.linear_products import bf16_multipliers
 
 MIB = 1 << 20
-TOKENS, QUICK_TOKENS = 512, 64
-VOCABULARIES, QUICK_VOCABULARIES = (128256, 262144), (4096,)
+TOKENS, QUICK_TOKENS = (512, 256, 128, 64), 64
+VOCABULARY, QUICK_VOCABULARY = 128256, 4096
+VOCABULARIES = {1024: (128256, 262144), 4096: (128256,)}
 PRECISIONS = {"fast": "fast", "default": None}
+SWEEP = (64, 512, 4096, 16384), (32768, 128256, 262144), (1024, 4096)
+# Seconds that the products of one call may take, and that the calls of one comparison may.
+CALL, COMPARISON = 1.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,8 @@ class Heads:
         tokens, width = self.hidden.shape
         return f"bf16 {tokens}x{self.weight.shape[0]}, H = {width}"
 
-    @property
-    def logits(self) -> int:
-        return self.hidden.shape[0] * self.weight.shape[0]
+    def first(self, tokens: int) -> Heads:
+        return Heads(self.hidden[:tokens], self.weight, self.ref_hidden[:tokens], self.ref_weight)
 
 
 def make(tokens: int, vocabulary: int, width: int) -> Heads:
@@ -72,7 +79,7 @@ def ours(heads: Heads, precision: str | None) -> Tensor:
 def inputs(heads: Heads, fast: bool) -> Inputs:
     return Inputs(
         heads.hidden, heads.weight, None, heads.ref_hidden, heads.ref_weight, None, None, None,
-        None, ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], fast, [], "cpu",
+        None, None, ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], fast, [], "cpu",
     )  # fmt: skip
 
 
@@ -126,41 +133,97 @@ def gradients(heads: Heads, loss: Callable[[Heads], Tensor]) -> tuple[Tensor, ..
         return torch.autograd.grad(value, leaves)
 
 
+def seconds_of_products(width: int, fast: bool) -> float:
+    """Of both products of one token with a vocabulary of VOCABULARY, from a sample of them."""
+    sample = make(TOKENS[-1], QUICK_VOCABULARY, width)
+    step = Step(lambda: products(sample, fast))
+    least = min(timing.sample(step, timing.CPU) for _ in range(3))
+    return least / TOKENS[-1] * VOCABULARY / QUICK_VOCABULARY
+
+
 def run(reporter: Reporter, settings: Settings, width: int) -> None:
-    """One hidden size, both vocabularies and precisions."""
-    tokens = QUICK_TOKENS if settings.quick else TOKENS
-    size = "small" if width == 1024 else "large"
-    for vocabulary in QUICK_VOCABULARIES if settings.quick else VOCABULARIES:
-        reporter.step(f"H = {width}, V = {vocabulary}: making heads")
-        heads = make(tokens, vocabulary, 64 if settings.quick else width)
+    """One hidden size, its vocabularies, both precisions."""
+    if settings.quick:
+        heads = make(QUICK_TOKENS, QUICK_VOCABULARY, 64)
         for label in PRECISIONS:
-            _measure(reporter, settings, heads, label, size)
+            _measure(reporter, settings, heads, label, width, train=True)
+        return
+    for vocabulary in VOCABULARIES[width]:
+        reporter.step(f"H = {width}, V = {vocabulary}: making heads")
+        heads = make(TOKENS[0], vocabulary, width)
+        for label in PRECISIONS:
+            each = seconds_of_products(width, label == "fast") * vocabulary / VOCABULARY
+            tokens = next((n for n in TOKENS if n * each < CALL), TOKENS[-1])
+            # backward is 3 to 4 times the products, and the same story at every size
+            train = vocabulary == VOCABULARY and width == 1024
+            _measure(reporter, settings, heads.first(tokens), label, width, train)
 
 
-def _measure(reporter: Reporter, settings: Settings, heads: Heads, label: str, size: str) -> None:
+def run_sweep(reporter: Reporter, settings: Settings) -> None:
+    """All sizes, hours on some machines: only if it is asked for by name."""
+    every_tokens, vocabularies, widths = SWEEP
+    if settings.quick:
+        every_tokens, vocabularies, widths = (8, 64), (QUICK_VOCABULARY,), (64,)
+    for width in widths:
+        for vocabulary in vocabularies:
+            heads = make(every_tokens[-1], vocabulary, width)
+            for tokens in every_tokens:
+                for label in PRECISIONS:
+                    reporter.step(f"{heads.name}, {tokens} tokens, {label}")
+                    train = tokens <= TOKENS[0]
+                    _measure(reporter, settings, heads.first(tokens), label, width, train)
+
+
+def _measure(
+    reporter: Reporter, settings: Settings, heads: Heads, label: str, width: int, train: bool
+) -> None:
     precision, fast = PRECISIONS[label], label == "fast"
+    size = "small" if width == 1024 else "large"
 
-    def without_gradients(loss: Callable[[], Tensor]) -> Step:
+    def without_gradients(loss: Callable[[], object]) -> Step:
         def call() -> object:
             with torch.no_grad():
                 return loss()
 
         return Step(call)
 
-    alone = Step(lambda: products(heads, fast))
+    alone = without_gradients(lambda: products(heads, fast))
     forward = without_gradients(lambda: ours(heads, precision))
     full = without_gradients(lambda: eager_forward(heads, fast))
-    train = Step(lambda: gradients(heads, lambda h: ours(h, precision)))
-    full_train = Step(lambda: gradients(heads, lambda h: eager(h, fast)))
-    for goal, base, other in (
-        (f"linear_products/{label}", alone, forward),
-        (f"linear_forward_{size}/{label}", forward, full),
-        (f"linear_train/{label}", train, full_train),
-    ):
-        reporter.step(f"{heads.name}: {goal}")
-        result = timing.compare(base, other, rounds=settings.slow_rounds, seconds=settings.seconds)
-        ms = result.base.median * 1e3, result.other.median * 1e3
-        ratio, note = result.ratio, f"{ms[0]:.0f} vs {ms[1]:.0f} ms"
+    goals = {f"linear_products/{label}": (0, 1)}
+    steps = [alone, forward]
+    if heads.hidden.shape[0] <= TOKENS[0]:  # full logits of more would not fit everywhere
+        steps.append(full)
+        goals[f"linear_forward_{size}/{label}"] = (1, 2)
+    _emit(reporter, settings, heads, steps, goals)
+    if train:
+        steps = [
+            Step(lambda: gradients(heads, lambda h: ours(h, precision))),
+            Step(lambda: gradients(heads, lambda h: eager(h, fast))),
+        ]
+        _emit(reporter, settings, heads, steps, {f"linear_train/{label}": (0, 1)})
+
+
+def _emit(
+    reporter: Reporter,
+    settings: Settings,
+    heads: Heads,
+    steps: list[Step],
+    goals: dict[str, tuple[int, int]],
+) -> None:
+    """Each goal is the time of its second step over that of its first, taken in turn."""
+    reporter.step(f"{heads.name}: {', '.join(goals)}")
+    for step in steps:  # a call of a few tokens warms up nothing of a large one
+        step.run()
+    started, rounds = time.perf_counter(), list[list[float]]()
+    while len(rounds) < settings.slow_rounds:
+        rounds.append([timing.sample(step, timing.CPU) for step in steps])
+        if time.perf_counter() - started > COMPARISON:
+            break
+    for goal, (base, other) in goals.items():
+        ratio = timing.Spread.of([taken[other] / taken[base] for taken in rounds])
+        ms = [timing.Spread.of([taken[i] for taken in rounds]).median * 1e3 for i in (base, other)]
+        note = f"{ms[0]:.0f} vs {ms[1]:.0f} ms, {len(rounds)} times"
         reporter.emit(Result(goal, heads.name, ratio.median, ratio.low, ratio.high, note=note))
 
 
@@ -198,9 +261,11 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
     if not memory.supported():
         reporter.emit(Result(goal, label, note="this system cannot reset VmHWM"))
         return
-    tokens = QUICK_TOKENS if settings.quick else TOKENS
-    vocabulary = (QUICK_VOCABULARIES if settings.quick else VOCABULARIES)[0]
-    heads = make(tokens, vocabulary, 64 if settings.quick else 1024)
+    if settings.quick:
+        heads = make(QUICK_TOKENS, QUICK_VOCABULARY, 64)
+    else:  # logits are as large at any hidden size
+        slow = TOKENS[0] * seconds_of_products(1024, fast) > 4 * CALL
+        heads = make(TOKENS[0], VOCABULARY, 256 if slow else 1024)
     kept = heads.hidden.nbytes + heads.weight.nbytes if backward else 0
 
     def call(loss: Callable[[Heads], Tensor], given: Heads) -> object:
@@ -220,32 +285,3 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
             note=f"{peaks[0] / MIB:.1f} vs {peaks[1] / MIB:.0f} MiB",
         )
     )  # fmt: skip
-
-
-def errors() -> None:
-    """Print what rounding the tiles to bfloat16 costs, by the size of the divergence."""
-    print("| KL | value, default | value, fast | d hidden, default | d hidden, fast |")
-    print("|---|---|---|---|---|")
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(256, 256, generator=generator)
-    weight = (torch.randn(8192, 256, generator=generator) * (3 / 16)).bfloat16()
-    for noise in (1e-3, 1e-2, 1e-1, 1.0):
-        moved = weight.float() + noise / 16 * torch.randn(weight.shape, generator=generator)
-        given = Heads(hidden.bfloat16(), moved.bfloat16(), hidden.bfloat16(), weight)
-        exact = Heads(*(getattr(given, name).double() for name in Heads.__dataclass_fields__))
-        with torch.no_grad():
-            truth = float(divergence_f64(exact))
-        slope = gradients(exact, divergence_f64)[0]
-        values, slopes = [], []
-        for precision in (None, "fast"):
-            with torch.no_grad():
-                value = float(ours(given, precision))
-            values.append(abs(value - truth) / truth)
-            found = gradients(given, functools.partial(ours, precision=precision))[0]
-            slopes.append(oracle_f64.relative_l2(found.flatten(), slope.flatten()))
-        row = [f"{truth:.1e}", *(f"{error:.1e}" for error in values + slopes)]
-        print("| " + " | ".join(row) + " |")
-
-
-if __name__ == "__main__":
-    errors()

@@ -1,9 +1,10 @@
-"""Write the results of one JSON file into docs/performance.md.
+"""Write the results of one JSON file into docs/performance.md or docs/linear.md.
 
     python bench/page.py bench/results/NAME.json
 
 replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
-bench/memory_model.py), so that no number on that page is typed by hand.
+bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py), so that
+no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import report
 from goals import Result, verdict
 from tabulate import tabulate
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# Of each kind of file, the page that shows it.
+PAGES = {
+    "results": DOCS / "performance.md",
+    "memory-model": DOCS / "performance.md",
+    "linear-results": DOCS / "linear.md",
+    "linear-tables": DOCS / "linear.md",
+}
+# Between the marks of results that nobody has committed yet.
+NOTHING = "No results are committed yet: they want a quiet machine.\n"
 
 
 def marks(kind: str) -> tuple[str, str]:
@@ -26,13 +36,34 @@ def marks(kind: str) -> tuple[str, str]:
 
 def kind(content: dict[str, Any]) -> str:
     """Which marks a file's section belongs between: a run has those of its instruction set."""
-    return f"results-{content['isa']}" if "goals" in content else "memory-model"
+    if "products" in content:
+        return "linear-tables"
+    if "memory_model" in content:
+        return "memory-model"
+    if "goals" not in content:
+        return ""  # a figure's or another page's
+    only = all(entry["goal"].startswith("linear_") for entry in content["results"])
+    return "linear-results" if only else f"results-{content['isa']}"
 
 
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    return (_results if "goals" in content else _memory_model)(path, content)
+    sections = {"linear-tables": _linear_tables, "memory-model": _memory_model}
+    return sections.get(kind(content), _results)(path, content)
+
+
+def _linear_tables(path: Path, content: dict[str, Any]) -> str:
+    # Here, because it imports fusedkl, which the other tables do without.
+    import linear_tables
+
+    machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    return (
+        f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
+        f"{content['commit']} on {content['date']}. Machine: {machine}, {content['isa']} kernels. "
+        f"Versions: {versions}.\n\n{linear_tables.section(content)}"
+    )
 
 
 def _memory_model(path: Path, content: dict[str, Any]) -> str:
@@ -75,10 +106,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    begin, end = marks(kind(json.loads(path.read_text())))
-    before, rest = PAGE.read_text().split(begin)
+    of = kind(json.loads(path.read_text()))
+    begin, end = marks(of)
+    page = PAGES[of]
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    PAGE.write_text(before + begin + section(path) + end + after)
+    page.write_text(before + begin + section(path) + end + after)
     return 0
 
 

@@ -54,6 +54,7 @@ class Job:
     threads: int | None = 1
     optional: bool = False
     needs_avx2: bool = False
+    asked: bool = False  # only if it is named
 
 
 def _memory(case: memory.Case) -> Job:
@@ -92,6 +93,7 @@ JOBS: dict[str, Job] = {
         for backward in (False, True)
         for fast in (True, False)
     },
+    "sweep-linear": Job(linear.run_sweep, asked=True),
     "threads": Job(threads.run, {"THP_MEM_ALLOC_ENABLE": "1"}, threads=2),
     "real": Job(inputs.run_real, {"THP_MEM_ALLOC_ENABLE": "1"}, optional=True),
 }
@@ -218,6 +220,7 @@ def _chosen(options: argparse.Namespace) -> list[str]:
         and (here in ("avx2", "avx512") or not what.needs_avx2)
         # where AVX2 is the best there is, the job beside it has done this
         and not (here == "avx2" and job == "accuracy-avx2")
+        and not what.asked
     ]
 
 

@@ -151,10 +151,12 @@ _ENTROPY = Budget({90: 30}, {})
 _BACKWARD = Budget({90: 19, 100: 15.5}, {})
 BUDGETS = {
     "CUDA forward_kl": Budget({90: 28, 100: 19}, _FORWARD_CEILING),
-    "CUDA forward_kl, rows misaligned differently": Budget({}, {80: 0.45, 90: 0.45, 100: 0.45}),
     "CUDA both directions": _BOTH,
     "CUDA forward_kl and entropy": _ENTROPY,
+    "CUDA token_stats, every field": Budget({}, {90: 0.7}),
     "CUDA backward of forward_kl": _BACKWARD,
+    "CUDA jsd, differences within 1 nat": Budget({}, {90: 0.45}),
+    "CUDA jsd, any difference": Budget({}, {90: 0.45}),
     "Triton forward_kl": Budget({90: 29, 100: 22}, _FORWARD_CEILING),
     "Triton forward_kl, V = 50257": Budget({}, {80: 0.9, 90: 0.9, 100: 0.45}),
     "Triton both directions": _BOTH,
@@ -177,6 +179,9 @@ _UNPACKED = (
     "bfloat16 takes 0.25, and feeds its exponentials from unpacked multiply-adds, 2 per pair."
 )
 MISSED: dict[tuple[str, int], Missed] = {
+    ("CUDA jsd, any difference", 90): Missed(
+        160.0, 0.2, "Two logarithms, two divisions and three exponentials per pair, in fp32."
+    ),
     ("Triton forward_kl", 100): Missed(22.0, 0.81, _UNPACKED),
     ("Triton both directions", 100): Missed(25.2, 0.69, _UNPACKED),
     ("Triton forward_kl and entropy", 90): Missed(
@@ -270,7 +275,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="ours only, against the budgets")
     parser.add_argument("--write", action="store_true", help="into the results and docs/gpu.md")
     options = parser.parse_args()
-    rows = count([*static_cases.cuda(), *static_cases.triton()])
+    rows = count([*static_cases.cuda(), *static_cases.cuda_family(), *static_cases.triton()])
     if options.check:
         print(table(rows))
         for (name, at), missed in MISSED.items():

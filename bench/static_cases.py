@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import capture
 import inductor_code
@@ -46,16 +47,39 @@ class Case:
 
 
 @functools.cache
-def _cuda_code(architecture: int) -> sass.Cubin:
+def _cuda_code(source: str, architecture: int) -> sass.Cubin:
     target = {90: "90a"}.get(architecture, str(architecture))
-    return sass.Cubin(nvcc.cubin("bf16", target)[0])
+    return sass.Cubin(nvcc.cubin(source, target)[0])
 
 
-def _of_cuda(pattern: str) -> Callable[[int], Found]:
+def _of_cuda(pattern: str, source: str = "bf16") -> Callable[[int], Found]:
     def find(architecture: int) -> Found:
-        code = _cuda_code(architecture)
+        code = _cuda_code(source, architecture)
         name = code.kernel(pattern)
         return Found(*code.registers_and_stack(name), code.loops(name)[0])
+
+    return find
+
+
+# The loops of the second sweep, by what their tokens allow, as the fewest and the most instructions
+# of the kernel's two tell them apart.
+def _second_sweep(which: Callable[..., sass.HotLoop], first: Callable[[int], Found]) -> Any:
+    """A forward's trip, and as many pairs of the second sweep: one kernel has both on chip."""
+
+    def find(architecture: int) -> Found:
+        forward = first(architecture)
+        code = _cuda_code("family_bf16", architecture)
+        name = code.kernel(r"family_sums_kernelILNS_6FamilyE1E")
+        wide = [loop for loop in code.loops(name) if min(loop.hot.load_bits) >= 128]
+        sweep = which(wide, key=lambda loop: loop.hot.instructions / loop.hot.loaded)
+        hot = forward.loop.hot
+        trips, rest = divmod(hot.loaded, sweep.hot.loaded)
+        if rest:
+            raise ValueError(f"trips of {hot.loaded} and {sweep.hot.loaded} bytes")
+        both = [*forward.loop.code, *(trips * sweep.code)]
+        registers, stack = code.registers_and_stack(name)
+        loop = sass.HotLoop(0, sass.Counts.of(both), forward.loop.cold, both)
+        return Found(max(registers, forward.registers), stack + forward.stack, loop)
 
     return find
 
@@ -65,18 +89,33 @@ def cuda() -> list[Case]:
     segments = -(-V // CUDA_SEGMENT)
     lane = V / segments / CUDA_THREADS
 
-    def forward(name: str, mode: int, shifted: int = 0) -> Case:
-        find = _of_cuda(rf"forward_kernelILi{mode}E\w*Lb{shifted}EEEv")
-        # a shifted reference is put together from two vectors, the second of which is in cache
-        return Case(f"CUDA {name}", find, 4, 6 if shifted else 4, lane)
+    def forward(name: str, mode: int, anywhere: int = 0) -> Case:
+        find = _of_cuda(rf"forward_kernelILi{mode}E\w*Lb{anywhere}EEEv")
+        # an unaligned chunk is put together from two vectors, the second of which is in cache
+        return Case(f"CUDA {name}", find, 4, 8 if anywhere else 4, lane)
 
     gradient = _of_cuda(r"gradient_kernelILb1E\w*Lb0EEEv")
     return [
         forward("forward_kl", 0),
-        forward("forward_kl, rows misaligned differently", 7, 1),
+        forward("forward_kl, V = 50257 or any other alignment", 0, 1),
         forward("both directions", 1),
         forward("forward_kl and entropy", 2),
+        forward("token_stats, every field", 7),
         Case("CUDA backward of forward_kl", gradient, 6, 4, ideal=6),
+    ]
+
+
+def cuda_family() -> list[Case]:
+    """Divergences of a second sweep, in CUDA C++: the rows on chip, as a cluster has them."""
+    segments = -(-V // CUDA_SEGMENT)
+    lane = V / segments / CUDA_THREADS
+    first = _of_cuda(r"forward_kernelILi2E\w*Lb0EEEv")
+    gradient = _of_cuda(r"family_gradient_kernelILNS_6FamilyE1E", "family_bf16")
+    return [
+        # twice the bytes are asked for: the second time of shared memory
+        Case("CUDA jsd, differences within 1 nat", _second_sweep(min, first), 4, 8, lane),
+        Case("CUDA jsd, any difference", _second_sweep(max, first), 4, 8, lane),
+        Case("CUDA backward of jsd, to both", gradient, 8, 4, ideal=8),
     ]
 
 

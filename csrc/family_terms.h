@@ -150,7 +150,10 @@ FUSEDKL_HD static inline FamilyToken<ScalarOps> family_token(const RowState& s, 
   return {policy_big, policy_big ? v : -v, v, -expm1(-v), exp(-v), exp(log_big)};
 }
 
-// Gradients by one token's logits without their coefficients, and its terms of the sums.
+// run(a family as a constant); of the host or of the device as `run` is.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class R>
 FUSEDKL_MEMBER auto family_switch(const FamilyKind& k, R run) {
   switch (k.family) {
@@ -160,6 +163,7 @@ FUSEDKL_MEMBER auto family_switch(const FamilyKind& k, R run) {
   }
 }
 
+// Gradients by one token's logits without their coefficients.
 FUSEDKL_HD static inline FamilyGradient<ScalarOps> family_gradient_at(const FamilyConstants<ScalarOps>& c, const RowState& s,
                                                                       double x, double y, double inv_t) {
   if (x == -INFINITY && y == -INFINITY) return {0, 0};

@@ -29,6 +29,21 @@
 
 namespace fusedkl {
 
+#if defined(__CUDACC__)
+// Called, not inlined: a kernel's cold code has dozens of these, each of a hundred instructions.
+#define FUSEDKL_CALLED(name) \
+  __host__ __device__ __noinline__ inline double name(double v) { return ::name(v); }
+FUSEDKL_CALLED(exp)
+FUSEDKL_CALLED(exp2)
+FUSEDKL_CALLED(expm1)
+FUSEDKL_CALLED(log)
+FUSEDKL_CALLED(log2)
+FUSEDKL_CALLED(log1p)
+FUSEDKL_CALLED(tanh)
+FUSEDKL_CALLED(cosh)
+#undef FUSEDKL_CALLED
+#endif
+
 // Row numbers that outlive the forward sweep; one row of the `state` tensor. A segment of a row has the same numbers,
 // taken as if the segment were the whole vocabulary; merge() makes a row of its segments.
 // logsumexp is kept as (max, log_sum): |lse| = 1e4 would cost 5e-4 of p in one float, and log p of a peaked row in one double.
@@ -216,6 +231,21 @@ FUSEDKL_HD static inline RowState nan_state() {
   lose_policy(s);
   lose_reference(s);
   return s;
+}
+
+// A side without any mass is kept as such in the state, which a slice of a row may have; as a row it is no distribution.
+FUSEDKL_HD static inline RowState settled(RowState s) {
+  if (s.policy_log_sum == -INFINITY) lose_policy(s);
+  if (s.reference_log_sum == -INFINITY) lose_reference(s);
+  return s;
+}
+
+// A logit under a softcap (0: none) and its slope. A token that does not exist stays absent.
+FUSEDKL_HD static inline double softcapped(double x, double cap) { return cap == 0 || x == -INFINITY ? x : cap * tanh(x / cap); }
+FUSEDKL_HD static inline double softcap_slope(double x, double cap) {
+  if (cap == 0) return 1;
+  const double c = cosh(x / cap);
+  return 1 / (c * c);
 }
 
 FUSEDKL_HD static inline double mean_logprob(const RowState& s) {

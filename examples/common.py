@@ -194,8 +194,9 @@ def panels(count: int, width: float = 4.2) -> tuple[Any, Any]:
 
 def curve(ax: Any, title: str, lines: dict[str, list[float]], xlabel: str = "step") -> None:
     """Lines over steps, with a legend where there are several."""
-    for (label, values), colour in zip(lines.items(), (BLUE, ORANGE, GREY), strict=False):
-        ax.plot(values, color=colour, label=label, linewidth=1.8)
+    looks = ((BLUE, "-"), (ORANGE, "--"), (GREY, ":"))  # dashed: what lies on another is seen
+    for (label, values), (colour, style) in zip(lines.items(), looks, strict=False):
+        ax.plot(values, style, color=colour, label=label, linewidth=1.8)
     ax.set_title(title, fontsize=10, loc="left")
     ax.set_xlabel(xlabel)
     ax.xaxis.get_major_locator().set_params(integer=True)

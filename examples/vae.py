@@ -60,8 +60,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     curve(left, "ELBO, nats", {"ELBO": log["elbo"]})
     left.set_ylim(top=0)
     curve(middle, "KL to the prior, nats", {"KL": log["kl"]})
-    picture = torch.cat([t.view(4, 4, 8, 8).transpose(1, 2).reshape(32, 32) for t in (
-        digits[:16], again, drawn)], 1)  # fmt: skip
+    gap = torch.zeros(32, 4)
+    shown, found, invented = (
+        t.view(4, 4, 8, 8).transpose(1, 2).reshape(32, 32) for t in (digits[:16], again, drawn)
+    )
+    picture = torch.cat([shown, gap, found, gap, invented], 1)
     right.imshow(picture.numpy(), cmap="gray_r")
     right.set_title("digits | reconstructed | drawn", fontsize=10)
     right.axis("off")

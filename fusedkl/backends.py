@@ -48,7 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_GPU_TAKES = frozenset(
+_TRITON_TAKES = frozenset(
     (
         *("float32", "bfloat16", "float16"),
         *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
@@ -103,7 +103,6 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
-            _GPU_TAKES | {"float64"},
             gradient_ahead=True,
         ),
         Backend(
@@ -111,7 +110,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _GPU_TAKES,
+            _TRITON_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )

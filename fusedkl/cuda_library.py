@@ -20,9 +20,7 @@ def _load() -> str | None:
     reason = _library.load(found)
     if reason is not None:
         return reason
-    # row_sums: for fields that the backend does not take
-    absent = {name for name in OPERATORS if not _library.has_kernel(f"_{name}", "CUDA")}
-    absent -= {"row_sums"}
+    absent = [name for name in OPERATORS if not _library.has_kernel(f"_{name}", "CUDA")]
     return f"the compiled library has no CUDA kernel for {', '.join(absent)}" if absent else None
 
 
@@ -32,6 +30,8 @@ _MISSING = _load()
 
 def why_not(device: torch.device | None) -> str | None:
     """None if the CUDA kernels can be used (on this device), else the reason in words."""
-    if _MISSING is None and device is not None and device.type != "cuda":
-        return f"the tensors are on {device.type}"
-    return _MISSING
+    if _MISSING is not None:
+        return _MISSING
+    if device is None:
+        return None if torch.cuda.is_available() else "no GPU is visible"
+    return None if device.type == "cuda" else f"the tensors are on {device.type}"

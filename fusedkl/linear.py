@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import distributed, divergences, reductions, validation
-from .backends import needs, resolve
-from .layout import inverse_temperature
+from .backends import needs
 from .linear_autograd import linear_stats
+from .linear_inputs import inputs_of, per_token
 from .linear_ops import Inputs
 from .linear_shards import linear_stats as sharded_linear_stats
+from .linear_topk import one_reference, teacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _Shards = distributed.Shards
-PRECISIONS = (None, "fast")
 
 
 def linear_divergence(
@@ -30,6 +29,8 @@ def linear_divergence(
     kind: str = "forward_kl",
     *,
     ref_logits: Tensor | None = None,
+    ref_topk: tuple[Tensor, Tensor] | None = None,
+    tail: str | None = None,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -72,6 +73,9 @@ def linear_divergence(
         kind, beta, alpha: a divergence and its parameter, see `divergence`. Those of a second sweep
             (all but forward_kl, reverse_kl and jeffreys) make every tile of logits twice forward.
         ref_logits: [..., V], instead of ref_hidden; any floating-point dtype, read in place.
+        ref_topk: instead of either, ids and log-probabilities, both [..., K], of the tokens that
+            are known of the reference, as `topk_divergence` takes them; forward_kl and reverse_kl.
+        tail: "bucket" (None), "drop" or "renormalize", as for `topk_divergence`; with ref_topk.
         bias, ref_bias: [V], added to the products; -inf masks a vocabulary entry.
         softcap, ref_softcap: c > 0 of c tanh(logits / c), after the scale; None: not capped.
         logit_scale, ref_logit_scale: what the logits are multiplied by.
@@ -101,8 +105,9 @@ def linear_divergence(
     """
     fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.reduction(reduction)
-    if ref_hidden is None and ref_logits is None:
-        raise ValueError("a reference is needed: ref_hidden (with ref_weight), or ref_logits")
+    one_reference(ref_topk, ref_hidden, ref_logits, ref_softcap, ref_logit_scale)
+    if ref_topk is not None:
+        fields = ("logsumexp",)  # of the tokens that the reference does not name
     shape = validation.tensor("hidden", hidden).shape[:-1]
     if reduction == "batchmean" and not shape:
         raise ValueError('reduction="batchmean" needs hidden with a batch dim; got shape [H]')
@@ -117,18 +122,27 @@ def linear_divergence(
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, weights),
     )  # fmt: skip
+    known = teacher(ref_topk, tail, kind, hidden, inputs.weight, counted)
+    if known is not None:
+        inputs = inputs._replace(topk_ids=known.ids)
     if ce_weight is not None:
         inputs = inputs._replace(labels=_hard(ce_weight, labels, counted, hidden, weight))
     if group is None:
         values = linear_stats(inputs)
     else:
-        if ce_weight is not None or any(divergences.FIELDS[name].second_sweep for name in fields):
-            what = f"kind={kind!r}" if ce_weight is None else "ce_weight"
+        again = any(divergences.FIELDS[name].second_sweep for name in fields)
+        if ce_weight is not None or known is not None or again:
+            what = f"kind={kind!r}" if again else "ce_weight" if known is None else "ref_topk"
             raise ValueError(f"{what} is not available over slices of a vocabulary (group=)")
         values = sharded_linear_stats(inputs, _shards(group, inputs, kind, temperature))
-    tokens = values[0]
-    for i in range(1, len(fields)):
-        tokens = tokens + values[i]
+    if known is not None:
+        outcomes = values[: known.ids.shape[1] + 1]
+        tokens = known.divergence(outcomes, inputs.mask, inputs.backend)
+        values = values.to(known.dtype)
+    else:
+        tokens = values[0]
+        for i in range(1, len(fields)):
+            tokens = tokens + values[i]
     if ce_weight is not None:
         tokens = (1 - ce_weight) * tokens - ce_weight * values[-1]
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=inputs.backend)
@@ -148,120 +162,6 @@ def _hard(
     return ids
 
 
-def per_token(
-    hidden: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """1/T, what counts, and weights, as [N]."""
-    inverse = inverse_temperature(temperature, hidden)
-    counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return inverse, counted, reductions.token_weights(hidden, weight, dtype)
-
-
-def inputs_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    ref_logits: Tensor | None,
-    fields: tuple[str, ...],
-    precision: str | None,
-    tile: tuple[int, int] | None,
-    scales: tuple[float, float],
-    softcaps: tuple[float | None, float | None],
-    backend: str | None,
-    sliced: bool = False,
-) -> Inputs:
-    """The two heads, checked, with tokens flattened."""
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision must be None or "fast"; got {precision!r}')
-    for name, value in zip(("logit_scale", "ref_logit_scale"), scales, strict=True):
-        _number(name, value)
-    for name, cap in zip(("softcap", "ref_softcap"), softcaps, strict=True):
-        if cap is not None:
-            _number(name, cap)
-            if not cap > 0:
-                raise ValueError(f"{name} must be positive; got {cap}")
-    if tile is not None and not (
-        len(tile) == 2 and all(isinstance(n, int) and n > 0 for n in tile)
-    ):
-        raise ValueError(f"tile must be two positive ints, tokens and vocabulary; got {tile}")
-    if ref_weight is weight:
-        ref_weight = None
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    bias, ref_bias = _autocast(bias), _autocast(ref_bias)
-    ref_hidden, ref_weight = _autocast(ref_hidden), _autocast(ref_weight)
-    _head("", hidden, weight, bias, sliced)
-    if ref_hidden is not None:
-        if ref_logits is not None:
-            raise ValueError(
-                "one form of reference is accepted; got ref_hidden of shape "
-                f"{list(ref_hidden.shape)} and ref_logits of shape {list(ref_logits.shape)}"
-            )
-        _head("ref_", ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, sliced)
-        _alike("ref_hidden", ref_hidden, hidden)
-        if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                "weight and ref_weight must have one vocabulary; got shapes "
-                f"{list(weight.shape)} and {list(ref_weight.shape)}"
-            )
-    elif ref_weight is not None or ref_bias is not None:
-        name = "ref_weight" if ref_weight is not None else "ref_bias"
-        raise ValueError(f"{name} needs ref_hidden")
-    if ref_logits is not None:
-        validation.logits("ref_logits", ref_logits, sliced)
-        _alike("ref_logits", ref_logits, hidden)
-        if ref_logits.shape[-1] != weight.shape[0]:
-            raise ValueError(
-                f"ref_logits must have weight's vocabulary, {list(weight.shape)}; "
-                f"got {list(ref_logits.shape)}"
-            )
-        if ref_logits.stride(-1) != 1 and ref_logits.shape[-1] > 1:
-            ref_logits = ref_logits.contiguous()
-    return Inputs(
-        _flat(hidden), weight, bias, None if ref_hidden is None else _flat(ref_hidden), ref_weight,
-        ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, list(fields), None,
-        None, None, [float(s) for s in scales], [float(c or 0) for c in softcaps],
-        precision == "fast", [] if tile is None else list(tile),
-        resolve(backend, hidden.device, needs(*fields)),
-    )  # fmt: skip
-
-
-def _autocast(t: Any) -> Any:
-    """As torch.nn.functional.linear casts its arguments under autocast."""
-    if not isinstance(t, Tensor) or t.dtype == torch.float64 or not t.is_floating_point():
-        return t
-    device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return t
-    return t.to(torch.get_autocast_dtype(device))
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-
-
-def _alike(name: str, given: Tensor, hidden: Tensor) -> None:
-    if given.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"{name} must have the tokens of hidden, {list(hidden.shape)}; got {list(given.shape)}"
-        )
-    if given.device != hidden.device:
-        raise ValueError(f"{name} must be on {hidden.device} as hidden; got {given.device}")
-
-
 def _shards(group: ProcessGroup, i: Inputs, kind: str, temperature: float | Tensor) -> _Shards:
     weights = (i.weight, i.ref_weight, i.ref_hidden, i.ref_logits)
     found = distributed.shards(
@@ -274,29 +174,3 @@ def _shards(group: ProcessGroup, i: Inputs, kind: str, temperature: float | Tens
     )
     assert found is not None
     return found
-
-
-def _head(prefix: str, hidden: Tensor, weight: object, bias: object, sliced: bool) -> None:
-    """One side's tensors fit together."""
-    ours, theirs = f"{prefix}hidden", f"{prefix}weight"
-    validation.logits(ours, hidden)
-    w = validation.tensor(theirs, weight)
-    if w.dim() != 2 or w.shape[1] != hidden.shape[-1] or (w.shape[0] == 0 and not sliced):
-        raise ValueError(
-            f"{theirs} must have shape [V, H], H that of {ours}, which has shape "
-            f"{list(hidden.shape)}; got {list(w.shape)}"
-        )
-    held = [(theirs, w)]
-    if bias is not None:
-        b = validation.tensor(f"{prefix}bias", bias)
-        if b.shape != w.shape[:1]:
-            raise ValueError(
-                f"{prefix}bias must have shape [V] of {theirs}, which has shape {list(w.shape)}; "
-                f"got {list(b.shape)}"
-            )
-        held.append((f"{prefix}bias", b))
-    for name, t in held:
-        if t.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of {ours}, {hidden.dtype}; got {t.dtype}")
-        if t.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as {ours}; got {t.device}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .linear_products import Products
 from .linear_tiles import Engine, Rows, Side
+from .linear_topk import add_gradient, put_back
 
 
 class Wanted(NamedTuple):
@@ -132,11 +133,17 @@ def backward(
             dx: Tensor | None = None
             for one, grad, state in zip(asked, grads, states, strict=True):
                 ids, inverse = one.part(tokens, columns)
+                apart = one.take_out(x, tokens, columns)
+                own = 0 if apart is None else apart.at.shape[1]  # rows of grad
                 gx, gy = torch.ops.fusedkl.row_stats_backward(
-                    grad[:, tokens], x, y if one.paired else None, ids, state[tokens], one.fields,
-                    one.parameter, inverse, None, None, policy.wanted,
+                    grad[own:, tokens], x, y if one.paired else None, ids, state[tokens],
+                    one.fields, one.parameter, inverse, None, None, policy.wanted,
                     one.paired and other is not None, one.backend,
                 )  # fmt: skip
+                if apart is not None:
+                    put_back(x, apart)
+                    if policy.wanted:
+                        add_gradient(gx, grad[:own, tokens], apart, inverse)
                 if policy.wanted:
                     dx = gx if dx is None else dx.add_(gx)
                 if other is not None and one.paired and y is not None:

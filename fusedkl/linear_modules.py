@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import divergences, validation
+from . import divergences, topk, validation
 from .linear import linear_divergence
 
 
@@ -15,8 +15,8 @@ class LinearDivergenceLoss(nn.Module):
 
     ``LinearDivergenceLoss("reverse_kl", reduction="mean")(hidden, weight, ref_hidden, ref_weight)``
     with the defaults of the function; it has no parameters of its own. Options of the call:
-    ref_logits, bias, ref_bias, mask, token_weight, labels. See `fusedkl.linear_divergence` for
-    shapes, dtypes and errors.
+    ref_logits, ref_topk, bias, ref_bias, mask, token_weight, labels. See
+    `fusedkl.linear_divergence` for shapes, dtypes and errors.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class LinearDivergenceLoss(nn.Module):
         ref_logit_scale: float = 1.0,
         ignore_index: int = -100,
         reduction: str = "none",
+        tail: str | None = None,
         precision: str | None = None,
         tile: tuple[int, int] | None = None,
         beta: float | None = None,
@@ -41,6 +42,8 @@ class LinearDivergenceLoss(nn.Module):
         divergences.resolve(kind, beta, alpha)
         validation.number_temperature(temperature)
         validation.reduction(reduction)
+        if tail is not None:
+            validation.one_of("tail", tail, topk.TAILS)
         self.kind, self.ignore_index = kind, ignore_index
         self.options: dict[str, Any] = {
             "temperature": temperature,
@@ -49,6 +52,7 @@ class LinearDivergenceLoss(nn.Module):
             "logit_scale": logit_scale,
             "ref_logit_scale": ref_logit_scale,
             "reduction": reduction,
+            "tail": tail,
             "precision": precision,
             "tile": tile,
             "beta": beta,
@@ -65,7 +69,7 @@ class LinearDivergenceLoss(nn.Module):
         ref_weight: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        **tensors: Tensor | None,
+        **tensors: Any,
     ) -> Tensor:
         # Without labels ignore_index means nothing, and the function says so.
         labelled: dict[str, Any] = {}

@@ -1,11 +1,13 @@
 """The operators behind linear_divergence and linear_token_stats.
 
 fusedkl::linear_stats(hidden [N, H], weight [V, H], bias? [V], ref_hidden? [N, H'], ref_weight?,
-    ref_bias?, ref_logits? [N, V], token_ids? [N, K], labels? [N], fields, parameter?,
-    inv_temperature?, mask?, scales, softcaps, fast, tile, backend)
+    ref_bias?, ref_logits? [N, V], token_ids? [N, K], labels? [N], topk_ids? [N, K], fields,
+    parameter?, inv_temperature?, mask?, scales, softcaps, fast, tile, backend)
     ref_hidden without ref_weight: the policy's weight; scales, softcaps: of policy and reference,
     softcaps 0 where there is none; tile: tokens and vocabulary entries, or empty
-    -> values [R, N], float32 or float64: one row per field, then log p[label] at temperature 1
+    topk_ids: outcomes of their own (negative: none), fields is ["logsumexp"], of the others
+    -> values [R, N], float32 or float64: with topk_ids K rows of logits over T, in float64, and
+       then logsumexp of the others; else one row per field; then log p[label] at temperature 1
        states [Q, N, S], float64: of the fields, then of the labels
 fusedkl::linear_stats_backward(grad, ..., states, ..., wanted) -> gradients of the first seven, in
     their shapes and dtypes; one that was not asked for has shape [0]. Tokens whose grads are all 0
@@ -26,7 +28,8 @@ from .linear_tiles import Engine, Rows, Side, forward
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, "
-    "Tensor? ref_bias, Tensor? ref_logits, Tensor? token_ids, Tensor? labels"
+    "Tensor? ref_bias, Tensor? ref_logits, Tensor? token_ids, Tensor? labels, "
+    "Tensor? topk_ids"
 )
 _OPTIONS = (
     "str[] fields, float? parameter, Tensor? inv_temperature, Tensor? mask, float[] scales, "
@@ -47,6 +50,7 @@ class Inputs(NamedTuple):
     ref_logits: Tensor | None
     token_ids: Tensor | None
     labels: Tensor | None
+    topk_ids: Tensor | None
     fields: list[str]
     parameter: float | None
     inv_temperature: Tensor | None
@@ -75,7 +79,7 @@ class Inputs(NamedTuple):
 
     def tokens(self, index: Tensor) -> Inputs:
         """Of some of the tokens only."""
-        per_token = ("ref_hidden", "ref_logits", "token_ids", "labels")
+        per_token = ("ref_hidden", "ref_logits", "token_ids", "labels", "topk_ids")
         some: dict[str, Any] = {"hidden": self.hidden[index], "mask": None}
         for name in per_token:
             given = getattr(self, name)
@@ -99,11 +103,15 @@ class Inputs(NamedTuple):
 
     def value_rows(self) -> int:
         per_row = 0 if self.token_ids is None else self.token_ids.shape[1]
-        return divergences.value_rows(self.fields, per_row) + (self.labels is not None)
+        outcomes = 0 if self.topk_ids is None else self.topk_ids.shape[1]
+        rows = outcomes + divergences.value_rows(self.fields, per_row)
+        return rows + (self.labels is not None)
 
     def result_dtype(self) -> torch.dtype:
         others = (self.ref_hidden, self.ref_logits)
         other = next((t for t in others if t is not None), None)
+        if self.topk_ids is not None:  # differences of these are what counts
+            return reference.inside(self.hidden.device)
         return reference.result_dtype(self.hidden, other)
 
 
@@ -125,8 +133,10 @@ def engine_of(i: Inputs) -> Engine:
 
 def _questions(i: Inputs) -> list[Rows]:
     asked = [
-        Rows(i.fields, i.parameter, i.token_ids, i.inv_temperature, i.backend, paired=i.paired)
-    ]
+        Rows(
+            i.fields, i.parameter, i.token_ids, i.inv_temperature, i.backend, i.paired, i.topk_ids
+        )
+    ]  # fmt: skip
     if i.labels is not None:
         asked.append(Rows(["logprob"], None, i.labels[:, None], None, i.backend, paired=False))
     return asked

@@ -43,15 +43,32 @@ def composed(i: Any) -> Tensor:
         weight = i.weight if i.ref_weight is None else i.ref_weight
         y = _logits(i.ref_hidden, weight, i.ref_bias, i.scales[1], i.softcaps[1])
     inverse = i.inv_temperature
-    values, _ = reference.rows(
-        x, y, i.token_ids, i.fields, i.parameter, inverse, i.mask, None, None
-    )
+    if i.topk_ids is not None:
+        values = _outcomes(x, i.topk_ids, inverse, i.mask)
+    else:
+        values, _ = reference.rows(
+            x, y, i.token_ids, i.fields, i.parameter, inverse, i.mask, None, None
+        )
     if i.labels is None:
         return values
     log_p, _ = reference.rows(
         x, None, i.labels[:, None], ["logprob"], None, None, i.mask, None, None
     )
     return torch.cat([values, log_p])
+
+
+def _outcomes(x: Tensor, ids: Tensor, inverse: Tensor | None, mask: Tensor | None) -> Tensor:
+    """[K + 1, n]: logits over T of the tokens, 0 for padding, and logsumexp of all others."""
+    scaled = x if inverse is None else x * inverse.to(x.dtype)[:, None]
+    given = ids >= 0
+    tokens = torch.where(given, scaled.gather(1, ids.clamp(min=0)), 0)
+    apart = scaled.new_zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool)
+    apart = apart.scatter(1, torch.where(given, ids, x.shape[1]), True)[:, :-1]
+    rest = torch.where(apart, -torch.inf, scaled)
+    empty = (rest == -torch.inf).all(1)
+    finite = torch.where(empty[:, None], 0, rest).logsumexp(1)  # no NaN in its gradient
+    found = torch.cat([tokens, torch.where(empty, -torch.inf, finite)[:, None]], 1)
+    return (found if mask is None else torch.where(mask[:, None], found, 0)).t()
 
 
 def values(i: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import divergences, reference, reference_family
 from .linear_plan import Tiles, tiles
 from .linear_products import Products, tile_dtype
+from .linear_topk import Apart, put_back, take_out
 
 # States of so many tiles wait before they are merged.
 _WAITING = 8
@@ -67,6 +68,7 @@ class Rows:
     inverse: Tensor | None
     backend: str
     paired: bool  # about both sides
+    apart: Tensor | None = None  # [n, K] outcomes of their own: not in the rows (linear_topk)
 
     def part(self, tokens: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
         """token_ids, counted from the start of a tile and -1 outside of it, and 1/T."""
@@ -78,6 +80,10 @@ class Rows:
         if inverse is not None and inverse.shape[0] != 1:
             inverse = inverse[tokens]
         return ids, inverse
+
+    def take_out(self, x: Tensor, tokens: slice, columns: slice) -> Apart | None:
+        """The outcomes of their own, out of a tile; `put_back` puts them back."""
+        return None if self.apart is None else take_out(x, self.apart[tokens], columns)
 
 
 class Engine:
@@ -173,16 +179,24 @@ class _Running:
             at, of_tile = at + size, of_tile + size
         if self.swept:  # which supports there are, for what is infinite
             self._first.append("forward_kl")
+        self._outcomes: Tensor | None = None
+        if asked.apart is not None:
+            shape = asked.apart.shape[1], n
+            self._outcomes = torch.zeros(shape, dtype=inner, device=device)
 
     def take(self, x: Tensor, y: Tensor | None, tokens: slice, columns: slice) -> None:
         """A tile of logits."""
         asked = self.asked
         ids, inverse = asked.part(tokens, columns)
+        apart = asked.take_out(x, tokens, columns)
         got, state = torch.ops.fusedkl.row_stats(
             x, y if asked.paired else None, ids, self._first, None, inverse, None, None, None,
             asked.backend,
         )  # fmt: skip
         self._parts[self._waiting, tokens] = state
+        if apart is not None and self._outcomes is not None:
+            self._outcomes[:, tokens] += apart.numbers(inverse)
+            put_back(x, apart)
         for at, of_tile, side in self._tokens:
             assert ids is not None
             # relative to the tile: added up as logits, less the whole row's normaliser at the end
@@ -225,6 +239,9 @@ class _Running:
             self._values[self.swept[1]] = torch.where(merged[-1].isnan(), torch.nan, 0)
         for here, _, side in self._tokens:
             self._values[here] -= _normaliser(state, side, self.asked.inverse)
+        if self._outcomes is not None:  # from the state: -inf, not NaN, where nothing else is
+            rest = _normaliser(state, "policy", self.asked.inverse)
+            return torch.cat([self._outcomes, rest[None]]), state
         return self._values, state
 
     def end_again(self, values: Tensor, state: Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import divergences, reductions, validation
-from .linear import inputs_of, per_token
 from .linear_autograd import linear_stats
+from .linear_inputs import inputs_of, per_token
 from .stats import TokenStats, packed, wanted_fields
 
 

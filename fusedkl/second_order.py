@@ -46,6 +46,8 @@ def fisher_vector_product(
     validation.floating("vector", vector)
     validation.alike("vector", vector, "logits", logits)
     inverse = inverse_temperature(temperature, logits)
+    if inverse is not None and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        validation.temperatures(inverse, None)
     dtype = reference.inside(logits.device)
     x, v = rows(logits), rows(vector)
     one_each = (*x.shape[:-1], 1)

@@ -11,13 +11,14 @@ from . import autograd, distributed, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
-from .topk_ops import BACKENDS
+from .topk_ops import KERNELS
 from .topk_ops import topk_logprobs as outcomes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 KINDS = ("forward_kl", "reverse_kl")
+NAMES = ("topk_ids", "topk_logprobs")
 TAILS = ("bucket", "drop", "renormalize")
 
 
@@ -129,7 +130,7 @@ def topk_divergence(
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015: the full sum.
     """
     validation.logits("policy_logits", policy_logits, sliced=group is not None)
-    _check(policy_logits, topk_ids, topk_logprobs, kind, tail)
+    check(policy_logits, topk_ids, topk_logprobs, kind, tail)
     validation.reduction(reduction)
     validation.flag("return_mass", return_mass)
     shape, k = policy_logits.shape[:-1], topk_ids.shape[-1]
@@ -146,17 +147,9 @@ def topk_divergence(
         temperature=temperature,
     )
     width = policy_logits.shape[-1] if shards is None else shards.total
-    if not 1 <= k <= width:
-        raise ValueError(f"topk_ids must hold from 1 to V = {width} tokens a row; got {k}")
-    ids = topk_ids.reshape(-1, k)
-    log_q = topk_logprobs.reshape(-1, k).to(reference.inside(policy_logits.device))
-    if counted is not None:
-        ids = torch.where(counted[:, None], ids, -1)
-    ids = ids.contiguous()
-    log_q = torch.where(ids >= 0, log_q, -torch.inf)
-    if policy_logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_contents(ids, log_q, width)
-
+    ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
+    if inverse is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        validation.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
     if shards is not None:
@@ -167,22 +160,13 @@ def topk_divergence(
         tokens = x.reshape(-1, x.shape[-1]).gather(-1, ids.clamp(min=0)).to(log_q.dtype)
         if inverse is not None:
             tokens = tokens * inverse.unsqueeze(-1)
-        pair = torch.where(ids >= 0, tokens, -torch.inf), log_q
+        rest = None
     else:
         assert log_p is not None
-        pair = torch.where(ids >= 0, log_p[:, :-1], -torch.inf), log_q
-    if tail == "drop":
-        values = _dropped(*pair, kind, counted)
-    else:
-        if tail == "bucket":
-            assert log_p is not None
-            rest = log_p[:, -1:]
-            floor = torch.finfo(reference.result_dtype(policy_logits, topk_logprobs)).eps
-            pair = torch.cat([pair[0], rest], -1), torch.cat([log_q, _tail(log_q, rest, floor)], -1)
-        # Few outcomes in float64: the rows of any other divergence.
-        values = autograd.row_stats(*pair, None, (kind,), None, None, counted, backend=name)[0]
+        tokens, rest = log_p[:, :-1], log_p[:, -1:]
     dtype = reference.result_dtype(policy_logits, topk_logprobs)
-    value = reductions.reduce(values.to(dtype), counted, None, reduction, shape, backend=name)
+    values = of_outcomes(tokens, rest, ids, log_q, kind, tail, counted, dtype, name)
+    value = reductions.reduce(values, counted, None, reduction, shape, backend=name)
     if not return_mass:
         return value
     assert log_p is not None
@@ -192,6 +176,55 @@ def topk_divergence(
             for t in (log_p[:, :-1], log_q)
         )
         return TopkDivergence(value, *masses)
+
+
+def teacher_rows(
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    counted: Tensor | None,
+    width: int,
+    names: tuple[str, str] = NAMES,
+) -> tuple[Tensor, Tensor]:
+    """The teacher's rows as [N, K]: ids, and log q in float64; -1 and -inf where nothing is."""
+    k = topk_ids.shape[-1]
+    if not 1 <= k <= width:
+        raise ValueError(f"{names[0]} must hold from 1 to V = {width} tokens a row; got {k}")
+    ids = topk_ids.reshape(-1, k)
+    log_q = topk_logprobs.reshape(-1, k).to(reference.inside(topk_ids.device))
+    if counted is not None:
+        ids = torch.where(counted[:, None], ids, -1)
+    ids = ids.contiguous()
+    log_q = torch.where(ids >= 0, log_q, -torch.inf)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_contents(ids, log_q, width, names)
+    return ids, log_q
+
+
+def of_outcomes(
+    tokens: Tensor,
+    rest: Tensor | None,
+    ids: Tensor,
+    log_q: Tensor,
+    kind: str,
+    tail: str,
+    counted: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The divergence [N] from log p of the tokens [N, K] and of the rest [N, 1].
+
+    For "renormalize" the tokens' logits over T do as well, and rest is not read.
+    """
+    log_p = torch.where(ids >= 0, tokens, -torch.inf)
+    if tail == "drop":
+        return _dropped(log_p, log_q, kind, counted).to(dtype)
+    if tail == "bucket":
+        assert rest is not None
+        left = _tail(log_q, rest, torch.finfo(dtype).eps)
+        log_p, log_q = torch.cat([log_p, rest], -1), torch.cat([log_q, left], -1)
+    # Few outcomes in float64: the rows of any other divergence.
+    rows = autograd.row_stats(log_p, log_q, None, (kind,), None, None, counted, backend=backend)
+    return rows[0].to(dtype)
 
 
 def _tail(log_q: Tensor, policy_rest: Tensor, floor: float) -> Tensor:
@@ -218,38 +251,47 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
 
 def _resolve(backend: str | None, device: torch.device) -> str:
     name = resolve(backend, device)
-    if name in BACKENDS:
+    if name in KERNELS:
         return name
     if backend is not None:
         raise ValueError(
-            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(BACKENDS)} do"
+            f"backend={backend!r} has no kernel for topk_divergence; {' and '.join(KERNELS)} do"
         )
     return "reference"
 
 
-def _check(policy: Tensor, ids: Tensor, logprobs: Tensor, kind: str, tail: str) -> None:
+def check(
+    policy: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    kind: str,
+    tail: str,
+    names: tuple[str, str] = NAMES,
+) -> None:
+    """The teacher's tensors fit the policy, logits [..., V] or hidden states [..., H]."""
     validation.one_of("kind", kind, KINDS)
     validation.one_of("tail", tail, TAILS)
-    if validation.tensor("topk_ids", ids).dtype != torch.int64:
-        raise TypeError(f"topk_ids must be an int64 tensor; got {ids.dtype}")
+    first, second = names
+    if validation.tensor(first, ids).dtype != torch.int64:
+        raise TypeError(f"{first} must be an int64 tensor; got {ids.dtype}")
     leading = list(policy.shape[:-1])
     if ids.dim() != policy.dim() or list(ids.shape[:-1]) != leading:
-        raise ValueError(f"topk_ids must have shape {[*leading, 'K']}; got {list(ids.shape)}")
-    validation.on_device("topk_ids", ids, policy)
-    validation.floating("topk_logprobs", logprobs)
-    validation.alike("topk_logprobs", logprobs, "topk_ids", ids)
+        raise ValueError(f"{first} must have shape {[*leading, 'K']}; got {list(ids.shape)}")
+    validation.on_device(first, ids, policy)
+    validation.floating(second, logprobs)
+    validation.alike(second, logprobs, first, ids)
 
 
-def _check_contents(ids: Tensor, log_q: Tensor, width: int) -> None:
+def _check_contents(ids: Tensor, log_q: Tensor, width: int, names: tuple[str, str]) -> None:
     if not ids.numel():
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < -1 or high >= width:
         raise ValueError(
-            f"topk_ids must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
+            f"{names[0]} must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
         )
     ordered = ids.sort(-1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-        raise ValueError("topk_ids must be different in each row; got some twice")
+        raise ValueError(f"{names[0]} must be different in each row; got some twice")
     if bool((log_q > 0).any()):
-        raise ValueError(f"topk_logprobs must be at most 0; got {float(log_q.detach().max())}")
+        raise ValueError(f"{names[1]} must be at most 0; got {float(log_q.detach().max())}")

@@ -22,7 +22,7 @@ from . import reference, reference_backend
 from ._library import LIB, NAMESPACE, TAGS
 from .autograd import recorded
 
-_ARGUMENTS = {
+ARGUMENTS = {
     "topk_logprobs": (
         "Tensor policy, Tensor token_ids, Tensor? inv_temperature, Tensor? mask",
         "(Tensor values, Tensor state)",
@@ -32,24 +32,24 @@ _ARGUMENTS = {
         "Tensor",
     ),
 }
-for _name, (_arguments, _results) in _ARGUMENTS.items():
+for _name, (_arguments, _results) in ARGUMENTS.items():
     LIB.define(f"{_name}({_arguments}, str backend) -> {_results}", tags=TAGS)
     LIB.define(f"_{_name}({_arguments}) -> {_results}", tags=TAGS)
 _OPS = getattr(torch.ops, NAMESPACE)
 
 
 # By backend, as backends.py has it for the operators that all backends share.
-_KERNELS: dict[str, dict[str, Any]] = {
-    "cpu": {name: getattr(_OPS, f"_{name}") for name in _ARGUMENTS},
-    "reference": {name: getattr(reference_backend, name) for name in _ARGUMENTS},
+KERNELS: dict[str, dict[str, Any]] = {
+    "cpu": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
+    "cuda": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
+    "reference": {name: getattr(reference_backend, name) for name in ARGUMENTS},
 }
-BACKENDS = tuple(_KERNELS)
 
 
 def _implementation(name: str) -> Any:
     def implementation(*args: Any) -> Any:
         *rest, backend = args
-        return _KERNELS[backend][name](*rest)
+        return KERNELS[backend][name](*rest)
 
     return implementation
 

@@ -178,6 +178,17 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def temperatures(inverse: Tensor, mask: Tensor | None) -> None:
+    """The contents of 1/T, one or one per row, where they are read."""
+    counted = inverse
+    if mask is not None and counted.shape == mask.shape:
+        counted = counted[mask]
+    valid = (counted > 0) & (counted < math.inf)
+    if not bool(valid.all()):
+        wrong = 1 / counted[~valid][0].item() if counted[~valid][0] != 0 else math.inf
+        raise ValueError(f"temperature must be positive and finite; got {wrong}")
+
+
 def number_temperature(value: object) -> None:
     """A finite number > 0."""
     number = isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt))
@@ -337,13 +348,7 @@ def row_stats_contents(
     if policy.device.type != "cpu":
         return
     if inv_temperature is not None:
-        counted = inv_temperature
-        if mask is not None and counted.shape == mask.shape:
-            counted = counted[mask]
-        valid = (counted > 0) & (counted < math.inf)
-        if not bool(valid.all()):
-            wrong = 1 / counted[~valid][0].item() if counted[~valid][0] != 0 else math.inf
-            raise ValueError(f"temperature must be positive and finite; got {wrong}")
+        temperatures(inv_temperature, mask)
     if token_ids is not None and token_ids.numel() > 0:
         ids = token_ids if mask is None else token_ids[mask]
         last = (policy.shape[-1] if valid_vocab is None else valid_vocab) - 1

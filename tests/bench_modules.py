@@ -24,11 +24,12 @@ def _load() -> dict[str, ModuleType]:
     names = [path.stem for path in _FOLDER.glob("*.py") if path.stem not in scripts]
     names += ["suite", *(f"suite.{path.stem}" for path in _FOLDER.glob("suite/[!_]*.py"))]
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    path = list(sys.path)
     sys.path.insert(0, str(_FOLDER))
     try:
         return {name: importlib.import_module(name) for name in names}
     finally:
-        sys.path.remove(str(_FOLDER))
+        sys.path[:] = path  # some of them put their folder there themselves
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)

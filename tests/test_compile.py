@@ -230,7 +230,8 @@ def test_double_backward_through_a_compiled_graph_is_refused(backend: str) -> No
     )
     policy, reference, _ = make(2, 3)
     (g,) = torch.autograd.grad(compiled(policy, reference), policy, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    # torch 2.11 gives a gradient without a graph where the reference requires one too.
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         g.sum().backward()
 
 

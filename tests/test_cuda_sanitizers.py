@@ -32,7 +32,8 @@ CSRC = cuda_on_cpu.ROOT / "csrc"
 
 
 def program(kind: str, csrc: Path = CSRC, *more: str) -> Path:
-    sources = [cuda_on_cpu.HERE / "check.cpp", csrc / "cpu" / "rows_f64.cpp"]
+    sources = [cuda_on_cpu.HERE / "check.cpp"]
+    sources += [csrc / "cpu" / f"{name}.cpp" for name in ("rows_f64", "family_series")]
     flags = [*SANITIZERS[kind], f"-I{csrc / 'cuda'}", *more]
     return cuda_on_cpu.build(sources, f"check-{kind}", flags, [], csrc)
 
@@ -140,6 +141,41 @@ FAULTS = {
         "  __syncthreads();  // no block may leave",
         "plain",
         "after the last cluster barrier",
+    ),
+    "a second sweep that does not wait": (
+        "cuda/family_cluster.cuh",
+        "cluster.sync();  // before the sums are written again",
+        "__syncthreads();  // before the sums are written again",
+        "races",
+        "data race",
+    ),
+    "slopes exchanged": (
+        "family_terms.h",
+        "return {value, c.weight_p * of_p, c.weight_q * of_q};",
+        "return {value, c.weight_q * of_q, c.weight_p * of_p};",
+        "plain",
+        "family's gradient",
+    ),
+    "given tokens counted": (
+        "cuda/topk.cuh",
+        "if (bits >> 2 * j & 1) x[j].x = -INFINITY;",
+        "",
+        "plain",
+        "the rest is",
+    ),
+    "tokens marked without an atomic operation": (
+        "cuda/topk.cuh",
+        "atomicOr(given + at / 32, 1u << at % 32) >> at % 32 & 1",
+        "(given[at / 32] |= 1u << at % 32, false)",
+        "races",
+        "data race",
+    ),
+    "a chunk too many for the forward": (
+        "cuda/logits.cuh",
+        "chunks(length_ / kChunk)",
+        "chunks(length_ / kChunk + 1)",
+        "memory",
+        "AddressSanitizer",
     ),
     "absent tokens counted": (
         "cuda/forward.cuh",

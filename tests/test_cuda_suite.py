@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import cuda_on_cpu
 import oracle
 import pytest
+import test_controls
 import test_edges
+import test_family
 import test_gradients
 import test_token_stats
+import test_topk
 import test_values
 import torch
 
 import fusedkl
 
-# Of the CPU and the reference alone: threads, a backend without float64, arguments that no backend
-# sees. And promises of the CPU: the same bits at any alignment, and with or without the other
-# gradient; here the alignment decides which lane adds a token, and a lone gradient has a shorter
-# loop.
+MODULES = (
+    test_controls,
+    test_edges,
+    test_family,
+    test_gradients,
+    test_token_stats,
+    test_topk,
+    test_values,
+)
+# Of the CPU and the reference alone: threads, a backend without float64. And a promise of the CPU:
+# the same bits with or without the other gradient; here a lone gradient has a shorter loop.
 LEFT_OUT = {
     "test_reference_backend_where_there_is_no_float64",
     "test_the_same_bits_for_any_number_of_threads",
-    "test_bad_arguments",
-    "test_bad_types",
-    "test_slices_get_the_gradient_of_their_copies",
-    "test_layout_does_not_matter",
-    "test_values_survive_a_strided_and_unaligned_slice",
     "test_only_what_is_asked_for",
 }
-# Under names of their own: several modules have a test_divergence.
-for _module in (test_edges, test_gradients, test_token_stats, test_values):
-    for _name, _test in list(vars(_module).items()):
-        if _name.startswith("test_") and _name not in LEFT_OUT:
-            globals()[f"{_module.__name__}_{_name.removeprefix('test_')}"] = _test
+# Long ones, in `make test-full`: test_cuda_suite_wide.py.
+WIDE = {
+    "test_a_bad_row_stays_alone",
+    "test_double_backward",
+    "test_inequalities",
+    "test_it_differentiates_twice",
+    "test_long_rows_agree_with_the_reference_backend",
+    "test_operators_pass_opcheck_and_compile",
+    "test_the_bucket_is_never_negative_and_a_lower_bound",
+}
+
+
+def tests_of(wide: bool) -> dict[str, object]:
+    """Under names of their own: several modules have a test_divergence."""
+    return {
+        f"{module.__name__}_{name.removeprefix('test_')}": test
+        for module in MODULES
+        for name, test in vars(module).items()
+        if name.startswith("test_")
+        and name not in LEFT_OUT
+        and (name in WIDE) == wide
+        and "backend" in inspect.signature(test).parameters
+    }
+
+
+globals().update(tests_of(wide=False))
 
 
 def test_any_alignment_is_as_accurate(backend: str) -> None:

@@ -43,19 +43,61 @@ def test_named_files_exist(page: str) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def commands(text: str) -> list[str]:
+    """What a page tells its reader to run: lines of indented blocks, and code in a sentence."""
+    told = r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:make|python|pytest) [^`\n]+"
+    found = re.findall(rf"^    ({told})", text, re.MULTILINE) + re.findall(rf"`({told})`", text)
+    return [c.partition(" #")[0].strip() for c in found]
+
+
+def unknown(command: str) -> list[str]:
+    """Targets, files and options of a command that are not there."""
+    words = [w for w in command.split() if not re.match(r"[A-Z_]+=", w)]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return [w for w in words[1:] if w not in targets]
+    files = [w for w in words[1:] if re.fullmatch(r"(?:\w+/)*\w+\.py|bench/", w)]
+    missing = [name for name in files if not (ROOT / name).exists()]
+    if words[0].endswith("pytest") or missing or not files or files[0] == "setup.py":
+        return missing
+    program = (ROOT / files[0]).read_text()
+    program += (ROOT / "examples/common.py").read_text() if "examples/" in files[0] else ""
+    return [w for w in words if w.startswith("--") and f'"{w}"' not in program]
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if commands(PAGES[name])])
+def test_commands_are_known(page: str) -> None:
+    assert [c for c in commands(PAGES[page]) if unknown(c)] == []
+
+
+def test_unknown_commands_are_seen() -> None:
+    (command,) = commands("    .venv/bin/python bench/run.py --models --no-such  # x\n")
+    assert unknown(command) == ["--no-such"]
+    assert unknown("make nothing") == ["nothing"]
+    assert unknown("A=1 pytest tests/test_none.py -k x") == ["tests/test_none.py"]
+
+
 # In a process of its own: modules of bench/ share names with those of other tests.
 COMPARE = """
-import re, sys
+import json, re, sys
 sys.path.insert(0, sys.argv[1])
 import page
 begin, end = page.marks(sys.argv[2])
-text = page.PAGE.read_text().split(begin)[1].split(end)[0]
+shown = page.PAGES[sys.argv[2]]
+text = shown.read_text().split(begin)[1].split(end)[0]
 named = re.findall(r"`(bench/results/[\\w.-]+\\.json)`", text)
-assert text == page.section(page.PAGE.parents[1] / named[0]), f"python bench/page.py {named[0]}"
+if not named:  # only while there is nothing to show
+    found = (shown.parents[1] / "bench" / "results").glob("*.json")
+    kept = [file.name for file in found if page.kind(json.loads(file.read_text())) == sys.argv[2]]
+    assert text == page.NOTHING and not kept, f"{kept} not shown"
+    sys.exit()
+assert text == page.section(shown.parents[1] / named[0]), f"python bench/page.py {named[0]}"
 """
 
 
-@pytest.mark.parametrize("kind", ["results-avx512", "results-avx2", "memory-model"])
+@pytest.mark.parametrize(
+    "kind", ["results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"]
+)
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

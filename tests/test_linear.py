@@ -278,7 +278,7 @@ HIDDEN, WEIGHT = torch.randn(5, 8, generator=G), torch.randn(20, 8, generator=G)
 REF, REF_W = torch.randn(5, 6, generator=G), torch.randn(20, 6, generator=G)
 
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
-    "no reference": ((HIDDEN, WEIGHT), {}, ValueError, "ref_hidden .* or ref_logits"),
+    "no reference": ((HIDDEN, WEIGHT), {}, ValueError, "ref_hidden .* ref_logits or ref_topk"),
     "hidden sizes": (
         (HIDDEN, REF_W, REF, REF_W),
         {},

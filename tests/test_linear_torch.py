@@ -93,7 +93,7 @@ def arguments(backend: str, **changed: Any) -> Inputs:
     t = heads(torch.float32).tensors
     given = Inputs(
         t["hidden"], t["weight"], None, t["ref_hidden"], t["ref_weight"], None, None, None, None,
-        ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], False, list(TILE), backend,
+        None, ["forward_kl"], None, None, None, [1.0, 1.0], [0.0, 0.0], False, list(TILE), backend,
     )  # fmt: skip
     return given._replace(**changed)
 

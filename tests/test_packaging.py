@@ -104,7 +104,10 @@ else:
 @pytest.mark.slow
 def test_sdist_is_complete(tree: Path, sdist: Path) -> None:
     assert sources(sdist) == sources(tree)
-    for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run"):
+    whole = ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run")
+    # What `make site`, `make bench` and the tests of the documents read.
+    read = ("mkdocs.yml", "docs/assets/hooks.py", "docs/img/speed.png", "bench/suite/page.html")
+    for name in (*whole, *read, "bench/results/cpu-avx512.json", "examples/dropin/toy.py"):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
 
 

@@ -85,7 +85,7 @@ def test_make_knows(command: str) -> None:
 
 
 def test_info() -> None:
-    assert "reference" in run(sys.executable, "-P", "-m", "fusedkl", "info", cwd=ROOT)
+    assert "reference" in run(sys.executable, "-I", "-m", "fusedkl", "info", cwd=ROOT)
 
 
 @pytest.mark.full
@@ -101,7 +101,7 @@ def test_it_installs(switch: str, tmp_path: Path) -> None:
     switches = {switch: "1", "FUSEDKL_BUILD_CUDA": "0"}
     install = ("install", ".", "--no-build-isolation", "--no-deps", "--ignore-installed")
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tree, **switches)
-    info = run(python, "-P", "-m", "fusedkl", "info", cwd=tmp_path)
+    info = run(python, "-I", "-m", "fusedkl", "info", cwd=tmp_path)
     (cpu,) = re.findall(r"^ *cpu +(yes|no) ", info, flags=re.MULTILINE)
     assert cpu == ("no" if switch == "FUSEDKL_NO_EXT" else "yes"), info
 

@@ -16,12 +16,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from bench_modules import capture, nvcc, sass, static, static_cases
 
 TARGETS = [pytest.param(at, marks=() if at == 90 else pytest.mark.full) for at in static.MACHINES]
-CASES = {case.name: case for case in (*static_cases.triton(), *static_cases.cuda())}
+OURS = (*static_cases.triton(), *static_cases.cuda(), *static_cases.cuda_family())
+CASES = {case.name: case for case in OURS}
+# Minutes of compiling.
+FAMILY = {case.name for case in static_cases.cuda_family()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name in FAMILY else ()) for name in CASES],
+)
 def test_budget(name: str, architecture: int) -> None:
     """What is known to miss its budget is held where it is, by name."""
     if name.startswith("CUDA") and nvcc.toolkit("bin/nvcc") is None:

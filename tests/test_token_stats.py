@@ -161,7 +161,7 @@ def test_masked_rows_are_not_read(backend: str) -> None:
 
 
 def test_a_bad_side_leaves_the_other_alone(backend: str) -> None:
-    if backend in ("triton", "cuda_on_cpu"):
+    if backend == "triton":
         pytest.skip("a side that is no distribution makes NaN of its whole row there")
     for width in (300, 70_000):  # one segment, and more
         policy, reference = torch.randn(2, 2, width)

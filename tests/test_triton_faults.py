@@ -23,7 +23,7 @@ KERNELS = HERE.parent / "kernels"
 
 def check(folder: Path, sanitized: bool) -> subprocess.CompletedProcess[str]:
     script = str(HERE / "triton_check.py")
-    command = [sys.executable, "-P", script, str(folder)]
+    command = [sys.executable, script, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     environment.pop("TRITON_INTERPRET", None)
     if sanitized:

@@ -24,7 +24,7 @@ SUITE = (
 
 def run(files: tuple[str, ...], marks: str, least: int) -> None:
     """A pytest of these files; fails with its output, or if it ran fewer tests than `least`."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", marks]
+    command = [sys.executable, "-I", "-m", "pytest", "-q", "-m", marks]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *(str(HERE / name) for name in files)],
         capture_output=True,

@@ -88,7 +88,7 @@ def test_installed_it_passes_the_quick_tests(
     (site,) = home.glob("[lL]ib/**/site-packages")
     # Packages of this environment, but not what its own .pth files add: an editable fusedkl.
     (site / "shared.pth").write_text("\n".join(paths))
-    found = (python, "-P", "-c", "import torch; print(torch.__version__)")
+    found = (python, "-I", "-c", "import torch; print(torch.__version__)")
     if which == "this torch":
         assert run(*found, cwd=tmp_path).split() == [torch.__version__]
     elif not run_quietly(*found):
@@ -104,10 +104,10 @@ def test_installed_it_passes_the_quick_tests(
         if OF_SOURCES.search(file.read_text()):
             file.unlink()
     where = "import fusedkl, fusedkl._library as l; print(fusedkl.__file__, l.why_not(), sep='|')"
-    file, missing = run(python, "-P", "-c", where, cwd=away).strip().split("|")
+    file, missing = run(python, "-I", "-c", where, cwd=away).strip().split("|")
     assert Path(file).is_relative_to(site) and missing == "None"
     tests = ("pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow")
-    summary = run(python, "-P", "-m", *tests, cwd=away).splitlines()[-1]
+    summary = run(python, "-I", "-m", *tests, cwd=away).splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed and int(passed[1]) > 1000, summary
     print(f"{which}: {summary}")

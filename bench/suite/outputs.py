@@ -108,9 +108,11 @@ def _row(entry: Entry) -> list[tuple[str, float | str]]:
     ratio = entry.ratio
     peak = None if entry.peak_bytes is None else entry.peak_bytes / 2**20
     remark = f"WRONG: {entry.wrong}" if entry.wrong else entry.skipped
+    # Where the time would stand: the remark is far to the right. No key: sorted to the end.
+    time = _digits(_median(ms)) if ms else ("wrong" if entry.wrong else "skipped", "")
     return [
         *(_text(entry.case.name), _text(entry.contender)),
-        *(_number(_median(ms), ".3g"), _spread(ms)),
+        *(time, _spread(ms)),
         *(_number(_median(ratio), ".2f"), _spread(ratio)),
         *(_number(entry.value_error, ".1e"), _number(entry.gradient_error, ".1e")),
         *(_number(peak, ".1f"), _number(entry.share, ".1%"), _text(remark)),
@@ -129,8 +131,17 @@ def _number(value: float | None, form: str) -> tuple[str, float | str]:
     return ("", "") if value is None else (format(value, form), value)
 
 
+def _digits(value: float | None) -> tuple[str, float | str]:
+    """Three digits, and no exponent."""
+    if value is None:
+        return "", ""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}", value
+
+
 def _spread(spread: Spread | None) -> tuple[str, float | str]:
-    return ("", "") if spread is None else (f"{spread.low:.3g} - {spread.high:.3g}", spread.low)
+    if spread is None:
+        return "", ""
+    return f"{_digits(spread.low)[0]} - {_digits(spread.high)[0]}", spread.low
 
 
 def about(found: Found) -> list[tuple[str, str]]:
@@ -139,13 +150,17 @@ def about(found: Found) -> list[tuple[str, str]]:
     def listed(pairs: Iterable[tuple[str, Any]]) -> str:
         return ", ".join(f"{name} {value}" for name, value in pairs)
 
+    def _load(averages: list[float]) -> str:
+        return " ".join(f"{value:.1f}" for value in averages) or "unknown"
+
     had = found.about
     return [
         ("command", had["command"]),
         ("commit", f"{had['commit']}, {had['date']}"),
         ("machine", listed(had["machine"].items())),
         ("versions", listed(had["versions"].items())),
-        ("load", f"{had['load_before']} before, {had['load_after']} after, {had['seconds']} s"),
+        ("load", f"{_load(had['load_before'])} before, {_load(had['load_after'])} after"),
+        ("took", f"{had['seconds']} s"),
         ("instruction set", had["isa"]),
     ]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .driver import Found
 
 STYLE = {
-    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "figure.figsize": (6.4, 4)},
+    **{"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "figure.figsize": (6.4, 4.6)},
     **{"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fusedkl"},
 }
 MIB = 2**20
@@ -37,9 +37,9 @@ def draw(found: Found, folder: Path) -> list[Figure]:
     pictures: dict[str, tuple[str, Callable[[Found, Any], bool]]] = {
         "time": ("Time against the vocabulary", _time),
         "memory": ("Memory against the vocabulary", _memory),
-        "limit": ("Share of the memory limit", _limit),
         "error": ("Error against the size of the divergence", _error),
         "tokens": ("Cost per token against the number of tokens", _tokens),
+        "limit": ("Share of the memory limit", _limit),
     }
     made = []
     with plt.rc_context(STYLE):
@@ -47,6 +47,8 @@ def draw(found: Found, folder: Path) -> list[Figure]:
             figure, axes = plt.subplots(layout="constrained")
             if picture(found, axes):
                 axes.set_title(title)
+                # Below: no place inside is free in every run.
+                figure.legend(loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
                 for kind in ("svg", "png"):
                     metadata = {"Date": None} if kind == "svg" else None
                     figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata=metadata)
@@ -70,8 +72,6 @@ def _lines(
         axes.plot(
             *zip(*sorted(points), strict=True), marker="o", markersize=3.5, label=name, **style
         )
-    if series:
-        axes.legend(fontsize=7.5)
     return bool(series)
 
 
@@ -111,6 +111,7 @@ def _limit(found: Found, axes: Any) -> bool:
     shown = [e for e in found.entries if e.share is not None and e.case.topic == "models"]
     cases = list(dict.fromkeys(_label(e) for e in shown))
     names = list(dict.fromkeys(e.contender for e in shown))
+    axes.figure.set_figheight(max(4.6, 1.4 + 0.09 * len(cases) * len(names)))
     for place, name in enumerate(names):
         at = [cases.index(_label(e)) for e in shown if e.contender == name]
         height = 0.8 / len(names)
@@ -120,8 +121,7 @@ def _limit(found: Found, axes: Any) -> bool:
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set(xlabel="% of what the measured rate of reading allows, each byte moved once")
-    if shown:
-        axes.legend(fontsize=7)
+    axes.grid(axis="y", visible=False)
     return bool(shown)
 
 
@@ -136,8 +136,6 @@ def _error(found: Found, axes: Any) -> bool:
         axes.loglog(*zip(*shown, strict=True), style, marker="o", markersize=3.5, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="KL of a row, nats", ylabel="worst relative error (1: all digits lost)")
-    if found.points:
-        axes.legend(fontsize=7.5)
     return bool(found.points)
 
 

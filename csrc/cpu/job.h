@@ -11,15 +11,8 @@ struct Logits {
   DType dtype;
   double cap = 0;  // logits are cap tanh(x / cap), unless 0
 
-  double operator[](int64_t i) const {
-    const double x = load_double(data, dtype, i);
-    return cap == 0 || x == -INFINITY ? x : cap * tanh(x / cap);
-  }
-  double slope(int64_t i) const {
-    if (cap == 0) return 1;
-    const double c = cosh(load_double(data, dtype, i) / cap);
-    return 1 / (c * c);
-  }
+  double operator[](int64_t i) const { return softcapped(load_double(data, dtype, i), cap); }
+  double slope(int64_t i) const { return cap == 0 ? 1 : softcap_slope(load_double(data, dtype, i), cap); }
 };
 
 // One row of a gradient sweep; x and y have one dtype, gradients too. gx may be x.

@@ -54,13 +54,6 @@ class Widened {
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room);
 void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, Widened& room);  // writes values and state
 
-// A side without any mass is kept as such in the state, which a slice of a row may have; as a row it is no distribution.
-inline RowState settled(RowState s) {
-  if (s.policy_log_sum == -INFINITY) lose_policy(s);
-  if (s.reference_log_sum == -INFINITY) lose_reference(s);
-  return s;
-}
-
 // put(field's row of `values`, number) for all that a state holds: everything but the numbers of tokens
 template <class Put>
 inline void row_values(const Fields& fields, const RowState& s, Put put) {

@@ -1,7 +1,7 @@
 // What the kernels are told, as plain data: no tensor, no torch.
 #pragma once
 #include "../cpu/dtype.h"
-#include "../gradient_math.h"
+#include "../family_math.h"
 
 namespace fusedkl {
 namespace gpu {
@@ -28,6 +28,9 @@ struct RowLayout {
   }
 };
 
+// Elements of a row per block of the sweeps that know its state.
+constexpr int kPiece = 32768;
+
 // A row is cut into equal segments that depend on its length alone.
 struct Cut {
   int count, size;
@@ -42,9 +45,14 @@ struct Inputs {
   const double* inv_temperature;  // null: 1
   bool per_row_temperature;
   const bool* mask;  // null: every row counts
+  double cap;        // logits are cap tanh(x / cap), unless 0
+  bool in_double;    // as exact as a result in double
 
   FUSEDKL_MEMBER double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
+  // all of it in double: a cap bends the difference of two logits by more than one float can say
+  FUSEDKL_MEMBER bool exact() const { return in_double || dx == DType::f64 || dy == DType::f64 || cap != 0; }
   FUSEDKL_MEMBER bool counted(int64_t r) const { return !mask || mask[r]; }
+  FUSEDKL_MEMBER int64_t pieces() const { return (length + kPiece - 1) / kPiece; }
   FUSEDKL_MEMBER int64_t begin(int segment) const { return static_cast<int64_t>(segment) * cut.size; }
   FUSEDKL_MEMBER int length_of(int segment) const {
     const int64_t left = length - begin(segment);
@@ -55,7 +63,8 @@ struct Inputs {
 // Rows of `values` (and of its gradient) by name; -1: not wanted.
 struct ValueRows {
   int64_t forward_kl = -1, reverse_kl = -1, entropy = -1, ref_entropy = -1;
-  int64_t logsumexp = -1, ref_logsumexp = -1, logprob = -1, ref_logprob = -1, log_ratio = -1;
+  int64_t logsumexp = -1, ref_logsumexp = -1, logprob = -1, ref_logprob = -1, log_ratio = -1, mean_logprob = -1;
+  int64_t family = -1;  // one divergence of family_math.h, at most
 
   FUSEDKL_MEMBER bool tokens() const { return logprob >= 0 || ref_logprob >= 0 || log_ratio >= 0; }
 };

@@ -54,14 +54,24 @@ inline RowLayout layout_of(const Rows& rows, const char* name) {
   return l;
 }
 
-// Which rows of `values` have which name. False for a name that these kernels do not know.
-inline ValueRows value_rows(const std::vector<std::string>& fields, int64_t ids_per_row, int64_t* count) {
+inline std::optional<FamilyKind> family_of(const std::string& name, double parameter) {
+  if (name == "jsd") return FamilyKind::jsd(parameter);
+  if (name == "skew_kl") return FamilyKind::skew_kl(parameter);
+  if (name == "renyi") return FamilyKind::renyi(parameter);
+  if (name == "tvd") return FamilyKind::tvd();
+  if (name == "hellinger") return FamilyKind::squared_hellinger();
+  return std::nullopt;
+}
+
+// Which rows of `values` have which name; the kind of the one divergence that takes a second sweep.
+inline ValueRows value_rows(const std::vector<std::string>& fields, int64_t ids_per_row, double parameter, FamilyKind* kind,
+                            int64_t* count) {
   static const std::pair<const char*, int64_t ValueRows::*> known[] = {
       {"forward_kl", &ValueRows::forward_kl}, {"reverse_kl", &ValueRows::reverse_kl},
       {"entropy", &ValueRows::entropy},       {"ref_entropy", &ValueRows::ref_entropy},
       {"logsumexp", &ValueRows::logsumexp},   {"ref_logsumexp", &ValueRows::ref_logsumexp},
       {"logprob", &ValueRows::logprob},       {"ref_logprob", &ValueRows::ref_logprob},
-      {"log_ratio", &ValueRows::log_ratio}};
+      {"log_ratio", &ValueRows::log_ratio},   {"mean_logprob", &ValueRows::mean_logprob}};
   ValueRows at;
   *count = 0;
   for (const std::string& name : fields) {
@@ -73,8 +83,17 @@ inline ValueRows value_rows(const std::vector<std::string>& fields, int64_t ids_
         *count += name == "logprob" || name == "ref_logprob" || name == "log_ratio" ? ids_per_row : 1;
         found = true;
       }
-    STD_TORCH_CHECK(found, "the cuda backend has no field ", name);
+    if (const auto family = found ? std::nullopt : family_of(name, parameter)) {
+      STD_TORCH_CHECK(at.family < 0, "one divergence of a second sweep at a time");
+      *kind = *family;
+      at.family = (*count)++;
+      found = true;
+    }
+    STD_TORCH_CHECK(found, "unknown field ", name);
   }
+  STD_TORCH_CHECK(at.family < 0 || (at.forward_kl < 0 && at.reverse_kl < 0 && at.entropy < 0 && at.log_ratio < 0 &&
+                                    at.ref_entropy < 0 && at.ref_logsumexp < 0 && at.ref_logprob < 0),
+                  "a divergence of a second sweep goes with logsumexp, logprob and mean_logprob only");
   return at;
 }
 
@@ -83,17 +102,17 @@ struct Call {
   Rows policy, reference;
   bool with_reference, f64;
   ValueRows at;
+  FamilyKind kind;
   int64_t value_count = 0, ids_per_row = 0;
   const int64_t* ids = nullptr;
   Inputs in{};
 
   Call(const Tensor& policy_, const OptionalTensor& reference_, const OptionalTensor& token_ids,
-       const std::vector<std::string>& fields, const OptionalTensor& inverse, const OptionalTensor& mask,
-       std::optional<int64_t> valid_vocab, std::optional<double> softcap)
+       const std::vector<std::string>& fields, std::optional<double> parameter, const OptionalTensor& inverse,
+       const OptionalTensor& mask, std::optional<int64_t> valid_vocab, std::optional<double> softcap)
       : policy(Rows::of(policy_, "policy")),
         reference(Rows::of(reference_ ? *reference_ : policy_, "reference")),
         with_reference(reference_.has_value()) {
-    STD_TORCH_CHECK(!softcap, "the cuda backend has no softcap");
     const int64_t rows = policy.count, shorter = policy.length < reference.length ? policy.length : reference.length;
     STD_TORCH_CHECK(reference.count == rows && (valid_vocab || policy.length == reference.length),
                     "policy and reference differ in shape");
@@ -107,16 +126,17 @@ struct Call {
           "token_ids: contiguous int64, the same number for each row");
       ids = static_cast<const int64_t*>(token_ids->const_data_ptr());
     }
-    at = value_rows(fields, ids_per_row, &value_count);
+    at = value_rows(fields, ids_per_row, parameter.value_or(0), &kind, &value_count);
     STD_TORCH_CHECK(!at.tokens() || token_ids, "logprob, ref_logprob and log_ratio need token_ids");
     const bool pair = at.forward_kl >= 0 || at.reverse_kl >= 0 || at.ref_entropy >= 0 || at.ref_logsumexp >= 0 ||
-                      at.ref_logprob >= 0 || at.log_ratio >= 0;
+                      at.ref_logprob >= 0 || at.log_ratio >= 0 || at.family >= 0;
     STD_TORCH_CHECK(!pair || with_reference, "a divergence needs a reference");
     f64 = policy.dtype == DType::f64 || reference.dtype == DType::f64;
     in.x = layout_of(policy, "policy");
     in.y = layout_of(reference, "reference");
     in.dx = policy.dtype;
     in.dy = reference.dtype;
+    in.cap = softcap.value_or(0);
     in.rows = rows;
     in.length = valid_vocab ? *valid_vocab : policy.length;
     const Segments cut(in.length);
@@ -136,10 +156,18 @@ struct Call {
   }
 
   int mode() const {
-    if (!with_reference) return kEntropy;  // about the largest logit: log p of a lone token is 0
+    // about the largest logit: log p of a lone token is 0, and a second sweep knows a peaked row by it
+    if (!with_reference || at.family >= 0) return kEntropy;
     return (at.reverse_kl >= 0 ? kReverse : 0) | (at.entropy >= 0 ? kEntropy : 0) | (at.ref_entropy >= 0 ? kReferenceEntropy : 0);
   }
 };
+
+// Whether every row begins on 16 bytes.
+inline bool aligned(const RowLayout& l) {
+  bool all = reinterpret_cast<uintptr_t>(l.data) % 16 == 0;
+  for (int d = 0; d < l.dims; d++) all &= l.stride[d] % 16 == 0;
+  return all;
+}
 
 // Whether some row's reference cannot be read in aligned vectors where its policy is.
 inline bool misaligned(const RowLayout& x, int size_x, const RowLayout& y, int size_y) {

@@ -22,7 +22,7 @@ constexpr int kWarp = 32;
 #define FUSEDKL_DEVICE __device__ __forceinline__
 
 // 2^v, weights below 2^-126 counted as 0
-FUSEDKL_DEVICE float exp2_fast(float v) {
+FUSEDKL_MEMBER float exp2_fast(float v) {
 #if defined(__CUDA_ARCH__)
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -30,6 +30,17 @@ FUSEDKL_DEVICE float exp2_fast(float v) {
 #else
   const float r = exp2f(v);
   return r < 0x1p-126f ? 0.f : r;
+#endif
+}
+
+// log2 v, right to 2^-22 absolutely where v is near 1, relatively elsewhere
+FUSEDKL_MEMBER float log2_fast(float v) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+#else
+  return log2f(v);
 #endif
 }
 
@@ -140,8 +151,11 @@ class Cluster {
 #endif
 };
 
-// 16 bytes from global to shared memory, there after wait_for_copies() and a barrier
-FUSEDKL_DEVICE void copy_async(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+// 4 or 16 bytes from global to shared memory, there after wait_for_copies() and a barrier
+template <int BYTES>
+FUSEDKL_DEVICE void copy_async(void* to, const void* from) {
+  __pipeline_memcpy_async(to, from, BYTES);
+}
 FUSEDKL_DEVICE void wait_for_copies() {
   __pipeline_commit();
   __pipeline_wait_prior(0);

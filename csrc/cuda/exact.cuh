@@ -29,31 +29,49 @@ FUSEDKL_DEVICE double block_max(double v, double* room) {
   return block_combine(v, room, [](double a, double b) { return a > b ? a : b; });
 }
 
+// The logits of two rows as the exact path reads them.
+struct ExactRows {
+  const char *x, *y;
+  DType dx, dy;
+  double cap;
+
+  FUSEDKL_DEVICE double policy(int64_t i) const { return softcapped(load_any(x, dx, i), cap); }
+  FUSEDKL_DEVICE double reference(int64_t i) const { return softcapped(load_any(y, dy, i), cap); }
+  FUSEDKL_DEVICE double policy_slope(int64_t i) const { return cap == 0 ? 1 : softcap_slope(load_any(x, dx, i), cap); }
+  FUSEDKL_DEVICE double reference_slope(int64_t i) const { return cap == 0 ? 1 : softcap_slope(load_any(y, dy, i), cap); }
+};
+FUSEDKL_DEVICE ExactRows exact_rows(const Inputs& in, int64_t r, int64_t begin = 0) {
+  return {in.x.row(r) + begin * bytes_of(in.dx), in.y.row(r) + begin * bytes_of(in.dy), in.dx, in.dy, in.cap};
+}
+
 // Three reads; the order of additions is fixed by the block's shape.
-FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DType dy, int64_t n, double inv_t, double* room) {
+FUSEDKL_DEVICE RowState exact_segment(const ExactRows& rows, int64_t n, double inv_t, double* room) {
   const int64_t first = static_cast<int64_t>(threadIdx.x), step = static_cast<int64_t>(blockDim.x);
-  double max_x = -INFINITY, max_y = -INFINITY, invalid = 0, leader = static_cast<double>(-n);
+  double max_x = -INFINITY, max_y = -INFINITY, invalid_x = 0, invalid_y = 0, leader = static_cast<double>(-n);
   for (int64_t i = first; i < n; i += step) {
-    const double a = load_any(x, dx, i), b = load_any(y, dy, i);
-    if (!(a < INFINITY) || !(b < INFINITY)) invalid = 1;
+    const double a = rows.policy(i), b = rows.reference(i);
+    if (!(a < INFINITY)) invalid_x = 1;
+    if (!(b < INFINITY)) invalid_y = 1;
     max_x = a > max_x ? a : max_x;
     max_y = b > max_y ? b : max_y;
     if (is_finite(a - b) && leader == -n) leader = static_cast<double>(-i);
   }
   max_x = block_max(max_x, room);
   max_y = block_max(max_y, room);
-  if (block_max(invalid, room) != 0) return nan_state();
+  const bool lost_x = block_max(invalid_x, room) != 0, lost_y = block_max(invalid_y, room) != 0;
+  if (lost_x) max_x = -INFINITY;
+  if (lost_y) max_y = -INFINITY;
   leader = block_max(leader, room);  // the first token with a finite difference
-  const double origin =
-      leader > -n ? load_any(x, dx, static_cast<int64_t>(-leader)) - load_any(y, dy, static_cast<int64_t>(-leader)) : 0;
+  const int64_t lead = static_cast<int64_t>(-leader);
+  const double origin = leader > -n ? rows.policy(lead) - rows.reference(lead) : 0;
 
   EntropySums ex, ey;
   double mean = 0;
   for (int64_t i = first; i < n; i += step) {
-    const double a = load_any(x, dx, i), b = load_any(y, dy, i), d = a - b;
+    const double a = rows.policy(i), b = rows.reference(i), d = a - b;
     if (max_x > -INFINITY) ex.add((max_x - a) * inv_t);
     if (max_y > -INFINITY) ey.add((max_y - b) * inv_t);
-    if (is_finite(d)) mean += exp((b - max_y) * inv_t) * (d - origin);
+    if (is_finite(d) && max_y > -INFINITY) mean += exp((b - max_y) * inv_t) * (d - origin);
   }
   auto whole = [&](EntropySums& e) {
     e.ties = block_sum(e.ties, room);
@@ -63,6 +81,8 @@ FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DT
   whole(ex);
   whole(ey);
   RowState s = exact_masses(max_x, ex, max_y, ey, inv_t);
+  if (lost_x) lose_policy(s);
+  if (lost_y) lose_reference(s);
   if (!(max_x > -INFINITY && max_y > -INFINITY)) return s;
   const double scale = exp(-s.reference_log_sum);
   double centre = origin + block_sum(mean, room) * scale;
@@ -71,7 +91,7 @@ FUSEDKL_DEVICE RowState exact_segment(const char* x, DType dx, const char* y, DT
   const double kappa = exp(direct - centre * inv_t - s.policy_log_sum);
   ExactSums all;
   for (int64_t i = first; i < n; i += step) {
-    const double a = load_any(x, dx, i), b = load_any(y, dy, i);
+    const double a = rows.policy(i), b = rows.reference(i);
     all.add(a, b, exp((b - max_y) * inv_t) * scale, exp((a - max_x) * inv_t) * kappa, centre, inv_t);
   }
   CentredSums sums;
@@ -96,10 +116,14 @@ FUSEDKL_DEVICE void put_numbers(const ValueRows& at, const RowState& s, const Pu
   if (at.ref_entropy >= 0) put(at.ref_entropy, s.reference_entropy);
   if (at.logsumexp >= 0) put(at.logsumexp, s.policy_max + s.policy_log_sum);
   if (at.ref_logsumexp >= 0) put(at.ref_logsumexp, s.reference_max + s.reference_log_sum);
+  if (at.mean_logprob >= 0) put(at.mean_logprob, mean_logprob(s));
+  if (at.family >= 0) put(at.family, s.divergence);
 }
 
-FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState& s, bool counted) {
+FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState& state, bool counted) {
   const Inputs& in = a.in;
+  const RowState s = settled(state);
+  const ExactRows rows = exact_rows(in, r);
   auto put = [&](int64_t row, double v) {
     if (a.f64) static_cast<double*>(a.values)[row * in.rows + r] = v;
     else static_cast<float*>(a.values)[row * in.rows + r] = static_cast<float>(v);
@@ -115,7 +139,7 @@ FUSEDKL_DEVICE void write_values(const FinishArgs& a, int64_t r, const RowState&
     const int64_t id = a.ids[r * a.ids_per_row + k];
     const bool here = id >= 0 && id < in.length;
     const double outside = id == -1 ? 0 : NAN;  // an id beyond the vocabulary: the device cannot raise, so its row is NaN
-    const double x = here ? load_any(in.x.row(r), in.dx, id) : 0, y = here ? load_any(in.y.row(r), in.dy, id) : 0;
+    const double x = here ? rows.policy(id) : 0, y = here ? rows.reference(id) : 0;
     auto put_token = [&](int64_t row, double v) {
       if (row >= 0) put(row + k, here ? v : outside);
     };

@@ -11,8 +11,10 @@ constexpr int kSlots = 16;    // stretches of a warp; a segment that needs more 
 constexpr float kJump = 4.f;  // nats by which a token may exceed the anchor's exponent
 
 // What the registers of a sweep allow; 40 KiB of loads in flight per multiprocessor at 5.
-template <int MODE>
-constexpr int kBlocksPerSm = MODE < kEntropy ? 5 : 4;
+template <int MODE, bool ANYWHERE>
+constexpr int kBlocksPerSm = ANYWHERE          ? 3
+                             : MODE < kEntropy ? 5
+                                               : 4;
 
 // Four warps work on a segment together; a block is one such team, or several.
 FUSEDKL_DEVICE int team_thread() { return static_cast<int>(threadIdx.x) % kForwardThreads; }
@@ -187,8 +189,8 @@ FUSEDKL_DEVICE Part gather_stretches(const Stretch* slots, const int* used, cons
   }
 }
 
-template <int MODE, DType X, DType Y, bool SHIFTED>
-__global__ void __launch_bounds__(kForwardThreads, kBlocksPerSm<MODE>) forward_kernel(ForwardArgs args) {
+template <int MODE, DType X, DType Y, bool ANYWHERE>
+__global__ void __launch_bounds__(kForwardThreads, (kBlocksPerSm<MODE, ANYWHERE>)) forward_kernel(ForwardArgs args) {
   __shared__ __align__(8) unsigned char storage[kForwardWarps * kSlots * sizeof(Stretch)];
   __shared__ int used[kForwardWarps];
   Stretch* const slots = reinterpret_cast<Stretch*>(storage);
@@ -197,9 +199,9 @@ __global__ void __launch_bounds__(kForwardThreads, kBlocksPerSm<MODE>) forward_k
   const int64_t row = blockIdx.x / in.cut.count;
   if (!in.counted(row)) return;
   const Temperature t(in.inv_t(row));
-  const SegmentView<X, Y, SHIFTED> view(in.x.row(row) + in.begin(segment) * kSizeOf<X>,
-                                        in.y.row(row) + in.begin(segment) * kSizeOf<Y>, in.length_of(segment));
-  WarpSweep<MODE, X, Y, SegmentView<X, Y, SHIFTED>> sweep(view, t, slots + warp_id() * kSlots);
+  const SweepView<X, Y, ANYWHERE> view(in.x.row(row) + in.begin(segment) * kSizeOf<X>,
+                                       in.y.row(row) + in.begin(segment) * kSizeOf<Y>, in.length_of(segment));
+  WarpSweep<MODE, X, Y, SweepView<X, Y, ANYWHERE>> sweep(view, t, slots + warp_id() * kSlots);
   sweep.run();
   if (lane_id() == 0) used[warp_id()] = sweep.bad() ? -1 : sweep.used();
   __syncthreads();
@@ -212,18 +214,20 @@ __global__ void __launch_bounds__(kForwardThreads, kBlocksPerSm<MODE>) forward_k
 
 // The smallest set of sums that has all that was asked for. Mixed dtypes know one set: fewer kernels to build.
 template <DType X, DType Y>
-bool launch_forward(const ForwardArgs& args, int mode, bool shifted, Stream stream) {
+bool launch_forward(const ForwardArgs& args, int mode, bool anywhere, Stream stream) {
   const int64_t blocks = args.in.rows * args.in.cut.count;
   auto run = [&](auto kernel) { return launch(kernel, blocks, kForwardThreads, stream, args); };
   constexpr int kAll = kReverse | kEntropy | kReferenceEntropy;
   if constexpr (X == Y) {
-    if (shifted) return run(forward_kernel<kAll, X, Y, true>);
-    if (mode == 0) return run(forward_kernel<0, X, Y, false>);
-    if (mode == kReverse) return run(forward_kernel<kReverse, X, Y, false>);
-    if (mode == kEntropy) return run(forward_kernel<kEntropy, X, Y, false>);
-    return run(forward_kernel<kAll, X, Y, false>);
+    // the same sums at any alignment: another set of them has other last bits
+    auto with = [&]<int MODE>() {
+      return anywhere ? run(forward_kernel<MODE, X, Y, true>) : run(forward_kernel<MODE, X, Y, false>);
+    };
+    if (mode == 0) return with.template operator()<0>();
+    if (mode == kReverse) return with.template operator()<kReverse>();
+    if (mode == kEntropy) return with.template operator()<kEntropy>();
+    return with.template operator()<kAll>();
   }
-  // also where nothing is misaligned
   return run(forward_kernel<kAll, X, Y, true>);
 }
 

@@ -10,10 +10,9 @@ namespace fusedkl {
 namespace gpu {
 
 constexpr int kGradientThreads = 256;
-constexpr int kPiece = 32768;  // elements of a row per block
 
-// What is to be done with a row in the sweep: nothing where it is left to the exact path.
-constexpr int kSweep = 0, kExact = 1, kInvalid = 2;
+// What is to be done with a row in the sweep: nothing where it is left to the exact path, or to that of family.cuh.
+constexpr int kSweep = 0, kExact = 1, kFamily = 2;
 
 template <DType X, DType Y>
 FUSEDKL_DEVICE F2 difference(F2 x, F2 y, const GradientFrame::TwoFloats& about) {
@@ -64,7 +63,7 @@ FUSEDKL_DEVICE void general_token(const GradientFrame& f, float x, float y, floa
   const float log_p = bounded((x - f.max_x) * f.inv_t - f.log_sum_x) + f.entropy;
   gx = fmaf(f.forward, moved, p * about(f.above_p) * f.reverse);
   gx = fmaf(p * (has_x ? log_p : 0.f), f.information, fmaf(p, f.mass, gx));
-  gx = has_x ? gx : has_y ? f.forward * moved : 0.f;
+  gx = has_x ? gx + f.uniform : has_y ? f.forward * moved : 0.f;
   const float log_q = bounded((y - f.max_y) * f.inv_t - f.log_sum_y) + f.ref_entropy;
   gy = fmaf(f.ref_reverse, moved, q * about(f.above_q) * f.ref_forward);
   gy = fmaf(q * (has_y ? log_q : 0.f), f.ref_information, fmaf(q, f.ref_mass, gy));
@@ -87,7 +86,8 @@ FUSEDKL_DEVICE void for_each_chunk(const View& view, const Body& body) {
   }
 }
 
-template <DType D>
+// SHARED: to an address that may be one of shared memory
+template <DType D, bool SHARED = false>
 FUSEDKL_DEVICE void store_chunk(char* base, int at, const Chunk<D>& c, int count) {
   char* const to = base + static_cast<int64_t>(at) * kSizeOf<D>;
   if (count == kChunk && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
@@ -95,7 +95,8 @@ FUSEDKL_DEVICE void store_chunk(char* base, int at, const Chunk<D>& c, int count
     for (int j = 0; j < kWordsOf<D> / 4; j++) {
       uint4 v;
       memcpy(&v, &c.word[4 * j], 16);
-      __stcs(reinterpret_cast<uint4*>(to) + j, v);
+      if constexpr (SHARED) reinterpret_cast<uint4*>(to)[j] = v;
+      else __stcs(reinterpret_cast<uint4*>(to) + j, v);
     }
     return;
   }
@@ -126,8 +127,8 @@ FUSEDKL_DEVICE void write_gradients(const GradientFrame& f, const View& view, ch
         set_pair(oy, i, vy);
       }
     }
-    if (PLAIN || gx) store_chunk<X>(gx, at, ox, count);
-    if (!PLAIN && gy) store_chunk<Y>(gy, at, oy, count);
+    if (PLAIN || gx) store_chunk<X, View::kShared>(gx, at, ox, count);
+    if (!PLAIN && gy) store_chunk<Y, View::kShared>(gy, at, oy, count);
   });
 }
 
@@ -150,7 +151,7 @@ FUSEDKL_DEVICE void store_tokens(const GradientArgs& a, int64_t r, const double*
 // PLAIN: the policy's gradient of forward KL alone. Blocks share a row; what a block reads it reads before it writes there.
 template <bool PLAIN, DType X, DType Y, bool SHIFTED>
 __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kernel(GradientArgs a) {
-  const int64_t pieces = (a.in.length + kPiece - 1) / kPiece, r = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece;
+  const int64_t pieces = a.in.pieces(), r = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece;
   const bool last = begin + kPiece >= a.in.length;
   const int64_t end = last ? a.in.length : begin + kPiece;
   const GradientFrame& frame = a.frames[r];
@@ -160,11 +161,10 @@ __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kern
   if (last && gx) fill(gx, X, end, a.total_x, 0);
   if (last && gy) fill(gy, Y, end, a.total_y, 0);
   if (frame.fate == kExact) return;
-  const float constant = frame.fate == kInvalid ? NAN : 0;
-  const bool sweep_x = gx && frame.policy && frame.fate == kSweep, sweep_y = gy && frame.reference && frame.fate == kSweep;
-  if (gx && !sweep_x) fill(gx, X, begin, end, frame.policy ? constant : 0);
-  if (gy && !sweep_y) fill(gy, Y, begin, end, frame.reference ? constant : 0);
-  if (!sweep_x && !sweep_y) return;
+  const bool sweep_x = gx && frame.policy, sweep_y = gy && frame.reference;
+  if (gx && !sweep_x) fill(gx, X, begin, end, frame.fill_policy);
+  if (gy && !sweep_y) fill(gy, Y, begin, end, frame.fill_reference);
+  if ((!sweep_x && !sweep_y) || frame.fate != kSweep) return;
   const GradientFrame f = frame;
   const SegmentView<X, Y, SHIFTED> view(a.in.x.row(r) + begin * kSizeOf<X>, a.in.y.row(r) + begin * kSizeOf<Y>,
                                         static_cast<int>(end - begin));
@@ -177,8 +177,11 @@ __global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kern
 
 template <DType X, DType Y>
 bool launch_gradient(const GradientArgs& a, bool plain, bool shifted, Stream stream) {
-  const int64_t blocks = a.in.rows * ((a.in.length + kPiece - 1) / kPiece);
-  if (plain && !shifted) return launch(gradient_kernel<true, X, Y, false>, blocks, kGradientThreads, stream, a);
+  const int64_t blocks = a.in.rows * (a.in.pieces());
+  if constexpr (X == Y) {
+    if (plain && !shifted) return launch(gradient_kernel<true, X, Y, false>, blocks, kGradientThreads, stream, a);
+    if (plain) return launch(gradient_kernel<true, X, Y, true>, blocks, kGradientThreads, stream, a);
+  }
   return launch(gradient_kernel<false, X, Y, true>, blocks, kGradientThreads, stream, a);
 }
 

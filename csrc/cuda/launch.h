@@ -1,6 +1,7 @@
 // Launches, seen from plain C++: the operators call these, each dtype's kernels are compiled on their own.
 #pragma once
-#include "args.h"
+#include "../topk_math.h"
+#include "family_args.h"
 
 #if !defined(FUSEDKL_ON_CPU)
 #include <cuda_runtime.h>
@@ -40,15 +41,17 @@ struct GradientFrame {
   struct TwoFloats {
     float high, low;
   };
-  int fate;  // see gradient.cuh
-  bool policy, reference;
+  int fate;                // see gradient.cuh
+  bool policy, reference;  // else the whole side is `fill`
+  float fill_policy, fill_reference;
   float slope, inv_t, t;
   Weigh p, q;
   TwoFloats ratio;                           // T D: l = ((x - y) - ratio)/T
   TwoFloats above_p, above_q;                // means of x - y: T (l - R) = (x - y) - above_p, T (l + F) = (x - y) - above_q
   float max_x, log_sum_x, max_y, log_sum_y;  // log p = (x - max_x)/T - log_sum_x
   float entropy, ref_entropy;
-  float forward, reverse, mass, information, ref_forward, ref_reverse, ref_mass, ref_information;  // RowGradient
+  float forward, reverse, mass, information, uniform, ref_forward, ref_reverse, ref_mass, ref_information;  // RowGradient
+  float divergence, ref_divergence, policy_mean, reference_mean, divergence_value;  // family_gradient_terms
 };
 
 struct GradientArgs {
@@ -57,9 +60,10 @@ struct GradientArgs {
   int64_t total_x, total_y;  // their lengths; beyond `in.length` they are 0
   const RowState* state;
   const void* grad;  // of the values, float or double
-  bool grad_f64, with_reference;
+  bool grad_f64;
   int64_t grad_stride[2];
   ValueRows at;
+  FamilyParameters kind;
   const int64_t* ids;
   int64_t ids_per_row;
   struct GradientFrame* frames;  // [rows], filled by the first launch for the second
@@ -72,7 +76,8 @@ struct ClusterArgs {
   Inputs in;
   GradientArgs gradient;
   RowState* parts;  // [rows]
-  bool* done;       // [rows]
+  bool* done;       // [rows]: whose gradient was written
+  bool* valued;     // [rows]: whose second sweep was done; null: there is none
   int blocks;       // of a cluster
   int slice;        // elements of a row in each
 };
@@ -84,7 +89,7 @@ struct MergeArgs {
   double* values;
   ValueRows at;
   const double* inv_temperature;
-  bool per_row_temperature, with_reference;
+  bool per_row_temperature;
 };
 
 struct LogSoftmaxArgs {
@@ -109,9 +114,21 @@ struct ScaleArgs {
   DType factor_dtype;
 };
 
-// `mode`: kReverse and so on. False if a launch failed; CUDA's last error says why.
+// Rows as K given tokens and all others; see topk.cuh.
+struct TopkArgs {
+  Inputs in;
+  const int64_t* ids;  // [rows, per_row]; negative: padding
+  int64_t per_row;
+  RowState* parts;  // [rows, segments]
+  TopkState* state;
+  double* values;      // [rows, per_row + 1]
+  const double* grad;  // of the values
+  RowLayout gx;
+};
+
+// `mode`: kReverse and so on. `anywhere`: some row does not begin on 16 bytes. False if a launch failed; CUDA's last error says why.
 template <DType X, DType Y>
-bool launch_forward(const ForwardArgs& args, int mode, bool shifted, Stream stream);
+bool launch_forward(const ForwardArgs& args, int mode, bool anywhere, Stream stream);
 bool launch_finish(const FinishArgs& args, Stream stream);
 // First what needs double: per-row constants, asked-for tokens, rows beyond fp32; then the sweep. Two launches, in this order.
 bool launch_prepare(const GradientArgs& args, Stream stream);
@@ -119,10 +136,24 @@ bool launch_prepare(const GradientArgs& args, Stream stream);
 template <DType X, DType Y>
 bool launch_gradient(const GradientArgs& args, bool plain, bool shifted, Stream stream);
 
+// The second sweep, and its gradient; see FamilyArgs. Both rows of dtype D on 16-byte boundaries, or any rows.
+template <DType D>
+bool launch_family_sums(const FamilyArgs& args, Stream stream);
+template <DType D>
+bool launch_family_gradient(const GradientArgs& args, Stream stream);
+bool launch_any_family_sums(const FamilyArgs& args, Stream stream);
+bool launch_any_family_gradient(const GradientArgs& args, Stream stream);
+bool launch_family_finish(const FamilyArgs& args, Stream stream);
+template <DType D>
+bool launch_family_cluster(const ClusterArgs& args, Stream stream);
+
 // The blocks of a cluster and the slice of each for rows of this length; 0 blocks where this device cannot hold them on chip.
 ClusterArgs cluster_for(int64_t length, int64_t bytes_per_pair);
 template <DType D>
 bool launch_cluster(const ClusterArgs& args, bool plain, Stream stream);
+// `vectors`: every row, and its gradient, begins on 16 bytes.
+bool launch_topk(const TopkArgs& args, bool vectors, Stream stream);
+bool launch_topk_gradient(const TopkArgs& args, bool vectors, Stream stream);
 bool launch_merge(const MergeArgs& args, Stream stream);
 bool launch_log_softmax(const LogSoftmaxArgs& args, Stream stream);
 bool launch_log_softmax_backward(const LogSoftmaxArgs& args, Stream stream);

@@ -119,12 +119,87 @@ FUSEDKL_DEVICE float max_of(const Chunk<D> (&c)[N]) {
   }
 }
 
+// The 16-byte vectors of one chunk of an aligned row.
+template <DType D, bool SHARED>
+FUSEDKL_DEVICE Chunk<D> aligned_chunk(const char* row, int i) {
+  const uint4* const from = reinterpret_cast<const uint4*>(row) + static_cast<int64_t>(i) * (kWordsOf<D> / 4);
+  Chunk<D> c;
+#pragma unroll
+  for (int j = 0; j < kWordsOf<D> / 4; j++) {
+    const uint4 v = SHARED ? from[j] : __ldcs(from + j);
+    memcpy(&c.word[4 * j], &v, 16);
+  }
+  return c;
+}
+
+// A chunk that begins `shift` bytes after the vector at `from`, put together from that one and the next.
+template <DType D>
+FUSEDKL_DEVICE Chunk<D> shifted_chunk(const uint4* from, int shift) {
+  constexpr int kWords = kWordsOf<D>;
+  uint32_t w[kWords + 4];
+#pragma unroll
+  for (int j = 0; j <= kWords / 4; j++) {
+    // the neighbouring thread reads this vector too: keep it in cache; none is read beyond the last chunk's
+    const uint4 a = j < kWords / 4 || shift > 0 ? __ldg(from + j) : uint4{0, 0, 0, 0};
+    memcpy(&w[4 * j], &a, 16);
+  }
+  // by 8, 4 and 2 bytes: indices into registers must be constants
+#pragma unroll
+  for (int k = 0; k < kWords + 2; k++) w[k] = shift & 8 ? w[k + 2] : w[k];
+#pragma unroll
+  for (int k = 0; k < kWords + 1; k++) w[k] = shift & 4 ? w[k + 1] : w[k];
+  Chunk<D> c;
+#pragma unroll
+  for (int k = 0; k < kWords; k++) c.word[k] = kSizeOf<D> == 2 && shift & 2 ? w[k] >> 16 | w[k + 1] << 16 : w[k];
+  return c;
+}
+
+// One segment of both rows as the forward adds it: chunk i is tokens 8i to 8i + 7 wherever the rows lie, so that alignment cannot
+// show in a sum. ANYWHERE: rows that do not begin on 16 bytes; no load leaves the segment.
+template <DType X, DType Y, bool ANYWHERE>
+struct SweepView {
+  const char *x, *y;
+  int length, chunks;
+  int shift_x, shift_y;  // bytes from the aligned vector before
+
+  FUSEDKL_DEVICE SweepView(const char* x_, const char* y_, int length_)
+      : x(x_),
+        y(y_),
+        length(length_),
+        chunks(length_ / kChunk),
+        shift_x(static_cast<int>(reinterpret_cast<uintptr_t>(x_) % 16)),
+        shift_y(static_cast<int>(reinterpret_cast<uintptr_t>(y_) % 16)) {}
+
+  FUSEDKL_DEVICE int ragged() const { return length - chunks * kChunk; }
+  FUSEDKL_DEVICE int ragged_index(int i) const { return chunks * kChunk + i; }
+  FUSEDKL_DEVICE Chunk<X> policy(int i) const { return chunk<X>(x, shift_x, i); }
+  FUSEDKL_DEVICE Chunk<Y> reference(int i) const { return chunk<Y>(y, shift_y, i); }
+
+ private:
+  template <DType D>
+  FUSEDKL_DEVICE Chunk<D> chunk(const char* row, int shift, int i) const {
+    if constexpr (!ANYWHERE) return aligned_chunk<D, false>(row, i);
+    const char* const at = row + static_cast<int64_t>(i) * kChunk * kSizeOf<D>;
+    if (shift == 0 || (i > 0 && i < chunks - 1)) return shifted_chunk<D>(reinterpret_cast<const uint4*>(at - shift), shift);
+    Chunk<D> c;  // a vector before the first chunk, or after the last, need not exist
+#pragma unroll
+    for (int k = 0; k < kWordsOf<D>; k++) {
+      if constexpr (D == DType::f32) c.word[k] = reinterpret_cast<const uint32_t*>(at)[k];
+      else
+        c.word[k] = reinterpret_cast<const uint16_t*>(at)[2 * k] | uint32_t{reinterpret_cast<const uint16_t*>(at)[2 * k + 1]}
+                                                                       << 16;
+    }
+    return c;
+  }
+};
+
 // One segment of a row, or of a pair of rows: a few ragged elements at its ends, chunks of 8 in between.
 // The policy's chunks lie on 16 bytes. The reference's do if both rows are misaligned alike; else (SHIFTED) its vectors are put
 // together from two aligned ones. No load leaves the segment.
 // SHARED: the segment is a copy in shared memory, at the same alignment.
 template <DType X, DType Y, bool SHIFTED, bool SHARED = false>
 struct SegmentView {
+  static constexpr bool kShared = SHARED;
   const char *x, *y;  // first element
   int length;
   int head;    // elements before the first chunk
@@ -152,45 +227,12 @@ struct SegmentView {
   FUSEDKL_DEVICE int ragged() const { return length - chunks * kChunk; }
   FUSEDKL_DEVICE int ragged_index(int i) const { return i < head ? i : i + chunks * kChunk; }
 
-  FUSEDKL_DEVICE Chunk<X> policy(int i) const {
-    Chunk<X> c;
-    const uint4* const v = reinterpret_cast<const uint4*>(x + head * kSizeOf<X>) + static_cast<int64_t>(i) * (kWordsOf<X> / 4);
-#pragma unroll
-    for (int j = 0; j < kWordsOf<X> / 4; j++) {
-      const uint4 a = SHARED ? v[j] : __ldcs(v + j);
-      memcpy(&c.word[4 * j], &a, 16);
-    }
-    return c;
-  }
+  FUSEDKL_DEVICE Chunk<X> policy(int i) const { return aligned_chunk<X, SHARED>(x + head * kSizeOf<X>, i); }
 
   FUSEDKL_DEVICE Chunk<Y> reference(int i) const {
-    Chunk<Y> c;
-    const uint4* const v =
-        reinterpret_cast<const uint4*>(y + head * kSizeOf<Y> - shift) + static_cast<int64_t>(i) * (kWordsOf<Y> / 4);
-    if constexpr (!SHIFTED) {
-#pragma unroll
-      for (int j = 0; j < kWordsOf<Y> / 4; j++) {
-        const uint4 a = SHARED ? v[j] : __ldcs(v + j);
-        memcpy(&c.word[4 * j], &a, 16);
-      }
-    } else {
-      constexpr int kWords = kWordsOf<Y>;
-      uint32_t w[kWords + 4];
-#pragma unroll
-      for (int j = 0; j <= kWords / 4; j++) {
-        // the neighbouring thread reads this vector too: keep it in cache; none is read beyond the last chunk's
-        const uint4 a = j < kWords / 4 || shift > 0 ? __ldg(v + j) : uint4{0, 0, 0, 0};
-        memcpy(&w[4 * j], &a, 16);
-      }
-      // by 8, 4 and 2 bytes: indices into registers must be constants
-#pragma unroll
-      for (int k = 0; k < kWords + 2; k++) w[k] = shift & 8 ? w[k + 2] : w[k];
-#pragma unroll
-      for (int k = 0; k < kWords + 1; k++) w[k] = shift & 4 ? w[k + 1] : w[k];
-#pragma unroll
-      for (int k = 0; k < kWords; k++) c.word[k] = kSizeOf<Y> == 2 && shift & 2 ? w[k] >> 16 | w[k + 1] << 16 : w[k];
-    }
-    return c;
+    const char* const row = y + head * kSizeOf<Y> - shift;
+    if constexpr (!SHIFTED) return aligned_chunk<Y, SHARED>(row, i);
+    return shifted_chunk<Y>(reinterpret_cast<const uint4*>(row) + static_cast<int64_t>(i) * (kWordsOf<Y> / 4), shift);
   }
 };
 

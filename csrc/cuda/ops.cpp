@@ -22,7 +22,7 @@ bool by_dtype(DType x, DType y, Args... args) {
 
 template <DType X, DType Y>
 struct Forward {
-  static bool run(const ForwardArgs& a, int mode, bool shifted, Stream s) { return launch_forward<X, Y>(a, mode, shifted, s); }
+  static bool run(const ForwardArgs& a, int mode, bool anywhere, Stream s) { return launch_forward<X, Y>(a, mode, anywhere, s); }
 };
 template <DType X, DType Y>
 struct Gradient {
@@ -31,26 +31,106 @@ struct Gradient {
   }
 };
 
+bool on_vectors(const Call& c) { return aligned(c.in.x) && aligned(c.in.y); }
+
+struct FamilySweep {
+  template <DType D>
+  static bool vectors(const FamilyArgs& a, Stream s) {
+    return launch_family_sums<D>(a, s);
+  }
+  static bool any(const FamilyArgs& a, Stream s) { return launch_any_family_sums(a, s); }
+};
+struct FamilyGradient {
+  template <DType D>
+  static bool vectors(const GradientArgs& a, Stream s) {
+    return launch_family_gradient<D>(a, s);
+  }
+  static bool any(const GradientArgs& a, Stream s) { return launch_any_family_gradient(a, s); }
+};
+
+template <class Launch, class Args>
+bool by_alignment(const Call& c, const Args& args, Stream stream) {
+  if (c.in.dx != c.in.dy || !on_vectors(c)) return Launch::any(args, stream);
+  if (c.in.dx == DType::f32) return Launch::template vectors<DType::f32>(args, stream);
+  if (c.in.dx == DType::bf16) return Launch::template vectors<DType::bf16>(args, stream);
+  return Launch::template vectors<DType::f16>(args, stream);
+}
+
+bool on_chip(const ClusterArgs& a, DType d, Stream stream) {
+  return d == DType::bf16 ? launch_family_cluster<DType::bf16>(a, stream) : launch_family_cluster<DType::f32>(a, stream);
+}
+
 bool shifted(const Call& c) {
   return misaligned(c.in.x, static_cast<int>(size_of(c.in.dx)), c.in.y, static_cast<int>(size_of(c.in.dy)));
 }
 
 RowState* states(const Tensor& t) { return static_cast<RowState*>(t.mutable_data_ptr()); }
 
+// A cluster that keeps both rows on chip, where this device has one and these dtypes their kernels.
+ClusterArgs cluster_of(const Call& c) {
+  const bool alike = c.in.dx == c.in.dy && (c.in.dx == DType::bf16 || c.in.dx == DType::f32);
+  if (!alike || c.in.cap != 0 || c.at.mean_logprob >= 0) return {};
+  ClusterArgs cluster = cluster_for(c.in.length, 2 * size_of(c.in.dx));
+  cluster.in = c.in;
+  cluster.in.cut = {1, static_cast<int>(c.in.length)};
+  return cluster;
+}
+
 FinishArgs finish_args(const Call& c, RowState* parts, const Tensor& state, const Tensor& values) {
   return {c.in, parts, states(state), values.mutable_data_ptr(), c.f64, c.at, c.value_count, c.ids, c.ids_per_row};
 }
 
+// The second sweep, its rows' states known; `valued`: rows that have it already; `sums`: wanted instead of values.
+void second_sweep(const Call& c, const Tensor& state, const Tensor& values, const Tensor* valued, const Tensor* sums,
+                  const OnDevice& device) {
+  const int64_t pieces = c.in.pieces(), columns = sizeof(FamilySums) / sizeof(double);
+  const Tensor parts = torch::stable::new_empty(state, {c.in.rows, pieces * columns}, ScalarType::Double),
+               again = torch::stable::new_empty(state, {c.in.rows}, ScalarType::Bool);
+  FamilyArgs a{};
+  a.in = c.in;
+  a.kind = FamilyParameters(c.kind);
+  a.state = states(state);
+  a.parts = static_cast<FamilySums*>(parts.mutable_data_ptr());
+  a.again = static_cast<bool*>(again.mutable_data_ptr());
+  a.valued = valued ? static_cast<const bool*>(valued->const_data_ptr()) : nullptr;
+  a.values = static_cast<char*>(values.mutable_data_ptr()) + c.at.family * c.in.rows * (c.f64 ? 8 : 4);
+  a.f64 = c.f64;
+  a.sums = sums ? static_cast<double*>(sums->mutable_data_ptr()) : nullptr;
+  for (; a.sweep < (sums ? 1 : 3); a.sweep++) {
+    if (!c.in.exact()) device.check(by_alignment<FamilySweep>(c, a, device.stream));
+    device.check(launch_family_finish(a, device.stream));
+  }
+}
+
+std::tuple<Tensor, Tensor> empty_results(const Call& c, const Tensor& like) {
+  return {torch::stable::new_empty(like, {c.value_count, c.in.rows}, c.f64 ? ScalarType::Double : ScalarType::Float),
+          torch::stable::new_empty(like, {c.in.rows, kStateColumns}, ScalarType::Double)};
+}
+
 std::tuple<Tensor, Tensor> forward(const Call& c, const Tensor& like, const OnDevice& device) {
-  const Tensor values =
-      torch::stable::new_empty(like, {c.value_count, c.in.rows}, c.f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor state = torch::stable::new_empty(like, {c.in.rows, kStateColumns}, ScalarType::Double);
+  const auto [values, state] = empty_results(c, like);
+  ClusterArgs cluster = c.at.family >= 0 ? cluster_of(c) : ClusterArgs{};
+  if (cluster.blocks > 0) {
+    const Tensor valued = torch::stable::new_empty(like, {c.in.rows}, ScalarType::Bool);
+    cluster.gradient.kind = FamilyParameters(c.kind);
+    cluster.gradient.at = c.at;
+    cluster.parts = states(state);
+    cluster.valued = static_cast<bool*>(valued.mutable_data_ptr());
+    device.check(on_chip(cluster, c.in.dx, device.stream));
+    FinishArgs finish = finish_args(c, cluster.parts, state, values);
+    finish.in = cluster.in;
+    device.check(launch_finish(finish, device.stream));
+    second_sweep(c, state, values, &valued, nullptr, device);
+    return {values, state};
+  }
   const bool whole = c.in.cut.count == 1;
   const Tensor parts =
       whole ? state : torch::stable::new_empty(like, {c.in.rows, c.in.cut.count * int64_t{kStateColumns}}, ScalarType::Double);
   RowState* const p = states(parts);
-  if (!c.f64) device.check(by_dtype<Forward>(c.in.dx, c.in.dy, ForwardArgs{c.in, p}, c.mode(), shifted(c), device.stream));
+  if (!c.in.exact())
+    device.check(by_dtype<Forward>(c.in.dx, c.in.dy, ForwardArgs{c.in, p}, c.mode(), !on_vectors(c), device.stream));
   device.check(launch_finish(finish_args(c, p, state, values), device.stream));
+  if (c.at.family >= 0) second_sweep(c, state, values, nullptr, nullptr, device);
   return {values, state};
 }
 
@@ -79,8 +159,8 @@ class Backward {
     args.grad_f64 = grad.scalar_type() == ScalarType::Double;
     args.grad_stride[0] = grad.stride(0);
     args.grad_stride[1] = grad.stride(1);
-    args.with_reference = c.with_reference;
     args.at = c.at;
+    args.kind = FamilyParameters(c.kind);
     args.ids = c.ids;
     args.ids_per_row = c.ids_per_row;
     args.frames = static_cast<GradientFrame*>(frames_.mutable_data_ptr());
@@ -93,7 +173,9 @@ class Backward {
 
   void run(const OnDevice& device) const {
     device.check(launch_prepare(args, device.stream));
-    if (!call_.f64) device.check(by_dtype<Gradient>(call_.in.dx, call_.in.dy, args, plain_, shifted(call_), device.stream));
+    if (call_.in.exact()) return;
+    device.check(by_dtype<Gradient>(call_.in.dx, call_.in.dy, args, plain_, shifted(call_), device.stream));
+    if (call_.at.family >= 0) device.check(by_alignment<FamilyGradient>(call_, args, device.stream));
   }
 
   GradientArgs args{};
@@ -109,21 +191,21 @@ Tensor new_gradient(bool wanted, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const OptionalTensor& reference, const OptionalTensor& token_ids,
-                                     const std::vector<std::string>& fields, std::optional<double>, const OptionalTensor& inverse,
-                                     const OptionalTensor& mask, std::optional<int64_t> valid_vocab,
-                                     std::optional<double> softcap) {
+                                     const std::vector<std::string>& fields, std::optional<double> parameter,
+                                     const OptionalTensor& inverse, const OptionalTensor& mask,
+                                     std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
   const OnDevice device(policy);
-  return forward(Call(policy, reference, token_ids, fields, inverse, mask, valid_vocab, softcap), policy, device);
+  return forward(Call(policy, reference, token_ids, fields, parameter, inverse, mask, valid_vocab, softcap), policy, device);
 }
 
 std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& policy, const OptionalTensor& reference,
                                               const OptionalTensor& token_ids, const Tensor& state,
-                                              const std::vector<std::string>& fields, std::optional<double>,
+                                              const std::vector<std::string>& fields, std::optional<double> parameter,
                                               const OptionalTensor& inverse, std::optional<int64_t> valid_vocab,
                                               std::optional<double> softcap, bool policy_grad, bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
   const OnDevice device(policy);
-  const Call c(policy, reference, token_ids, fields, inverse, std::nullopt, valid_vocab, softcap);
+  const Call c(policy, reference, token_ids, fields, parameter, inverse, std::nullopt, valid_vocab, softcap);
   const Tensor gx = new_gradient(policy_grad, policy), gy = new_gradient(reference_grad, reference ? *reference : policy);
   if (policy_grad || reference_grad)
     Backward(c, grad, state, policy_grad ? &gx : nullptr, reference_grad ? &gy : nullptr).run(device);
@@ -132,12 +214,12 @@ std::tuple<Tensor, Tensor> row_stats_backward(const Tensor& grad, const Tensor& 
 
 // The gradient replaces the policy's logits.
 Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const OptionalTensor& reference, const OptionalTensor& token_ids,
-                           const Tensor& state, const std::vector<std::string>& fields, std::optional<double>,
+                           const Tensor& state, const std::vector<std::string>& fields, std::optional<double> parameter,
                            const OptionalTensor& inverse, std::optional<int64_t> valid_vocab, std::optional<double> softcap,
                            bool reference_grad) {
   STD_TORCH_CHECK(!reference_grad || reference, "there is no reference to have a gradient");
   const OnDevice device(policy);
-  const Call c(policy, reference, token_ids, fields, inverse, std::nullopt, valid_vocab, softcap);
+  const Call c(policy, reference, token_ids, fields, parameter, inverse, std::nullopt, valid_vocab, softcap);
   const Tensor gy = new_gradient(reference_grad, reference ? *reference : policy);
   Backward(c, grad, state, &policy, reference_grad ? &gy : nullptr).run(device);
   return gy;
@@ -145,38 +227,53 @@ Tensor row_stats_backward_(const Tensor& grad, Tensor policy, const OptionalTens
 
 std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(const Tensor& grad, const Tensor& policy,
                                                            const OptionalTensor& reference,
-                                                           const std::vector<std::string>& fields, std::optional<double>,
-                                                           const OptionalTensor& inverse, const OptionalTensor& mask,
-                                                           std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
+                                                           const std::vector<std::string>& fields,
+                                                           std::optional<double> parameter, const OptionalTensor& inverse,
+                                                           const OptionalTensor& mask, std::optional<int64_t> valid_vocab,
+                                                           std::optional<double> softcap) {
   const OnDevice device(policy);
-  const Call c(policy, reference, std::nullopt, fields, inverse, mask, valid_vocab, softcap);
+  const Call c(policy, reference, std::nullopt, fields, parameter, inverse, mask, valid_vocab, softcap);
   const Tensor gx = new_gradient(true, policy);
-  const bool alike = c.in.dx == c.in.dy && (c.in.dx == DType::bf16 || c.in.dx == DType::f32);
-  ClusterArgs cluster{};
-  if (alike && (c.mode() & ~kReverse) == 0 && c.ids_per_row == 0 && !shifted(c))
-    cluster = cluster_for(c.in.length, 2 * size_of(c.in.dx));
+  const bool family = c.at.family >= 0;
+  ClusterArgs cluster = family || (c.mode() & ~kReverse) == 0 ? cluster_of(c) : ClusterArgs{};
   if (cluster.blocks == 0) {
     const auto [values, state] = forward(c, policy, device);
     Backward(c, grad, state, &gx, nullptr).run(device);
     return {values, state, gx};
   }
   // on chip; what must be done otherwise is found by the launches that follow, and most often there is nothing
-  const Tensor values = torch::stable::new_empty(policy, {c.value_count, c.in.rows}, ScalarType::Float);
-  const Tensor state = torch::stable::new_empty(policy, {c.in.rows, kStateColumns}, ScalarType::Double);
-  const Tensor done = torch::stable::new_empty(policy, {c.in.rows}, ScalarType::Bool);
+  const auto [values, state] = empty_results(c, policy);
+  const Tensor done = torch::stable::new_empty(policy, {c.in.rows}, ScalarType::Bool),
+               valued = torch::stable::new_empty(policy, {family ? c.in.rows : 0}, ScalarType::Bool);
   Backward b(c, grad, state, &gx, nullptr);
-  cluster.in = c.in;
-  cluster.in.cut = {1, static_cast<int>(c.in.length)};
   cluster.gradient = b.args;
   cluster.parts = states(state);
   b.args.done = cluster.done = static_cast<bool*>(done.mutable_data_ptr());
-  device.check(c.in.dx == DType::bf16 ? launch_cluster<DType::bf16>(cluster, b.plain(), device.stream)
-                                      : launch_cluster<DType::f32>(cluster, b.plain(), device.stream));
+  if (family) cluster.valued = static_cast<bool*>(valued.mutable_data_ptr());
+  if (family) device.check(on_chip(cluster, c.in.dx, device.stream));
+  else if (c.in.dx == DType::bf16) device.check(launch_cluster<DType::bf16>(cluster, b.plain(), device.stream));
+  else device.check(launch_cluster<DType::f32>(cluster, b.plain(), device.stream));
   FinishArgs finish = finish_args(c, cluster.parts, state, values);
   finish.in = cluster.in;
   device.check(launch_finish(finish, device.stream));
+  if (family) second_sweep(c, state, values, &valued, nullptr, device);
   b.run(device);
   return {values, state, gx};
+}
+
+// The sums of a second sweep over a slice of the vocabulary, given the state of the whole rows.
+Tensor row_sums(const Tensor& policy, const Tensor& reference, const Tensor& state, std::string field,
+                std::optional<double> parameter, const OptionalTensor& inverse, const OptionalTensor& mask,
+                std::optional<int64_t> valid_vocab, std::optional<double> softcap) {
+  const OnDevice device(policy);
+  const Call c(policy, reference, std::nullopt, {field}, parameter, inverse, mask, valid_vocab, softcap);
+  STD_TORCH_CHECK(c.at.family >= 0, "field ", field, " takes no second sweep");
+  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == c.in.rows && state.size(1) == kStateColumns &&
+                      state.scalar_type() == ScalarType::Double,
+                  "state does not fit the policy");
+  const Tensor out = torch::stable::new_empty(policy, {c.in.rows, 3}, ScalarType::Double);
+  second_sweep(c, state, out, nullptr, &out, device);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& parts, const std::vector<std::string>& fields,
@@ -189,13 +286,13 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& parts, const std::vector<s
   a.count = parts.size(0);
   a.rows = parts.size(1);
   int64_t value_count = 0;
-  a.at = value_rows(fields, 0, &value_count);
-  STD_TORCH_CHECK(!a.at.tokens(), "log-probabilities of tokens are not numbers of a state");
+  FamilyKind kind;
+  a.at = value_rows(fields, 0, 0, &kind, &value_count);
+  STD_TORCH_CHECK(!a.at.tokens() && a.at.family < 0, "log-probabilities of tokens are not numbers of a state");
   if (inverse) {
     a.inv_temperature = static_cast<const double*>(inverse->const_data_ptr());
     a.per_row_temperature = inverse->numel() != 1;
   }
-  a.with_reference = a.at.forward_kl >= 0 || a.at.reverse_kl >= 0;
   const Tensor values = torch::stable::new_empty(parts, {value_count, a.rows}),
                state = torch::stable::new_empty(parts, {a.rows, kStateColumns}),
                room = torch::stable::new_empty(parts, {a.rows, a.count * int64_t{kStateColumns}});
@@ -219,8 +316,8 @@ Tensor log_softmax(const Tensor& logits, ScalarType dtype) {
   const OnDevice device(logits);
   const Tensor out = torch::stable::new_empty(logits, sizes_of(logits), dtype);
   if (logits.numel() == 0) return out;
-  Call c(logits, std::nullopt, std::nullopt, {}, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-  c.f64 |= dtype == ScalarType::Double;  // as exact as the result
+  Call c(logits, std::nullopt, std::nullopt, {}, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  c.in.in_double = c.f64 |= dtype == ScalarType::Double;  // as exact as the result
   const auto [values, state] = forward(c, logits, device);
   LogSoftmaxArgs a{};
   a.in = c.in;
@@ -294,6 +391,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkl, CUDA, m) {
   m.impl("_row_stats_backward", TORCH_BOX(&fusedkl::gpu::row_stats_backward));
   m.impl("_row_stats_backward_", TORCH_BOX(&fusedkl::gpu::row_stats_backward_));
   m.impl("_row_stats_with_gradient", TORCH_BOX(&fusedkl::gpu::row_stats_with_gradient));
+  m.impl("_row_sums", TORCH_BOX(&fusedkl::gpu::row_sums));
   m.impl("_merge_states", TORCH_BOX(&fusedkl::gpu::merge_states));
   m.impl("_scale_gradient_", TORCH_BOX(&fusedkl::gpu::scale_gradient_));
   m.impl("_log_softmax", TORCH_BOX(&fusedkl::gpu::log_softmax));

@@ -11,13 +11,14 @@ namespace gpu {
 struct RowPlan {
   RowGradient g;
   int fate;
-  bool policy, reference;  // else the gradient is zero, and the row not read for it
+  bool policy, reference;              // else the side's gradient is one number, and the row not read for it
+  double fill_policy, fill_reference;  // 0, or NaN where the side is no distribution
   bool refine;
   double mean_p, mean_q;  // means of (x - y) - centre under p and q
 };
 
 // Logits, divergences or a temperature that fp32 arithmetic has no room for.
-FUSEDKL_DEVICE bool beyond_float(const RowState& s, double inv_t) {
+FUSEDKL_DEVICE bool beyond_sweeps(const RowState& s, double inv_t) {
   auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
   return !(inv_t < 2e3 && inv_t > 5e-4) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) ||
          large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30);
@@ -33,8 +34,9 @@ FUSEDKL_DEVICE double token_grad(const GradientArgs& a, int64_t field, int64_t k
   return field < 0 ? 0 : grad_at(a, field + k, r);
 }
 
-FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState& s) {
+FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState& state) {
   RowPlan plan{};
+  const RowState s = settled(state);
   const double inv_t = a.in.inv_t(r);
   RowGrads grads;
   bool token = false, ref_token = false;
@@ -51,14 +53,20 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   grads.reverse_kl = grad_at(a, a.at.reverse_kl, r);
   grads.entropy = grad_at(a, a.at.entropy, r);
   grads.logsumexp = grad_at(a, a.at.logsumexp, r);
+  grads.mean_logprob = grad_at(a, a.at.mean_logprob, r);
   grads.ref_entropy = grad_at(a, a.at.ref_entropy, r);
   grads.ref_logsumexp = grad_at(a, a.at.ref_logsumexp, r);
   // rows without an incoming gradient stay at 0 whatever they hold
   plan.g = row_gradient(s, inv_t, grads);
-  plan.policy = a.gx.data && (!plan.g.policy_zero() || token);
-  plan.reference = a.gy.data && (!plan.g.reference_zero() || ref_token);
-  const bool wide = a.in.dx == DType::f64 || a.in.dy == DType::f64;
-  plan.fate = wide ? kExact : s.policy_log_sum != s.policy_log_sum ? kInvalid : beyond_float(s, inv_t) ? kExact : kSweep;
+  if (a.at.family >= 0) add_family_gradient(plan.g, a.kind.exact.kind, s, inv_t, grad_at(a, a.at.family, r));
+  const bool lost_policy = plan.g.policy_nan(), lost_reference = plan.g.reference_nan();
+  plan.fill_policy = lost_policy ? NAN : 0;
+  plan.fill_reference = lost_reference ? NAN : 0;
+  plan.policy = a.gx.data && !lost_policy && (!plan.g.policy_zero() || token);
+  plan.reference = a.gy.data && !lost_reference && (!plan.g.reference_zero() || ref_token);
+  // an invalid side, of which the other needs nothing, must not reach that one's sums as 0 * NaN
+  const bool half = s.policy_log_sum != s.policy_log_sum || s.reference_log_sum != s.reference_log_sum;
+  plan.fate = a.in.exact() || half || beyond_sweeps(s, inv_t) ? kExact : plan.g.family() ? kFamily : kSweep;
   // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
   const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
   plan.mean_p = (s.residual + R) * t;
@@ -72,20 +80,24 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   return plan;
 }
 
-FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, double inverse) {
+FUSEDKL_DEVICE GradientFrame::Weigh weigh_of(double max, double log_sum, double t, float slope) {
+  const double exponent = max * t * slope;
+  const float shift = static_cast<float>(exponent);
+  return {shift, static_cast<float>(exp2(shift - exponent) * exp(-log_sum))};
+}
+
+FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, double inverse,
+                                      const FamilyKind& kind = FamilyKind{}) {
   GradientFrame f{};
   const double t = 1 / inverse;
   f.fate = plan.fate;
   f.policy = plan.policy;
   f.reference = plan.reference;
+  f.fill_policy = static_cast<float>(plan.fill_policy);
+  f.fill_reference = static_cast<float>(plan.fill_reference);
   f.slope = static_cast<float>(kLog2e * inverse);
   f.inv_t = static_cast<float>(inverse);
   f.t = static_cast<float>(t);
-  auto weigh = [&](double max, double log_sum) {
-    const double exponent = max * t * f.slope;
-    const float shift = static_cast<float>(exponent);
-    return GradientFrame::Weigh{shift, static_cast<float>(exp2(shift - exponent) * exp(-log_sum))};
-  };
   // of a number in two parts: where it is nearly the top token's own difference, one double has too few digits
   auto split = [](double base, double rest) {
     const float high = static_cast<float>(base + rest);
@@ -95,8 +107,8 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
     about = static_cast<float>(max * t);
     rest = static_cast<float>(log_sum + (max - about * inverse));
   };
-  f.p = weigh(s.policy_max, s.policy_log_sum);
-  f.q = weigh(s.reference_max, s.reference_log_sum);
+  f.p = weigh_of(s.policy_max, s.policy_log_sum, t, f.slope);
+  f.q = weigh_of(s.reference_max, s.reference_log_sum, t, f.slope);
   f.ratio = split(s.centre, s.residual * t);
   f.above_p = split(s.centre, plan.mean_p);
   f.above_q = split(s.centre, plan.mean_q);
@@ -108,10 +120,16 @@ FUSEDKL_DEVICE GradientFrame frame_of(const RowPlan& plan, const RowState& s, do
   f.reverse = static_cast<float>(plan.g.reverse);
   f.mass = static_cast<float>(plan.g.mass);
   f.information = static_cast<float>(plan.g.information);
+  f.uniform = static_cast<float>(plan.g.uniform);
   f.ref_forward = static_cast<float>(plan.g.ref_forward);
   f.ref_reverse = static_cast<float>(plan.g.ref_reverse);
   f.ref_mass = static_cast<float>(plan.g.ref_mass);
   f.ref_information = static_cast<float>(plan.g.ref_information);
+  f.divergence = static_cast<float>(plan.g.divergence);
+  f.ref_divergence = static_cast<float>(plan.g.ref_divergence);
+  f.policy_mean = static_cast<float>(s.policy_slope);
+  f.reference_mean = static_cast<float>(s.reference_slope);
+  if (plan.g.family()) f.divergence_value = static_cast<float>(gradient_value(kind, s));
   return f;
 }
 
@@ -136,6 +154,21 @@ FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan
   if (q > 0) plan.mean_q += shift_q / q;
 }
 
+// One token's gradients in double, before a cap's slope.
+FUSEDKL_DEVICE SideGradients gradients_at(const GradientArgs& a, const RowPlan& plan, const RowState& s, double x, double y,
+                                          double inv_t) {
+  if (x == -INFINITY && y == -INFINITY) return {0, 0};
+  const RowGradient& g = plan.g;
+  SideGradients out{0, 0};
+  if (plan.policy) out.policy = policy_gradient_at(s, g, x, y, inv_t);
+  if (plan.reference) out.reference = reference_gradient_at(s, g, x, y, inv_t);
+  if (!g.family()) return out;
+  const FamilyGradient<ScalarOps> own = family_gradient_at(a.kind.exact, s, x, y, inv_t);
+  if (g.divergence != 0) out.policy += g.divergence * own.policy;
+  if (g.ref_divergence != 0) out.reference += g.ref_divergence * own.reference;
+  return out;
+}
+
 // Whether the token's gradient is stored: it is here, and no earlier one of the row is the same.
 FUSEDKL_DEVICE bool is_stored(const GradientArgs& a, int64_t r, int64_t which) {
   const int64_t* const ids = a.ids + r * a.ids_per_row;
@@ -158,9 +191,10 @@ FUSEDKL_DEVICE void token_gradients(const GradientArgs& a, const RowPlan& plan, 
         own += token_grad(a, a.at.logprob, j, r) + ratio;
         other += token_grad(a, a.at.ref_logprob, j, r) - ratio;
       }
-      const double x = load_any(a.in.x.row(r), a.in.dx, ids[k]), y = load_any(a.in.y.row(r), a.in.dy, ids[k]);
-      to_policy = policy_gradient_at(a.state[r], plan.g, x, y, inv_t) + own * inv_t;
-      to_reference = reference_gradient_at(a.state[r], plan.g, x, y, inv_t) + other * inv_t;
+      const ExactRows rows = exact_rows(a.in, r);
+      const SideGradients rest = gradients_at(a, plan, settled(a.state[r]), rows.policy(ids[k]), rows.reference(ids[k]), inv_t);
+      to_policy = (rest.policy + own * inv_t) * rows.policy_slope(ids[k]);
+      to_reference = (rest.reference + other * inv_t) * rows.reference_slope(ids[k]);
     }
     if (a.tokens) a.tokens[r * a.ids_per_row + k] = to_policy;
     if (a.ref_tokens) a.ref_tokens[r * a.ids_per_row + k] = to_reference;
@@ -171,17 +205,18 @@ FUSEDKL_DEVICE void exact_gradient(const GradientArgs& a, const RowPlan& plan, i
   char* const gx = a.gx.data ? a.gx.row(r) : nullptr;
   char* const gy = a.gy.data ? a.gy.row(r) : nullptr;
   const double inv_t = a.in.inv_t(r);
-  const RowState& s = a.state[r];
-  const bool invalid = s.policy_log_sum != s.policy_log_sum;
-  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
-    const double x = load_any(a.in.x.row(r), a.in.dx, i), y = load_any(a.in.y.row(r), a.in.dy, i);
-    const bool absent = x == -INFINITY && y == -INFINITY;
-    double vx = 0, vy = 0;
-    if (plan.policy && !absent) vx = policy_gradient_at(s, plan.g, x, y, inv_t);
-    if (plan.reference && !absent) vy = reference_gradient_at(s, plan.g, x, y, inv_t);
-    if (gx) store_any(gx, a.in.dx, i, plan.policy && invalid ? NAN : vx);
-    if (gy) store_any(gy, a.in.dy, i, plan.reference && invalid ? NAN : vy);
+  const RowState s = settled(a.state[r]);
+  const ExactRows rows = exact_rows(a.in, r);
+  const bool writes_x = gx && plan.policy, writes_y = gy && plan.reference;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length && (writes_x || writes_y);
+       i += static_cast<int64_t>(blockDim.x)) {
+    const SideGradients v = gradients_at(a, plan, s, rows.policy(i), rows.reference(i), inv_t);
+    const double slope_x = rows.policy_slope(i);  // before the logit may be overwritten
+    if (writes_y) store_any(gy, a.in.dy, i, v.reference * rows.reference_slope(i));
+    if (writes_x) store_any(gx, a.in.dx, i, v.policy * slope_x);
   }
+  if (gx && !writes_x) fill(gx, a.in.dx, 0, a.in.length, static_cast<float>(plan.fill_policy));
+  if (gy && !writes_y) fill(gy, a.in.dy, 0, a.in.length, static_cast<float>(plan.fill_reference));
   if (gx) fill(gx, a.in.dx, a.in.length, a.total_x, 0);
   if (gy) fill(gy, a.in.dy, a.in.length, a.total_y, 0);
   __syncthreads();

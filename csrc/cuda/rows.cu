@@ -1,6 +1,7 @@
 // The kernels of one block per row, for every dtype.
 #include "cluster.cuh"
 #include "elementwise.cuh"
+#include "family_rows.cuh"
 
 namespace fusedkl {
 namespace gpu {
@@ -14,11 +15,17 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) finish_kernel(Finish
   const bool counted = in.counted(r);
   RowState* const parts = a.parts + r * in.cut.count;
   for (int i = 0; i < in.cut.count && counted; i++) {
-    if (!a.f64 && !is_left_to_exact(parts[i])) continue;
-    const RowState s = exact_segment(in.x.row(r) + in.begin(i) * bytes_of(in.dx), in.dx,
-                                     in.y.row(r) + in.begin(i) * bytes_of(in.dy), in.dy, in.length_of(i), in.inv_t(r), room);
+    if (!in.exact() && !is_left_to_exact(parts[i])) continue;
+    const RowState s = exact_segment(exact_rows(in, r, in.begin(i)), in.length_of(i), in.inv_t(r), room);
     __syncthreads();  // everyone has seen that this segment was left
     if (threadIdx.x == 0) parts[i] = s;
+  }
+  double logit_sum = 0;  // a read of its own: nobody else needs the plain mean of a row's logits
+  if (a.at.mean_logprob >= 0 && counted) {
+    const ExactRows rows = exact_rows(in, r);
+    for (int64_t i = static_cast<int64_t>(threadIdx.x); i < in.length; i += static_cast<int64_t>(blockDim.x))
+      logit_sum += rows.policy(i);
+    logit_sum = block_sum(logit_sum, room);
   }
   RowState& s = *reinterpret_cast<RowState*>(result);
   if (threadIdx.x == 0) {
@@ -26,8 +33,8 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) finish_kernel(Finish
     if (counted) {
       s = merge(parts, in.cut.count, in.inv_t(r));
       s.whole = 1;
-      // a row without any mass is no distribution
-      if (s.policy_log_sum == -INFINITY || s.reference_log_sum == -INFINITY) s = nan_state();
+      s.logit_sum = in.inv_t(r) * logit_sum;
+      s.tokens = static_cast<double>(in.length);
     }
     a.state[r] = s;
   }
@@ -44,8 +51,7 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) merge_kernel(MergeAr
   RowState s = merge(own, static_cast<int>(a.count), a.inv_temperature ? a.inv_temperature[a.per_row_temperature ? r : 0] : 1);
   if (a.count > 1) s.whole = 0;
   a.state[r] = s;
-  if (s.policy_log_sum == -INFINITY || (a.with_reference && s.reference_log_sum == -INFINITY)) s = nan_state();
-  put_numbers(a.at, s, [&](int64_t row, double v) { a.values[row * a.rows + r] = v; });
+  put_numbers(a.at, settled(s), [&](int64_t row, double v) { a.values[row * a.rows + r] = v; });
 }
 
 // The first launch of a backward; see prepare.cuh.
@@ -58,12 +64,66 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) prepare_kernel(Gradi
   }
   RowPlan plan = plan_of(a, r, a.state[r]);
   const double inv_t = a.in.inv_t(r);
-  if (plan.refine) refine_means(a, r, plan, frame_of(plan, a.state[r], inv_t), room);
+  RowState s = a.state[r];
+  if (plan.refine) refine_means(a, r, plan, frame_of(plan, s, inv_t), room);
+  if (plan.fate == kFamily && refines_slopes(a, s)) refine_slopes(a, r, frame_of(plan, s, inv_t, a.kind.exact.kind), s, room);
   token_gradients(a, plan, r);
-  if (threadIdx.x == 0) a.frames[r] = frame_of(plan, a.state[r], inv_t);
+  if (threadIdx.x == 0) a.frames[r] = frame_of(plan, s, inv_t, a.kind.exact.kind);
   if (plan.fate != kExact) return;
   __syncthreads();  // the tokens are read, and written by other threads
   exact_gradient(a, plan, r);
+}
+
+// The sums of a row in double, the same in every thread.
+FUSEDKL_DEVICE FamilySums family_exact_sums(const FamilyArgs& a, int64_t r, const RowState& s, double* room) {
+  const ExactRows rows = exact_rows(a.in, r);
+  const double inv_t = a.in.inv_t(r);
+  FamilySums own;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
+    const FamilyToken<ScalarOps> t = fusedkl::family_token(s, rows.policy(i), rows.reference(i), inv_t);
+    const auto terms =
+        family_switch(a.kind.exact.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(a.kind.exact, t); });
+    const double apart = t.big * t.d;
+    own.add({terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart});
+  }
+  return {block_sum(own.value, room), block_sum(own.policy_slope, room), block_sum(own.reference_slope, room),
+          block_sum(own.apart, room), block_sum(own.excess, room)};
+}
+
+// Makes a row of what the sweep found, or says that it is to be swept again; see FamilyArgs.
+static __global__ void __launch_bounds__(kFinishThreads, 2) family_finish_kernel(FamilyArgs a) {
+  __shared__ double room[kFinishWarps];
+  const int64_t r = blockIdx.x, pieces = a.in.pieces();
+  const bool wanted = family_wants(a, r), in_float = wanted && family_in_float(a, r);
+  RowState s = a.state[r];
+  __syncthreads();  // everyone has read what one thread writes
+  if (!wanted && a.sweep > 0) return;
+  bool again = false;
+  if (wanted) {
+    FamilySums sums;
+    for (int64_t i = 0; i < pieces && in_float; i++) sums.add(a.parts[r * pieces + i]);
+    const bool exact = !in_float || !is_finite(sums.value) || !is_finite(sums.policy_slope);
+    for (int sweeps = 0; exact && (sweeps == 0 || (sweeps < 3 && !a.sums && mend_log_ratio(s, sums))); sweeps++)
+      sums = family_exact_sums(a, r, s, room);
+    again = !exact && !a.sums && a.sweep < 2 && mend_log_ratio(s, sums);
+    if (a.sums) {
+      const double found[3] = {sums.value, sums.policy_slope, sums.reference_slope};
+      if (threadIdx.x < 3) a.sums[3 * r + threadIdx.x] = found[threadIdx.x];
+      return;
+    }
+    if (!again) set_family(s, a.kind.exact.kind, sums);
+  }
+  if (threadIdx.x != 0) return;
+  if (a.sums) {
+    for (int k = 0; k < 3; k++) a.sums[3 * r + k] = 0;
+    return;
+  }
+  a.again[r] = again;
+  if (wanted) a.state[r] = s;
+  if (again) return;
+  const double value = a.in.counted(r) ? settled(s).divergence : 0;
+  if (a.f64) static_cast<double*>(a.values)[r] = value;
+  else static_cast<float*>(a.values)[r] = static_cast<float>(value);
 }
 
 bool launch_finish(const FinishArgs& args, Stream stream) {
@@ -71,6 +131,9 @@ bool launch_finish(const FinishArgs& args, Stream stream) {
 }
 bool launch_prepare(const GradientArgs& args, Stream stream) {
   return launch(prepare_kernel, args.in.rows, kFinishThreads, stream, args);
+}
+bool launch_family_finish(const FamilyArgs& args, Stream stream) {
+  return launch(family_finish_kernel, args.in.rows, kFinishThreads, stream, args);
 }
 ClusterArgs cluster_for(int64_t length, int64_t bytes_per_pair) {
   ClusterArgs c{};

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import distribution, divergences, validation
 from ..layout import inverse_temperature
-from ..linear import inputs_of
+from ..linear_inputs import inputs_of
 from ..linear_ops import Inputs
 from ..named import jsd
 from ..stats import token_stats

@@ -21,13 +21,19 @@ import pytest
 import torch
 from bench_modules import nvcc
 
+from fusedkl import topk_ops
 from fusedkl._library import OPERATORS
 from fusedkl.backends import BACKENDS, Backend
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NAME = "cuda_on_cpu"
-OPERATOR_SOURCES = ("bf16.cu", "f16.cu", "f32.cu", "mixed.cu", "rows.cu", "ops.cpp")
+OPERATOR_SOURCES = (
+    *("cuda/bf16.cu", "cuda/f16.cu", "cuda/f32.cu", "cuda/mixed.cu", "cuda/rows.cu"),
+    *("cuda/family_bf16.cu", "cuda/family_f16.cu", "cuda/family_f32.cu", "cuda/family_any.cu"),
+    *("cuda/topk.cu", "cuda/topk_ops.cpp"),
+    *("cuda/ops.cpp", "cpu/family_series.cpp"),
+)
 
 # Vectors are read through pointers of another type, as devices allow and C++ does not.
 FLAGS = (
@@ -98,26 +104,29 @@ def operators() -> SimpleNamespace:
     torch_home = Path(torch.__file__).parent
     flags = ["-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ["-isystem", str(torch_home / "include")]
-    sources = [ROOT / "csrc" / "cuda" / name for name in OPERATOR_SOURCES]
+    sources = [ROOT / "csrc" / name for name in OPERATOR_SOURCES]
     link = ["-shared", f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
     library = build(sources, "operators.so", flags, link, ROOT / "csrc")
     definitions = torch.library.Library(f"fusedkl_{NAME}", "DEF")
-    for name, (arguments, results) in OPERATORS.items():
+    everything = {**OPERATORS, **topk_ops.ARGUMENTS}
+    for name, (arguments, results) in everything.items():
         definitions.define(f"_{name}({arguments}) -> {results}")
     torch.ops.load_library(str(library))
     namespace = getattr(torch.ops, f"fusedkl_{NAME}")
     return SimpleNamespace(
-        **{name: getattr(namespace, f"_{name}") for name in OPERATORS}, definitions=definitions
+        **{name: getattr(namespace, f"_{name}") for name in everything}, definitions=definitions
     )
 
 
 @contextlib.contextmanager
 def registered() -> Iterator[str]:
     """The kernels as a backend of the public functions, by its name, while this lasts."""
+    kernels = operators()
     BACKENDS[NAME] = Backend(
-        NAME, "CUDA on the CPU", lambda device: None, operators(), gradient_ahead=True
+        NAME, "CUDA on the CPU", lambda device: None, kernels, gradient_ahead=True
     )
+    topk_ops.KERNELS[NAME] = {name: getattr(kernels, name) for name in topk_ops.ARGUMENTS}
     try:
         yield NAME
     finally:
-        del BACKENDS[NAME]
+        del BACKENDS[NAME], topk_ops.KERNELS[NAME]

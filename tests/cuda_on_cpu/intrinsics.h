@@ -18,6 +18,7 @@ inline T __shfl_sync(unsigned mask, T v, int from) {
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return shim::ballot(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return shim::ballot(mask, predicate != 0) != 0; }
+inline unsigned atomicOr(unsigned* p, unsigned v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
 template <class T>

@@ -1,0 +1,155 @@
+"""Two tables of docs/linear.md: what rounding tiles costs, and ways to a float32 product.
+
+    python bench/linear_tables.py bench/results/linear-tables.json
+
+One thread, in turn, process CPU clock; `python bench/page.py` puts them into the page.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+# Explicit, so that it also works where PYTHONSAFEPATH keeps the script's folder off the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import linear
+import machine
+import oracle_f64
+import timing
+import torch
+from torch import Tensor
+
+from fusedkl.linear_products import Products, bf16_multipliers
+
+TOKENS, VOCABULARY, HIDDEN = 512, 4096, 1024
+NOISES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def candidates(hidden: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Name -> hidden weight^T; both are bfloat16."""
+    wide = hidden.float(), weight.float()
+    products = Products(hidden, False, hidden.shape[1])
+    out = torch.empty(hidden.shape[0], weight.shape[0])
+
+    def twice() -> Tensor:
+        first = torch.mm(hidden, weight.t())
+        rest = torch.addmm(first, hidden, weight.t(), beta=-1)
+        return first.float() + rest.float()
+
+    def multiplied() -> Tensor:
+        with bf16_multipliers():
+            return torch.mm(wide[0], wide[1].t(), out=out)
+
+    return {
+        'bfloat16 in and out (`precision="fast"`)': lambda: hidden @ weight.t(),
+        "float32, operands widened": lambda: hidden.float() @ weight.float().t(),
+        "bfloat16 twice: the product, and what its rounding left": twice,
+        "float32 by bfloat16 multipliers, operands widened by blocks (the default)": lambda: (
+            products.logits(out, hidden, weight)
+        ),
+        "the same without the widening": multiplied,
+    }
+
+
+def measure_products(
+    rounds: int = 9, sizes: tuple[int, int, int] = (TOKENS, VOCABULARY, HIDDEN)
+) -> list[dict[str, Any]]:
+    """GFLOP/s of each candidate, and its largest error over the largest logit."""
+    tokens, vocabulary, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).bfloat16()
+    weight = (torch.randn(vocabulary, width, generator=generator) * (3 / width**0.5)).bfloat16()
+    exact = hidden.double() @ weight.double().t()
+    work = 2 * tokens * vocabulary * width / 1e9
+    ways = candidates(hidden, weight)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, product in ways.items():
+            taken[name].append(work / timing.sample(timing.Step(product), timing.CPU))
+    found = []
+    for name, product in ways.items():
+        error = float((product().double() - exact).abs().max() / exact.abs().max())
+        speed = timing.Spread.of(taken[name][1:])  # the first one warms up
+        found.append(
+            {
+                "name": name,
+                "gflops": speed.median,
+                "low": speed.low,
+                "high": speed.high,
+                "error": error,
+            }
+        )
+    return found
+
+
+def measure_errors(tokens: int = 256, vocabulary: int = 8192) -> list[dict[str, float]]:
+    """Relative errors of the mean and of d hidden, in bfloat16, by the size of the divergence."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 256, generator=generator)
+    weight = (torch.randn(vocabulary, 256, generator=generator) * (3 / 16)).bfloat16()
+    rows = []
+    for noise in NOISES:
+        moved = weight.float() + noise / 16 * torch.randn(weight.shape, generator=generator)
+        given = linear.Heads(hidden.bfloat16(), moved.bfloat16(), hidden.bfloat16(), weight)
+        names = linear.Heads.__dataclass_fields__
+        exact = linear.Heads(*(getattr(given, name).double() for name in names))
+        with torch.no_grad():
+            truth = float(linear.divergence_f64(exact))
+        slope = linear.gradients(exact, linear.divergence_f64)[0]
+        row = {"kl": truth}
+        for label, precision in linear.PRECISIONS.items():
+            with torch.no_grad():
+                value = float(linear.ours(given, precision))
+            row[f"value {label}"] = abs(value - truth) / truth
+            found = linear.gradients(given, functools.partial(linear.ours, precision=precision))[0]
+            row[f"d hidden {label}"] = oracle_f64.relative_l2(found.flatten(), slope.flatten())
+        rows.append(row)
+    return rows
+
+
+def section(content: dict[str, Any]) -> str:
+    """The Markdown of both tables."""
+    columns = ("value default", "value fast", "d hidden default", "d hidden fast")
+    lines = [f"| KL | {' | '.join(columns)} |", "|---" * 5 + "|"]
+    for row in content["errors"]:
+        lines.append("| " + " | ".join(f"{row[name]:.1e}" for name in ("kl", *columns)) + " |")
+    lines += ["", "| product of bfloat16 | GFLOP/s (10 to 90%) | error, of the largest logit |"]
+    lines += ["|---|---|---|"]
+    for row in content["products"]:
+        speed = f"{row['gflops']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+        lines.append(f"| {row['name']} | {speed} | {row['error']:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    out = Path(arguments[0])
+    content = {
+        "schema": 1,
+        "command": f"python bench/linear_tables.py {out}",
+        "commit": machine.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "isa": machine.instruction_set(),
+        "versions": machine.versions(),
+        "load": machine.load(),
+        "errors": measure_errors(),
+        "products": measure_products(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    print(section(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""The arguments of linear_divergence and linear_token_stats, checked, for the operator."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reductions, validation
+from .backends import needs, resolve
+from .layout import inverse_temperature
+from .linear_ops import Inputs
+
+PRECISIONS = (None, "fast")
+
+
+def per_token(
+    hidden: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    weight: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """1/T, what counts, and weights, as [N]."""
+    inverse = inverse_temperature(temperature, hidden)
+    counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return inverse, counted, reductions.token_weights(hidden, weight, dtype)
+
+
+def inputs_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    ref_logits: Tensor | None,
+    fields: tuple[str, ...],
+    precision: str | None,
+    tile: tuple[int, int] | None,
+    scales: tuple[float, float],
+    softcaps: tuple[float | None, float | None],
+    backend: str | None,
+    sliced: bool = False,
+) -> Inputs:
+    """The two heads, checked, with tokens flattened."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be None or "fast"; got {precision!r}')
+    for name, value in zip(("logit_scale", "ref_logit_scale"), scales, strict=True):
+        _number(name, value)
+    for name, cap in zip(("softcap", "ref_softcap"), softcaps, strict=True):
+        if cap is not None:
+            _number(name, cap)
+            if not cap > 0:
+                raise ValueError(f"{name} must be positive; got {cap}")
+    if tile is not None and not (
+        len(tile) == 2 and all(isinstance(n, int) and n > 0 for n in tile)
+    ):
+        raise ValueError(f"tile must be two positive ints, tokens and vocabulary; got {tile}")
+    if ref_weight is weight:
+        ref_weight = None
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    bias, ref_bias = _autocast(bias), _autocast(ref_bias)
+    ref_hidden, ref_weight = _autocast(ref_hidden), _autocast(ref_weight)
+    _head("", hidden, weight, bias, sliced)
+    if ref_hidden is not None:
+        if ref_logits is not None:
+            raise ValueError(
+                "one form of reference is accepted; got ref_hidden of shape "
+                f"{list(ref_hidden.shape)} and ref_logits of shape {list(ref_logits.shape)}"
+            )
+        _head("ref_", ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, sliced)
+        _alike("ref_hidden", ref_hidden, hidden)
+        if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                "weight and ref_weight must have one vocabulary; got shapes "
+                f"{list(weight.shape)} and {list(ref_weight.shape)}"
+            )
+    elif ref_weight is not None or ref_bias is not None:
+        name = "ref_weight" if ref_weight is not None else "ref_bias"
+        raise ValueError(f"{name} needs ref_hidden")
+    if ref_logits is not None:
+        validation.logits("ref_logits", ref_logits, sliced)
+        _alike("ref_logits", ref_logits, hidden)
+        if ref_logits.shape[-1] != weight.shape[0]:
+            raise ValueError(
+                f"ref_logits must have weight's vocabulary, {list(weight.shape)}; "
+                f"got {list(ref_logits.shape)}"
+            )
+        if ref_logits.stride(-1) != 1 and ref_logits.shape[-1] > 1:
+            ref_logits = ref_logits.contiguous()
+    return Inputs(
+        _flat(hidden), weight, bias, None if ref_hidden is None else _flat(ref_hidden), ref_weight,
+        ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, None, list(fields),
+        None, None, None, [float(s) for s in scales], [float(c or 0) for c in softcaps],
+        precision == "fast", [] if tile is None else list(tile),
+        resolve(backend, hidden.device, needs(*fields)),
+    )  # fmt: skip
+
+
+def _autocast(t: Any) -> Any:
+    """As torch.nn.functional.linear casts its arguments under autocast."""
+    if not isinstance(t, Tensor) or t.dtype == torch.float64 or not t.is_floating_point():
+        return t
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return t
+    return t.to(torch.get_autocast_dtype(device))
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def _alike(name: str, given: Tensor, hidden: Tensor) -> None:
+    if given.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the tokens of hidden, {list(hidden.shape)}; got {list(given.shape)}"
+        )
+    if given.device != hidden.device:
+        raise ValueError(f"{name} must be on {hidden.device} as hidden; got {given.device}")
+
+
+def _head(prefix: str, hidden: Tensor, weight: object, bias: object, sliced: bool) -> None:
+    """One side's tensors fit together."""
+    ours, theirs = f"{prefix}hidden", f"{prefix}weight"
+    validation.logits(ours, hidden)
+    w = validation.tensor(theirs, weight)
+    if w.dim() != 2 or w.shape[1] != hidden.shape[-1] or (w.shape[0] == 0 and not sliced):
+        raise ValueError(
+            f"{theirs} must have shape [V, H], H that of {ours}, which has shape "
+            f"{list(hidden.shape)}; got {list(w.shape)}"
+        )
+    held = [(theirs, w)]
+    if bias is not None:
+        b = validation.tensor(f"{prefix}bias", bias)
+        if b.shape != w.shape[:1]:
+            raise ValueError(
+                f"{prefix}bias must have shape [V] of {theirs}, which has shape {list(w.shape)}; "
+                f"got {list(b.shape)}"
+            )
+        held.append((f"{prefix}bias", b))
+    for name, t in held:
+        if t.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of {ours}, {hidden.dtype}; got {t.dtype}")
+        if t.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as {ours}; got {t.device}")

@@ -1,0 +1,118 @@
+"""A reference of which the K likeliest tokens are known, beside a fused lm_head.
+
+A row of the policy becomes K + 1 outcomes: K logits, and logsumexp of all others. In a tile the K
+tokens are taken out for a moment, so that the row kernels see the others only; what the outcomes
+mean for the divergence is said once, in `fusedkl.topk`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, topk
+
+NAMES = ("ref_topk[0] (ids)", "ref_topk[1] (log-probabilities)")
+
+
+class Teacher(NamedTuple):
+    """ref_topk, checked, as [N, K]; -1 and -inf where nothing is."""
+
+    ids: Tensor
+    log_q: Tensor
+    kind: str
+    tail: str
+    dtype: torch.dtype  # of the divergence
+
+    def divergence(self, outcomes: Tensor, counted: Tensor | None, backend: str) -> Tensor:
+        """Per token, from the outcomes [K + 1, N]: logits over T, and logsumexp of the rest."""
+        logits, rest = outcomes[:-1].t(), outcomes[-1:].t()
+        logits = torch.where(self.ids >= 0, logits, -torch.inf)
+        rest = torch.where(rest == -torch.inf, -torch.inf, rest)  # no rest: no gradient to it
+        log_p = torch.log_softmax(torch.cat([logits, rest], -1), -1)
+        parts = log_p[:, :-1], log_p[:, -1:]
+        return topk.of_outcomes(
+            *parts, self.ids, self.log_q, self.kind, self.tail, counted, self.dtype, backend
+        )
+
+
+def one_reference(
+    ref_topk: Any,
+    ref_hidden: Tensor | None,
+    ref_logits: Tensor | None,
+    ref_softcap: float | None,
+    ref_logit_scale: float,
+) -> None:
+    """There is a reference, and ref_topk is the only one where it is given."""
+    if ref_topk is None:
+        if ref_hidden is None and ref_logits is None:
+            raise ValueError(
+                "a reference is needed: ref_hidden (with ref_weight), ref_logits or ref_topk"
+            )
+        return
+    for name, other in (("ref_hidden", ref_hidden), ("ref_logits", ref_logits)):
+        if other is not None:
+            raise ValueError(
+                f"one form of reference is accepted; got {name} of shape {list(other.shape)} and "
+                f"ref_topk of shapes {[list(t.shape) for t in ref_topk if isinstance(t, Tensor)]}"
+            )
+    if ref_softcap is not None or ref_logit_scale != 1:
+        name = "ref_softcap" if ref_softcap is not None else "ref_logit_scale"
+        raise ValueError(f"{name} has no effect with ref_topk, which holds log-probabilities")
+
+
+def teacher(
+    ref_topk: Any, tail: str | None, kind: str, hidden: Tensor, weight: Tensor,
+    counted: Tensor | None,
+) -> Teacher | None:  # fmt: skip
+    """The reference, or None if it is given otherwise."""
+    if ref_topk is None:
+        if tail is not None:
+            raise ValueError(f"tail={tail!r} has no effect without ref_topk")
+        return None
+    if not isinstance(ref_topk, (tuple, list)) or len(ref_topk) != 2:
+        got = type(ref_topk).__name__
+        if isinstance(ref_topk, (tuple, list)):
+            got = f"{len(ref_topk)} of them"
+        raise TypeError(f"ref_topk must be two tensors, ids and log-probabilities; got {got}")
+    tail = "bucket" if tail is None else tail
+    if kind not in topk.KINDS:
+        raise ValueError(f"kind must be one of {', '.join(topk.KINDS)} with ref_topk; got {kind!r}")
+    topk.check(hidden, *ref_topk, kind, tail, NAMES)
+    ids, log_q = topk.teacher_rows(*ref_topk, counted, weight.shape[0], NAMES)
+    return Teacher(ids, log_q, kind, tail, reference.result_dtype(hidden, ref_topk[1]))
+
+
+class Apart(NamedTuple):
+    """The tokens of a tile that are outcomes of their own."""
+
+    at: Tensor  # [n, K] columns of the tile, 0 where not inside
+    inside: Tensor
+    logits: Tensor
+
+    def numbers(self, inverse: Tensor | None) -> Tensor:
+        """Logits over T [K, n] in the accumulators' dtype of states, 0 where not inside."""
+        scaled = self.logits.to(torch.float64 if inverse is None else inverse.dtype).t()
+        return torch.where(self.inside.t(), scaled if inverse is None else scaled * inverse, 0)
+
+
+def take_out(x: Tensor, ids: Tensor, columns: slice) -> Apart:
+    """-inf for the tokens `ids` [n, K] of x [n, columns], in place."""
+    inside = (ids >= columns.start) & (ids < columns.stop)
+    at = torch.where(inside, ids - columns.start, 0)
+    found = Apart(at, inside, x.gather(1, at))
+    # those that are elsewhere meet column 0 and leave it as it is
+    x.scatter_reduce_(1, at, torch.where(inside, -torch.inf, torch.inf).to(x.dtype), "amin")
+    return found
+
+
+def put_back(x: Tensor, apart: Apart) -> None:
+    x.scatter_reduce_(1, apart.at, torch.where(apart.inside, apart.logits, -torch.inf), "amax")
+
+
+def add_gradient(gx: Tensor, grad: Tensor, apart: Apart, inverse: Tensor | None) -> None:
+    """grad [K, n] to the logits over T, into gx [n, columns], where these tokens have 0."""
+    scaled = (grad if inverse is None else grad * inverse).t()
+    gx.scatter_add_(1, apart.at, torch.where(apart.inside, scaled, 0).to(gx.dtype))
