@@ -21,7 +21,8 @@ from tabulate import tabulate
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Of each kind of file, the page that shows it.
 PAGES = {
-    "results": DOCS / "performance.md",
+    "results-avx512": DOCS / "performance.md",
+    "results-avx2": DOCS / "performance.md",
     "memory-model": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
