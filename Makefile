@@ -74,6 +74,12 @@ $(VENV)/.trainers: $(VENV)/.demo-smollm2
 	$(PIP) --quiet 'fusedkl[trl]'
 	@touch $@
 
+# Small packages beside torch.
+$(VENV)/.lightning: $(VENV)/.installed
+	@echo "== $(VENV): installing Lightning, whose example the tests run"
+	$(PIP) --quiet 'fusedkl[lightning]'
+	@touch $@
+
 # ttsem asks for Python 3.12 and runs on 3.11; its extra would pin torch.
 $(VENV)/.static: $(VENV)/.installed
 	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
@@ -105,7 +111,7 @@ test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at m
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs ## every test: real models, long fuzzing, huge tensors (75 minutes)
+test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs $(VENV)/.lightning ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "" $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html
@@ -145,8 +151,9 @@ coverage-cpp: $(VENV)/.dev ## the same of C++, from a build that counts; a page 
 	FUSEDKL_COVERAGE=1 $(BIN)/python setup.py --quiet build --build-base $(COUNTED) --build-lib $(COUNTED)/lib
 	find $(COUNTED) -name '*.gcda' -delete
 	PYTHONPATH=$(CURDIR)/$(COUNTED)/lib $(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/gcovr --root . --filter 'csrc/' --exclude-throw-branches --print-summary \
-		--txt --html-details $(COUNTED)/index.html $(COUNTED)
+	$(BIN)/gcovr --root . --filter 'csrc/' --merge-lines --exclude-throw-branches --print-summary \
+		--txt $(COUNTED)/lines.txt --html-details $(COUNTED)/index.html $(COUNTED)
+	cut -c -66 $(COUNTED)/lines.txt
 
 fuzz: $(VENV)/.installed ## random calls of the public functions, for SECONDS=60
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)

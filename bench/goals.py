@@ -54,7 +54,7 @@ _FULL = "lm_head fused: forward vs full logits"
 _LINEAR: dict[str, Goal] = {
     **{
         f"linear_products/{precision}": Goal(
-            "lm_head fused: forward, times its own products", 1.10, 1.03, isa=None
+            f"lm_head fused: forward, times its own products, {precision}", 1.10, 1.03, isa=None
         )
         for precision in ("fast", "default")
     },

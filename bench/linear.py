@@ -34,7 +34,8 @@ TOKENS, QUICK_TOKENS = (512, 256, 128, 64), 64
 VOCABULARY, QUICK_VOCABULARY = 128256, 4096
 VOCABULARIES = {1024: (128256, 262144), 4096: (128256,)}
 PRECISIONS = {"fast": "fast", "default": None}
-SWEEP = (64, 512, 4096, 16384), (32768, 128256, 262144), (1024, 4096)
+Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of tokens, vocabularies, H
+SWEEP: Sizes = (64, 512, 4096, 16384), (32768, 128256, 262144), (1024, 4096)
 # Seconds that the products of one call may take, and that the calls of one comparison may.
 CALL, COMPARISON = 1.5, 10.0
 
@@ -161,9 +162,8 @@ def run(reporter: Reporter, settings: Settings, width: int) -> None:
 
 def run_sweep(reporter: Reporter, settings: Settings) -> None:
     """All sizes, hours on some machines: only if it is asked for by name."""
-    every_tokens, vocabularies, widths = SWEEP
-    if settings.quick:
-        every_tokens, vocabularies, widths = (8, 64), (QUICK_VOCABULARY,), (64,)
+    quick: Sizes = (8, 64), (QUICK_VOCABULARY,), (64,)
+    every_tokens, vocabularies, widths = quick if settings.quick else SWEEP
     for width in widths:
         for vocabulary in vocabularies:
             heads = make(every_tokens[-1], vocabulary, width)

@@ -1,4 +1,4 @@
-"""Two tables of docs/linear.md: what rounding tiles costs, and ways to a float32 product.
+"""Tables of docs/linear.md: what rounding costs, ways to a product, what is not a product.
 
     python bench/linear_tables.py bench/results/linear-tables.json
 
@@ -25,6 +25,7 @@ import timing
 import torch
 from torch import Tensor
 
+from fusedkl import reference
 from fusedkl.linear_products import Products, bf16_multipliers
 
 TOKENS, VOCABULARY, HIDDEN = 512, 4096, 1024
@@ -113,8 +114,40 @@ def measure_errors(tokens: int = 256, vocabulary: int = 8192) -> list[dict[str, 
     return rows
 
 
+def measure_costs(rows: int = TOKENS, rounds: int = 7) -> list[dict[str, Any]]:
+    """Of what a forward does beside its products, in microseconds, in cache."""
+    ops = torch.ops.fusedkl
+
+    def least(step: Callable[[], object], calls: int) -> float:
+        found = [timing.sample(timing.Step(step), timing.CPU, calls) for _ in range(rounds)]
+        return min(found[1:]) * 1e6
+
+    def row_stats(tokens: int, width: int) -> Callable[[], object]:
+        x = 3 * torch.randn(tokens, width)
+        y = x + 0.05 * torch.randn(tokens, width)
+        given = (x, y, None, ["forward_kl"], None, None, None, None, None, "cpu")
+        return lambda: ops.row_stats(*given)
+
+    short, long = (least(row_stats(rows, width), 10) / rows for width in (64, 4096))
+    logit = (long - short) / (4096 - 64)
+    parts = torch.zeros(9, rows, len(reference.STATE), dtype=torch.float64)
+    merged = least(lambda: ops.merge_states(parts, [], None, "cpu"), 10)
+    engine = linear.engine_of(linear.inputs(linear.make(rows, VOCABULARY, 8), False))
+    tile = next(engine.columns())
+    return [
+        {"name": "a pair of logits, ns", "value": logit * 1e3},
+        {"name": "a row of a tile, before its first logit, us", "value": short - 64 * logit},
+        {"name": "its state merged, us", "value": merged / len(parts) / rows},
+        {"name": "a call of a row kernel, one row of 8, us", "value": least(row_stats(1, 8), 100)},
+        {
+            "name": "the two products of a tile, one token, 8 entries, H = 8, us",
+            "value": least(lambda: engine.logits(slice(0, 1), slice(tile.start, 8)), 100),
+        },
+    ]
+
+
 def section(content: dict[str, Any]) -> str:
-    """The Markdown of both tables."""
+    """The Markdown of the tables."""
     columns = ("value default", "value fast", "d hidden default", "d hidden fast")
     lines = [f"| KL | {' | '.join(columns)} |", "|---" * 5 + "|"]
     for row in content["errors"]:
@@ -124,6 +157,8 @@ def section(content: dict[str, Any]) -> str:
     for row in content["products"]:
         speed = f"{row['gflops']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
         lines.append(f"| {row['name']} | {speed} | {row['error']:.0e} |")
+    lines += ["", "| not a product | |", "|---|---|"]
+    lines += [f"| {row['name']} | {row['value']:.3g} |" for row in content["costs"]]
     return "\n".join(lines) + "\n"
 
 
@@ -144,6 +179,7 @@ def main(arguments: list[str]) -> int:
         "load": machine.load(),
         "errors": measure_errors(),
         "products": measure_products(),
+        "costs": measure_costs(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")

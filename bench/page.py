@@ -1,14 +1,15 @@
-"""Write the results of one JSON file into docs/performance.md or docs/linear.md.
+"""Write the results of one JSON file into its page of docs/.
 
     python bench/page.py bench/results/NAME.json
 
 replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
-bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py), so that
-no number on these pages is typed by hand.
+bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
+bench/dropin.py; of bench/trainers.py), so that no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,11 @@ PAGES = {
     "memory-model": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
+    "dropin": DOCS / "dropin.md",
+    "trainers": DOCS / "integrations.md",
 }
+# Scripts that say what their results look like, with a `section(content)`.
+SCRIPTS = {"linear-tables": "linear_tables", "dropin": "dropin", "trainers": "trainers"}
 # Between the marks of results that nobody has committed yet.
 NOTHING = "No results are committed yet: they want a quiet machine.\n"
 
@@ -42,7 +47,8 @@ def kind(content: dict[str, Any]) -> str:
     if "memory_model" in content:
         return "memory-model"
     if "goals" not in content:
-        return ""  # a figure's or another page's
+        suite = content.get("suite", "")  # none: a figure's
+        return suite if suite in SCRIPTS else ""
     only = all(entry["goal"].startswith("linear_") for entry in content["results"])
     return "linear-results" if only else f"results-{content['isa']}"
 
@@ -50,20 +56,21 @@ def kind(content: dict[str, Any]) -> str:
 def section(path: Path) -> str:
     """The Markdown between the marks of one JSON file."""
     content = json.loads(path.read_text())
-    sections = {"linear-tables": _linear_tables, "memory-model": _memory_model}
-    return sections.get(kind(content), _results)(path, content)
+    of = kind(content)
+    if of in SCRIPTS:
+        return _of_script(path, content, SCRIPTS[of])
+    return (_memory_model if of == "memory-model" else _results)(path, content)
 
 
-def _linear_tables(path: Path, content: dict[str, Any]) -> str:
+def _of_script(path: Path, content: dict[str, Any], script: str) -> str:
     # Here, because it imports fusedkl, which the other tables do without.
-    import linear_tables
-
+    module = importlib.import_module(script)
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     return (
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}. Machine: {machine}, {content['isa']} kernels. "
-        f"Versions: {versions}.\n\n{linear_tables.section(content)}"
+        f"Versions: {versions}.\n\n{module.section(content)}"
     )
 
 

@@ -158,7 +158,7 @@ BUDGETS = {
     "CUDA jsd, differences within 1 nat": Budget({}, {90: 0.45}),
     "CUDA jsd, any difference": Budget({}, {90: 0.45}),
     "Triton forward_kl": Budget({90: 29, 100: 22}, _FORWARD_CEILING),
-    "Triton forward_kl, V = 50257": Budget({}, {80: 0.9, 90: 0.9, 100: 0.45}),
+    "Triton forward_kl, V = 50257": Budget({}, {80: 0.9, 90: 0.9, 100: 0.9}),
     "Triton both directions": _BOTH,
     "Triton forward_kl and entropy": _ENTROPY,
     "Triton backward of forward_kl": _BACKWARD,
@@ -174,21 +174,16 @@ class Missed:
     why: str
 
 
-_UNPACKED = (
-    "Triton takes maxima token by token, 2.5 per pair where the CUDA kernel's packed maximum of "
-    "bfloat16 takes 0.25, and feeds its exponentials from unpacked multiply-adds, 2 per pair."
-)
 MISSED: dict[tuple[str, int], Missed] = {
+    ("Triton forward_kl, V = 50257", 100): Missed(
+        28.5,
+        0.6,
+        "Rows that are misaligned alike could be read in vectors behind a few first tokens, but "
+        "that moves the tiles, and with them a row's last bits, with its place in the batch. So "
+        "logits are loaded one by one, 2 loads per pair and as much again for their addresses.",
+    ),
     ("CUDA jsd, any difference", 90): Missed(
         160.0, 0.2, "Two logarithms, two divisions and three exponentials per pair, in fp32."
-    ),
-    ("Triton forward_kl", 100): Missed(22.0, 0.81, _UNPACKED),
-    ("Triton both directions", 100): Missed(25.2, 0.69, _UNPACKED),
-    ("Triton forward_kl and entropy", 90): Missed(
-        31.3, 0.95, "Policy logits have a maximum of their own beside the reference's."
-    ),
-    ("Triton backward of forward_kl", 100): Missed(
-        16.5, 0.95, "Of its multiplications and multiply-adds, 7 per pair, none is packed."
     ),
 }
 

@@ -1,6 +1,7 @@
 """The loss part of TRL's training steps, as it is and by fusedkl: time and peak memory.
 
-    python bench/trainers.py [--quick] [--output bench/results/trainers.json]
+    python bench/trainers.py --output bench/results/trainers.json   # some minutes
+    python bench/page.py bench/results/trainers.json   # its table into docs/integrations.md
 
 Each call is forward and backward of what a step does with hidden states (or, for GKD, logits).
 Times are on one thread, interleaved, on the process-CPU clock: the ratio is TRL's over ours. Memory
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -174,12 +176,29 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
+def section(content: dict[str, Any]) -> str:
+    """The table of docs/integrations.md."""
+    lines = [
+        f"Forward and backward, one thread, at a load of {content['load'][0]:.1f}.",
+        "",
+        "| loss part of a step | time, TRL / fusedkl | memory, TRL / fusedkl |",
+        "|---|---|---|",
+    ]
+    for r in content["results"]:
+        lines.append(
+            f"| {r['case']} | {r['trl_ms']:.0f} / {r['ours_ms']:.0f} ms = {r['ratio']:.2f} "
+            f"({r['ratio_low']:.2f} to {r['ratio_high']:.2f}) "
+            f"| {r['trl_MiB']:.1f} / {r['ours_MiB']:.1f} MiB = {r['memory_ratio']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run")
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each comparison")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each comparison")
     arguments = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
     torch.set_num_threads(1)
@@ -201,9 +220,15 @@ def main() -> None:
         print(f"{case.name}: {said}", flush=True)
     if arguments.output:
         content = {
+            "suite": "trainers",
+            "command": " ".join(["python", "bench/trainers.py", *sys.argv[1:]]),
+            "commit": machine.commit(),
+            "isa": torch.ops.fusedkl._cpu_isa(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "machine": machine.describe(),
-            "versions": machine.versions() | {"trl": importlib.metadata.version("trl")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("fusedkl", "torch", "trl")
+            },
             "load": machine.load(),
             "results": results,
         }

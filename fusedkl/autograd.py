@@ -1,7 +1,7 @@
 """The operators' derivatives: autograd.Functions around them, and double backward by composition.
 
 Functions, not register_autograd, whose operators functorch refuses and forward mode gets silently
-wrong. Forward mode raises here.
+wrong. Forward mode raises: forward_mode.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import distributed, ops, reference
+from .forward_mode import applied
+from .layout import dense
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
@@ -150,18 +152,15 @@ class _RowStats(torch.autograd.Function):
             raise RuntimeError("inplace_grad=True: torch.vmap would write one policy many times")
         policy, reference_, ids, fields, parameter, inverse, mask, *rest = args
         size = info.batch_size
-        policy = _front(policy, in_dims[0], size)
+        policy = front(policy, in_dims[0], size)
         rows = policy[0].numel() // policy.shape[-1]
 
         def flat(t: Tensor | None, dim: int | None, *last: int) -> Tensor | None:
-            if t is None:
-                return None
-            batched = _front(t, dim, size).expand(size, rows, *last)  # one 1/T for all rows, too
-            return batched.reshape(size * rows, *last).contiguous()
+            return per_row(t, dim, size, rows, *last)
 
         values, state = _RowStats.apply(
             policy,
-            None if reference_ is None else _front(reference_, in_dims[1], size),
+            None if reference_ is None else front(reference_, in_dims[1], size),
             None if ids is None else flat(ids, in_dims[2], ids.shape[-1]),
             fields,
             parameter,
@@ -233,10 +232,17 @@ def composed_gradients(
     return gx, gy
 
 
-def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
+def front(t: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch dim of torch.vmap first, expanded where this argument has none; last stride 1."""
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return dense(t)
+
+
+def per_row(t: Tensor | None, dim: int | None, size: int, rows: int, *last: int) -> Tensor | None:
+    """What goes with each of `rows` rows, of all in a batch of torch.vmap; one 1/T for all, too."""
+    if t is None:
+        return None
+    return front(t, dim, size).expand(size, rows, *last).reshape(size * rows, *last).contiguous()
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -260,16 +266,15 @@ class _LogSoftmax(torch.autograd.Function):
             inner = torch.promote_types(torch.promote_types(grad.dtype, ctx.dtype), torch.float32)
             g, z = grad.to(inner), output.to(inner)
             return (g - z.exp() * g.sum(-1, keepdim=True)).to(ctx.dtype), None, None
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
-        out: Tensor = call("log_softmax_backward", grad, output, ctx.dtype, ctx.backend)
+        args = (dense(grad), output, ctx.dtype, ctx.backend)
+        out: Tensor = call("log_softmax_backward", *args)
         return out, None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], logits: Tensor, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor, int]:
-        out: Tensor = _LogSoftmax.apply(_front(logits, in_dims[0], info.batch_size), dtype, backend)
+        out: Tensor = _LogSoftmax.apply(front(logits, in_dims[0], info.batch_size), dtype, backend)
         return out, 0
 
 
@@ -298,10 +303,10 @@ class _OrderedSum(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], values: Tensor, weight: Tensor | None, backend: str
     ) -> tuple[Tensor, int]:
         size = info.batch_size
-        weights = None if weight is None else _front(weight, in_dims[1], size)
+        weights = None if weight is None else front(weight, in_dims[1], size)
         sums = [
             _OrderedSum.apply(row, None if weights is None else weights[i], backend)
-            for i, row in enumerate(_front(values, in_dims[0], size))
+            for i, row in enumerate(front(values, in_dims[0], size))
         ]
         return torch.stack(sums), 0
 
@@ -342,7 +347,7 @@ def row_stats(
         if leads_back and torch.is_grad_enabled():
             raise ValueError("backend='reference' has no gradients of slices (group=)")
     if shards is not None or differentiated(policy, reference_):
-        out, _ = _RowStats.apply(*args, inplace_grad, shards, backend)
+        out, _ = applied(_RowStats, *args, inplace_grad, shards, backend)
     else:
         out, _ = ops.run("row_stats", *args, backend)
     return out
@@ -352,7 +357,7 @@ def log_softmax(logits: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
     """Operator log_softmax over the last dim, differentiable."""
     out: Tensor
     if differentiated(logits):
-        out = _LogSoftmax.apply(logits, dtype, backend)
+        out = applied(_LogSoftmax, logits, dtype, backend)
     else:
         out = ops.run("log_softmax", logits, dtype, backend)
     return out
@@ -363,5 +368,5 @@ def ordered_sum(values: Tensor, weight: Tensor | None, *, backend: str) -> Tenso
     if not differentiated(values, weight):
         total: Tensor = ops.run("ordered_sum", values, weight, backend)
         return total
-    out: Tensor = _OrderedSum.apply(values, weight, backend)
+    out: Tensor = applied(_OrderedSum, values, weight, backend)
     return out

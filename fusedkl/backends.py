@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, cuda_library, reference_backend
+from . import _library, cuda_library, divergences, reference_backend
 from ._library import OPERATORS
 
 ENVIRONMENT = "FUSEDKL_BACKEND"
@@ -48,13 +48,7 @@ def _cpu_why_not(device: torch.device | None) -> str | None:
     return _CPU_MISSING
 
 
-_TRITON_TAKES = frozenset(
-    (
-        *("float32", "bfloat16", "float16"),
-        *("forward_kl", "reverse_kl", "entropy", "logsumexp", "logprob"),
-        *("ref_entropy", "ref_logsumexp", "ref_logprob", "log_ratio"),
-    )
-)
+_TRITON_TAKES = frozenset((*divergences.FIELDS, "softcap", "float32", "bfloat16", "float16"))
 
 
 class _Triton:

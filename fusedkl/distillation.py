@@ -129,7 +129,7 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
         return autograd.row_stats(
             x, y, call.ids, fields, call.parameter, inverse, call.read, backend=call.backend
         )
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    if autograd.intercepted(x, y) or x.numel() == 0:
         return _apart(x, y, call)
     out: Tensor = _TwoTemperatures.apply(x, y, call)
     return out

@@ -26,13 +26,19 @@ def blocks(rows_: int, width: int) -> Iterator[slice]:
 _MAX_DIMS = 8
 
 
+def dense(t: Tensor) -> Tensor:
+    """The tensor, or a copy of it, whose last dim has stride 1."""
+    if t.stride(-1) == 1 or t.shape[-1] <= 1:
+        return t
+    # Not contiguous(), which leaves an empty tensor its strides, whatever they are.
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def rows(logits: Tensor) -> Tensor:
     """[..., V] as the operators take it: no copy, unless the last dim has a stride."""
     if logits.dim() == 1:
         logits = logits.unsqueeze(0)
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        # Not contiguous(), which leaves an empty tensor its strides, whatever they are.
-        logits = logits.clone(memory_format=torch.contiguous_format)
+    logits = dense(logits)
     return logits.flatten(0, -2) if logits.dim() > _MAX_DIMS else logits
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .autograd import OPS, recorded
+from .forward_mode import applied
 from .linear_ops import DIFFERENTIABLE, Inputs
 from .linear_reference import composed
 
@@ -40,6 +41,13 @@ class _LinearStats(torch.autograd.Function):
             found = [g if ask else None for g, ask in zip(got, wanted, strict=True)]
         return *found, *[None] * (len(i) - DIFFERENTIABLE)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        raise RuntimeError(
+            "linear_divergence and linear_token_stats have no torch.vmap, nor what uses it "
+            "(jacfwd, hessian): a batch of tokens is only more tokens; give them in one call"
+        )
+
 
 def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients as a differentiable composition."""
@@ -56,6 +64,6 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
 
 def linear_stats(inputs: Inputs) -> Tensor:
     """Values [R, N] of operator linear_stats, differentiable in its first seven arguments."""
-    values, _ = _LinearStats.apply(*inputs)
+    values, _ = applied(_LinearStats, *inputs)
     out: Tensor = values
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reductions, validation
 from .backends import needs, resolve
-from .layout import inverse_temperature
+from .layout import dense, inverse_temperature
 from .linear_ops import Inputs
 
 PRECISIONS = (None, "fast")
@@ -91,8 +91,7 @@ def inputs_of(
                 f"ref_logits must have weight's vocabulary, {list(weight.shape)}; "
                 f"got {list(ref_logits.shape)}"
             )
-        if ref_logits.stride(-1) != 1 and ref_logits.shape[-1] > 1:
-            ref_logits = ref_logits.contiguous()
+        ref_logits = dense(ref_logits)
     return Inputs(
         _flat(hidden), weight, bias, None if ref_hidden is None else _flat(ref_hidden), ref_weight,
         ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, None, list(fields),

@@ -33,6 +33,8 @@ class Teacher(NamedTuple):
         rest = torch.where(rest == -torch.inf, -torch.inf, rest)  # no rest: no gradient to it
         log_p = torch.log_softmax(torch.cat([logits, rest], -1), -1)
         parts = log_p[:, :-1], log_p[:, -1:]
+        if backend not in topk.KERNELS:  # where topk_divergence takes them, too: K + 1 numbers
+            backend = "reference"
         return topk.of_outcomes(
             *parts, self.ids, self.log_q, self.kind, self.tail, counted, self.dtype, backend
         )
@@ -80,9 +82,11 @@ def teacher(
     tail = "bucket" if tail is None else tail
     if kind not in topk.KINDS:
         raise ValueError(f"kind must be one of {', '.join(topk.KINDS)} with ref_topk; got {kind!r}")
-    topk.check(hidden, *ref_topk, kind, tail, NAMES)
-    ids, log_q = topk.teacher_rows(*ref_topk, counted, weight.shape[0], NAMES)
-    return Teacher(ids, log_q, kind, tail, reference.result_dtype(hidden, ref_topk[1]))
+    ids, log_q = ref_topk
+    topk.check(hidden, ids, log_q, kind, tail, NAMES)
+    dtype = reference.result_dtype(hidden, log_q)
+    rows = topk.teacher_rows(ids, log_q, counted, weight.shape[0], NAMES)
+    return Teacher(*rows, kind, tail, dtype)
 
 
 class Apart(NamedTuple):

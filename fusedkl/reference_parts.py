@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .forward_mode import applied
+
 
 def _limits(dtype: torch.dtype) -> tuple[float, float]:
     """What stands for infinity in a difference of logits, and the largest exponent to take."""
@@ -89,18 +91,18 @@ class _Pull(torch.autograd.Function):
 
 def gap(u: Tensor) -> Tensor:
     """g(u) of every element, differentiable any number of times."""
-    out: Tensor = Gap.apply(u)
+    out: Tensor = applied(Gap, u)
     return out
 
 
 def pull(x: Tensor, slope: Tensor) -> Tensor:
     """Zeros [n, 1] whose derivative by x is `slope`."""
-    out: Tensor = _Pull.apply(x, slope)
+    out: Tensor = applied(_Pull, x, slope)
     return out
 
 
 def row_sum(x: Tensor) -> Tensor:
-    total: Tensor = _RowSum.apply(x)
+    total: Tensor = applied(_RowSum, x)
     return total
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference, validation
+from .autograd import intercepted
 from .layout import inverse_temperature, row_parts, rows
 
 
@@ -46,7 +47,7 @@ def fisher_vector_product(
     validation.floating("vector", vector)
     validation.alike("vector", vector, "logits", logits)
     inverse = inverse_temperature(temperature, logits)
-    if inverse is not None and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inverse is not None and logits.device.type == "cpu" and not intercepted(inverse):
         validation.temperatures(inverse, None)
     dtype = reference.inside(logits.device)
     x, v = rows(logits), rows(vector)
@@ -54,7 +55,8 @@ def fisher_vector_product(
     if inverse is None:
         inverse = torch.ones(1, dtype=dtype, device=x.device)
     scale = inverse.expand(one_each) if inverse.numel() == 1 else inverse.view(one_each)
-    if torch.is_grad_enabled() and (logits.requires_grad or vector.requires_grad):
+    recorded = torch.is_grad_enabled() and (logits.requires_grad or vector.requires_grad)
+    if recorded or torch.compiler.is_compiling():  # a graph has no loop over unknown rows
         return _product(x, v, scale).reshape(vector.shape)
     out = v.new_empty(v.shape)
     for _, to, block_x, block_v, block_scale in row_parts(out, x, v, scale):

@@ -11,7 +11,7 @@ from . import autograd, distributed, divergences, reductions, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .layout import token_ids as operator_ids
-from .reference_parts import Gap
+from .reference_parts import gap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +51,7 @@ class TokenStats(NamedTuple):
     @property
     def k3(self) -> Tensor:
         """exp(-k1) - 1 + k1 >= 0, to full relative accuracy near 0: also unbiased."""
-        value: Tensor = Gap.apply(-self.k1)
+        value: Tensor = gap(-self.k1)
         return value
 
 

@@ -138,7 +138,7 @@ def topk_divergence(
         raise ValueError('reduction="batchmean" needs logits with a batch dim; got shape [V]')
     inverse = inverse_temperature(temperature, policy_logits)
     counted = reductions.counted_tokens(policy_logits, mask, None, -100)
-    name = _resolve(backend, policy_logits.device)
+    name = _resolve(backend, policy_logits.device, needs(policy_logits))
     shards = distributed.shards(
         group,
         policy_logits,
@@ -148,7 +148,7 @@ def topk_divergence(
     )
     width = policy_logits.shape[-1] if shards is None else shards.total
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
-    if inverse is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
         validation.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
@@ -195,7 +195,7 @@ def teacher_rows(
         ids = torch.where(counted[:, None], ids, -1)
     ids = ids.contiguous()
     log_q = torch.where(ids >= 0, log_q, -torch.inf)
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width, names)
     return ids, log_q
 
@@ -223,7 +223,8 @@ def of_outcomes(
         left = _tail(log_q, rest, torch.finfo(dtype).eps)
         log_p, log_q = torch.cat([log_p, rest], -1), torch.cat([log_q, left], -1)
     # Few outcomes in float64: the rows of any other divergence.
-    rows = autograd.row_stats(log_p, log_q, None, (kind,), None, None, counted, backend=backend)
+    few = "reference" if backend == "triton" else backend  # in float64, which triton does not take
+    rows = autograd.row_stats(log_p, log_q, None, (kind,), None, None, counted, backend=few)
     return rows[0].to(dtype)
 
 
@@ -249,8 +250,8 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
     return value if counted is None else torch.where(counted, value, 0)
 
 
-def _resolve(backend: str | None, device: torch.device) -> str:
-    name = resolve(backend, device)
+def _resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...]) -> str:
+    name = resolve(backend, device, wanted)
     if name in KERNELS:
         return name
     if backend is not None:

@@ -8,11 +8,12 @@ fusedkl::topk_logprobs(policy, token_ids, inv_temperature?, mask?, backend)
 fusedkl::topk_logprobs_backward(grad [N, K + 1], policy, token_ids, state, inv_temperature?,
                                 backend) -> gradient to the policy, contiguous, in its dtype
 
-The cpu backend reads each row once in either, the reference backend composes it from torch.
+The reference backend composes it from torch, the others read each row once in either.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from . import reference, reference_backend
 from ._library import LIB, NAMESPACE, TAGS
-from .autograd import recorded
+from .autograd import front, per_row, recorded
+from .backends import kernels
+from .forward_mode import applied
 
 ARGUMENTS = {
     "topk_logprobs": (
@@ -39,17 +42,19 @@ _OPS = getattr(torch.ops, NAMESPACE)
 
 
 # By backend, as backends.py has it for the operators that all backends share.
-KERNELS: dict[str, dict[str, Any]] = {
-    "cpu": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
-    "cuda": {name: getattr(_OPS, f"_{name}") for name in ARGUMENTS},
-    "reference": {name: getattr(reference_backend, name) for name in ARGUMENTS},
+_COMPILED = SimpleNamespace(**{name: getattr(_OPS, f"_{name}") for name in ARGUMENTS})
+KERNELS: dict[str, Any] = {
+    "cpu": _COMPILED,
+    "cuda": _COMPILED,
+    "triton": kernels("triton"),
+    "reference": reference_backend,
 }
 
 
 def _implementation(name: str) -> Any:
     def implementation(*args: Any) -> Any:
         *rest, backend = args
-        return KERNELS[backend][name](*rest)
+        return getattr(KERNELS[backend], name)(*rest)
 
     return implementation
 
@@ -73,18 +78,20 @@ for _name, _shapes in (("topk_logprobs", _fake), ("topk_logprobs_backward", _bac
 class _TopkLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         policy: Tensor,
         token_ids: Tensor,
         inv_temperature: Tensor | None,
         mask: Tensor | None,
         backend: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         values, state = _OPS.topk_logprobs(policy, token_ids, inv_temperature, mask, backend)
-        ctx.save_for_backward(policy, token_ids, inv_temperature, mask, state)
-        ctx.backend = backend
-        out: Tensor = values
-        return out
+        return values, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -101,6 +108,28 @@ class _TopkLogprobs(torch.autograd.Function):
         )
         return gradient, None, None, None, None
 
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        policy: Tensor,
+        token_ids: Tensor,
+        inv_temperature: Tensor | None,
+        mask: Tensor | None,
+        backend: str,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        size, k = info.batch_size, token_ids.shape[-1]
+        policy = front(policy, in_dims[0], size)
+        rows = policy[0].numel() // policy.shape[-1]
+        values, state = _TopkLogprobs.apply(
+            policy,
+            per_row(token_ids, in_dims[1], size, rows, k),
+            per_row(inv_temperature, in_dims[2], size, rows),
+            per_row(mask, in_dims[3], size, rows),
+            backend,
+        )
+        return (values.view(size, rows, k + 1), state.view(size, rows, state.shape[-1])), (0, 0)
+
 
 def topk_logprobs(
     policy: Tensor,
@@ -111,5 +140,6 @@ def topk_logprobs(
     backend: str,
 ) -> Tensor:
     """Values of operator topk_logprobs, differentiable in the policy any number of times."""
-    out: Tensor = _TopkLogprobs.apply(policy, token_ids, inv_temperature, mask, backend)
+    out: Tensor
+    out, _ = applied(_TopkLogprobs, policy, token_ids, inv_temperature, mask, backend)
     return out

@@ -10,6 +10,8 @@ from . import elementwise
 from .forward import merge_states, row_stats
 from .gradient import row_stats_backward, row_stats_backward_, row_stats_with_gradient
 from .launch import on, pieces
+from .sums import row_sums
+from .topk import topk_logprobs, topk_logprobs_backward
 
 __all__ = [
     "log_softmax",
@@ -20,7 +22,10 @@ __all__ = [
     "row_stats_backward",
     "row_stats_backward_",
     "row_stats_with_gradient",
+    "row_sums",
     "scale_gradient_",
+    "topk_logprobs",
+    "topk_logprobs_backward",
 ]
 
 # Elements of a trip of the kernels that take one row, or one vector, per program.

@@ -11,9 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .formulas import FAR, LOG2E, NEAR, difference, gap_coefficients, gap_polynomial
-from .layout import row_pointer, unspecialised, vectorised
-from .state import has, only
+from .coefficients import CONSTANTS
+from .family import bounded_ratio, family_slopes
+from .formulas import (
+    FAR,
+    LOG2E,
+    NEAR,
+    cap_slope,
+    capped,
+    capped_difference,
+    centred,
+    gap_coefficients,
+    gap_polynomial,
+    multiply_add,
+)
+from .layout import is_half, load_words, row_pointer, unspecialised, vectorised
+from .state import family_of, has, only
 
 # 16-bit gradients: expm1(u) = u + u^2/2 up to here, to 2e-4.
 NEAR_HALF = tl.constexpr(0.03125)
@@ -26,14 +39,14 @@ def _bounded(v):
 
 
 @triton.jit
-def _moved(v, p, q, inv_t, series, ACCURATE: tl.constexpr):
+def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr):
     """p - q, from v = T l where they are close."""
     if ACCURATE:
         near = q * v * tl.fma(v, gap_polynomial(v, series), inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p_less_q)
     else:
         near = q * v * tl.fma(v, 0.5 * inv_t * inv_t, inv_t)
-        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p - q)
+        return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR_HALF, near, p_less_q)
 
 
 @triton.jit
@@ -48,64 +61,114 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 @triton.jit
 def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
-    """weight 2^(logit slope - shift); ROBUST where the product may leave the range of float."""
+    """2^(logit slope - shift) and its weight; ROBUST where their product may leave the range."""
     if ROBUST:
-        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E)
+        return tl.exp2((_bounded((logit - top) * inv_t) - log_sum) * LOG2E), 1.0
     else:
-        return tl.exp2(tl.fma(logit, slope, -shift)) * weight
+        return tl.exp2(multiply_add(logit, slope, -shift)), weight
 
 
 @triton.jit
 def _token(
-    x, y, c, inv_t, series, FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr,
-    ACCURATE: tl.constexpr, PLAIN: tl.constexpr, ROBUST: tl.constexpr,
+    x, y, c, inv_t, series, kind, cap,
+    FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr,
+    ACCURATE: tl.constexpr, PLAIN: tl.constexpr, ROBUST: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of tokens, in fp32; c: the row's constants in the order of NAMES."""
     FORWARD: tl.constexpr = has(FIELDS, "forward_kl")
     REVERSE: tl.constexpr = has(FIELDS, "reverse_kl")
     RATIO: tl.constexpr = has(FIELDS, "log_ratio")
     MASS: tl.constexpr = has(FIELDS, "logsumexp") or has(FIELDS, "logprob") or RATIO
+    MEAN: tl.constexpr = has(FIELDS, "mean_logprob")
     REF_MASS: tl.constexpr = has(FIELDS, "ref_logsumexp") or has(FIELDS, "ref_logprob") or RATIO
+    FAMILY: tl.constexpr = family_of(FIELDS)
+    EXACT: tl.constexpr = ACCURATE and not CAP
+    d = x - y
+    slope_x = 1.0
+    slope_y = 1.0
+    if CAP:
+        d = capped_difference(x, y, cap)
+        slope_x = cap_slope(x, cap)
+        slope_y = cap_slope(y, cap)
+        x = capped(x, cap)
+        y = capped(y, cap)
     slope = inv_t * LOG2E
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    p = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    of_x, per_x = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    p = of_x * per_x
     q = p
-    if FORWARD or REVERSE or REFERENCE:
-        q = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+    if FORWARD or REVERSE or REFERENCE or FAMILY != "":
+        of_y, per_y = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        q = of_y * per_y
+    if FAMILY != "":
+        l = bounded_ratio(centred(d, x, y, c[0], c[1], EXACT), x, inv_t)  # noqa: E741
+        of_p, of_q = family_slopes(p, q, l, c[24], c[25], c[26], kind, FAMILY)
+        gx = of_p * c[27]
+        gy = of_q * c[28]
+        if FAMILY == "renyi":  # where it is infinite, so may be its slopes
+            gx = tl.where(c[27] == 0.0, (p - q) * c[16], gx)
+            gy = tl.where(c[28] == 0.0, 0.0, gy)
     if FORWARD or REVERSE:
-        moved = _moved(difference(x, y, c[0], c[1], ACCURATE), p, q, inv_t, series, ACCURATE)
+        v = centred(d, x, y, c[0], c[1], EXACT)
+        moved = _moved(v, tl.fma(of_x, per_x, -q), q, inv_t, series, ACCURATE)
         if POLICY:
             gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:
-                gx = tl.fma(p * c[17], _bounded(difference(x, y, c[2], c[3], ACCURATE) * inv_t), gx)
+                gx = tl.fma(p * c[17], _bounded(centred(d, x, y, c[2], c[3], EXACT) * inv_t), gx)
         if REFERENCE:
             gy = moved * c[20]
             if FORWARD:
-                gy = tl.fma(q * c[21], _bounded(difference(x, y, c[4], c[5], ACCURATE) * inv_t), gy)
-    if POLICY and (MASS or has(FIELDS, "entropy")):
+                gy = tl.fma(q * c[21], _bounded(centred(d, x, y, c[4], c[5], EXACT) * inv_t), gy)
+    if POLICY and (MASS or MEAN or has(FIELDS, "entropy")):
         gx += _alone(p, x, c[8], c[9], c[10], c[18], c[19], inv_t, has(FIELDS, "entropy"))
+        if MEAN:
+            gx += tl.where(x == float("-inf"), 0.0, c[29])
     if REFERENCE and (REF_MASS or has(FIELDS, "ref_entropy")):
         gy += _alone(q, y, c[13], c[14], c[15], c[22], c[23], inv_t, has(FIELDS, "ref_entropy"))
-    return gx, gy
+    if CAP:
+        return gx * slope_x, gy * slope_y
+    else:
+        return gx, gy
+
+
+@triton.jit
+def _load(row, begin, tokens, words, WORDS: tl.constexpr):
+    """Tokens begin .. in fp32: even and odd ones, or all of them twice."""
+    if WORDS:
+        return load_words(row, begin, words)
+    else:
+        found = tl.load(row + (begin + tokens)).to(tl.float32)
+        return found, found
 
 
 @unspecialised
 def gradients(
-    policy, reference, policy_grad, reference_grad, constants, inv_temperature,
+    policy, reference, policy_grad, reference_grad, constants, inv_temperature, kind, cap,
     n: tl.int64, inner: tl.int64, first: tl.int64, x_width: tl.int64, y_width: tl.int64,
     vocab: tl.int64, chunk: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
     gx_outer: tl.int64, gx_inner: tl.int64, gy_outer: tl.int64, gy_inner: tl.int64,
-    FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr, POLICY: tl.constexpr, REFERENCE: tl.constexpr, CAP: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows first .. ; grid (rows, chunks). Logits from `vocab` on get exactly 0."""
-    NEEDS_X: tl.constexpr = POLICY or has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl")
-    NEEDS_Y: tl.constexpr = REFERENCE or has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl")
+    PAIR: tl.constexpr = (
+        has(FIELDS, "forward_kl") or has(FIELDS, "reverse_kl") or family_of(FIELDS) != ""
+    )
+    NEEDS_X: tl.constexpr = POLICY or PAIR
+    NEEDS_Y: tl.constexpr = REFERENCE or PAIR
     # with one term only, its coefficient may as well be in the weights
     PLAIN: tl.constexpr = only(FIELDS, "forward_kl") and not REFERENCE
+    ACCURATE: tl.constexpr = (
+        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
+    )
+    # unpacking two tokens of a word costs less than one of a vector of tokens
+    WORDS: tl.constexpr = (
+        ALIGNED and not ACCURATE and ((not NEEDS_X) or is_half(policy))
+        and ((not NEEDS_Y) or is_half(reference))
+    )  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = first + local
     begin = tl.program_id(1).to(tl.int64) * chunk
@@ -124,16 +187,16 @@ def gradients(
         tl.load(column + 16 * n), tl.load(column + 17 * n), tl.load(column + 18 * n),
         tl.load(column + 19 * n), tl.load(column + 20 * n), tl.load(column + 21 * n),
         tl.load(column + 22 * n), tl.load(column + 23 * n), tl.load(column + 24 * n),
+        tl.load(column + 25 * n), tl.load(column + 26 * n), tl.load(column + 27 * n),
+        tl.load(column + 28 * n), tl.load(column + 29 * n),
     )  # fmt: skip
-    action = c[24]
+    action = tl.load(column + (CONSTANTS - 1) * n)
     x_row = row_pointer(policy, local, inner, x_outer, x_inner) + begin
     y_row = row_pointer(reference, local, inner, y_outer, y_inner) + begin
     gx_row = row_pointer(policy_grad, local, inner, gx_outer, gx_inner) + begin
     gy_row = row_pointer(reference_grad, local, inner, gy_outer, gy_inner) + begin
-    ACCURATE: tl.constexpr = (
-        policy_grad.dtype.element_ty == tl.float32 or reference_grad.dtype.element_ty == tl.float32
-    )
     lane = tl.arange(0, BLOCK)
+    word = tl.arange(0, BLOCK // 2)
     if ALIGNED:
         x_row = vectorised(x_row)
         y_row = vectorised(y_row)
@@ -143,15 +206,25 @@ def gradients(
     series = gap_coefficients(inv_t)
     if action == 1.0:  # other rows, and the end of this one, take the loop below
         for i in tl.range(0, whole, BLOCK):
-            x = 0.0
-            y = 0.0
+            x = (0.0, 0.0)
+            y = (0.0, 0.0)
             if NEEDS_X:
-                x = tl.load(x_row + (i + lane)).to(tl.float32)
+                x = _load(x_row, i, lane, word, WORDS)
             if NEEDS_Y:
-                y = tl.load(y_row + (i + lane)).to(tl.float32)
+                y = _load(y_row, i, lane, word, WORDS)
             gx, gy = _token(
-                x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False
-            )
+                x[0], y[0], c, inv_t, series, kind, cap,
+                FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False, CAP,
+            )  # fmt: skip
+            if WORDS:  # even tokens, and here the odd ones
+                odd_x, odd_y = _token(
+                    x[1], y[1], c, inv_t, series, kind, cap,
+                    FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, False, CAP,
+                )  # fmt: skip
+                if POLICY:
+                    gx = tl.reshape(tl.join(gx, odd_x), (BLOCK,))
+                if REFERENCE:
+                    gy = tl.reshape(tl.join(gy, odd_y), (BLOCK,))
             if POLICY:
                 tl.store(gx_row + (i + lane), gx.to(policy_grad.dtype.element_ty))
             if REFERENCE:
@@ -168,7 +241,10 @@ def gradients(
             x = tl.load(x_row + (i + lane), mask=real, other=0.0).to(tl.float32)
         if NEEDS_Y:
             y = tl.load(y_row + (i + lane), mask=real, other=0.0).to(tl.float32)
-        gx, gy = _token(x, y, c, inv_t, series, FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, True)
+        gx, gy = _token(
+            x, y, c, inv_t, series, kind, cap,
+            FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, True, CAP,
+        )  # fmt: skip
         other = tl.where(begin + i + lane < vocab, fill, 0.0)
         if POLICY:
             gx = tl.where(real, gx, other)

@@ -10,14 +10,21 @@ import triton
 import triton.language as tl
 
 from .finish import store_row
-from .formulas import kl_terms, log1p
+from .formulas import capped, kl_terms, log1p
 from .layout import row_pointer, unspecialised
+from .state import STATE_COLUMNS
 from .sweep import COLUMNS
+
+# Tokens of a trip: float64, so few values a thread.
+CAREFUL_BLOCK = 512
 
 
 @triton.jit
-def _load(row, offsets, vocab):
+def load_exact(row, offsets, vocab, cap, CAP: tl.constexpr):
+    """Logits in float64, -inf beyond the row."""
     found = tl.load(row + offsets, mask=offsets < vocab, other=0.0).to(tl.float64)
+    if CAP:
+        found = capped(found, cap)
     return tl.where(offsets < vocab, found, float("-inf"))
 
 
@@ -28,11 +35,11 @@ def _log_mass(ties, rest):
 
 @unspecialised
 def careful(
-    policy, reference, parts, inv_temperature, token_ids, values, states,
+    policy, reference, parts, inv_temperature, token_ids, values, states, cap: tl.float64,
     n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, vocab: tl.int64,
     segments: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Overwrites state and values of the flagged rows among first .. ; grid (rows,)."""
     local = tl.program_id(0).to(tl.int64)
@@ -51,8 +58,8 @@ def careful(
     largest_y = zero + absent
     bad = zero
     for i in tl.range(0, vocab, BLOCK):
-        x = _load(x_row, i + lane, vocab)
-        y = _load(y_row, i + lane, vocab)
+        x = load_exact(x_row, i + lane, vocab, cap, CAP)
+        y = load_exact(y_row, i + lane, vocab, cap, CAP)
         largest_x = tl.maximum(largest_x, x)
         largest_y = tl.maximum(largest_y, y)
         bad += ((x != x) | (y != y)).to(tl.float64)
@@ -73,8 +80,8 @@ def careful(
     only_x = zero
     only_y = zero
     for i in tl.range(0, vocab, BLOCK):
-        x = _load(x_row, i + lane, vocab)
-        y = _load(y_row, i + lane, vocab)
+        x = load_exact(x_row, i + lane, vocab, cap, CAP)
+        y = load_exact(y_row, i + lane, vocab, cap, CAP)
         down_x = tl.where(x == absent, 0.0, (top_x - x) * inv_t)
         down_y = tl.where(y == absent, 0.0, (top_y - y) * inv_t)
         weight_x = tl.where((x == absent) | (x == top_x), 0.0, tl.exp(-down_x))
@@ -97,8 +104,8 @@ def careful(
     forward = zero
     reverse = zero
     for i in tl.range(0, vocab, BLOCK):
-        x = _load(x_row, i + lane, vocab)
-        y = _load(y_row, i + lane, vocab)
+        x = load_exact(x_row, i + lane, vocab, cap, CAP)
+        y = load_exact(y_row, i + lane, vocab, cap, CAP)
         p = tl.where(x == absent, 0.0, tl.exp((x - top_x) * inv_t) / mass_x)
         q = tl.where(y == absent, 0.0, tl.exp((y - top_y) * inv_t) / mass_y)
         both = (x != absent) & (y != absent)
@@ -121,7 +128,10 @@ def careful(
         q_sum + tl.sum(gap_y, 0) / mass_y + nan,
     )
     yes = vocab > 0
+    # as the sweep found them
+    logit_sum = tl.load(states + row * STATE_COLUMNS + 11)
+    tokens = tl.load(states + row * STATE_COLUMNS + 12)
     store_row(
-        state, row, yes, yes, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, 1.0,
-        FIELDS, True,
+        state, row, yes, yes, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, cap, 1.0,
+        logit_sum, tokens, FIELDS, True, CAP,
     )  # fmt: skip

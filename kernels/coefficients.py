@@ -9,9 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .family import row_factors, row_number
 from .formulas import FAR, LN2, LOG2E
 from .layout import unspecialised
-from .state import is_of_tokens, load_state
+from .state import (
+    STATE_COLUMNS,
+    family_of,
+    has,
+    is_of_second_sweep,
+    is_of_tokens,
+    load_state,
+)
 
 NAMES = (
     *("ratio_hi", "ratio_lo"),  # T log-ratio of the normalisers: l = ((x - y) - ratio)/T
@@ -20,6 +28,8 @@ NAMES = (
     *("shift_y", "weight_y", "top_y", "log_sum_y", "entropy_y"),
     *("moved", "reverse", "mass_x", "information_x"),
     *("ref_moved", "ref_forward", "mass_y", "information_y"),
+    *("policy_slope", "reference_slope", "number"),  # of family.py, see family_slopes
+    *("divergence", "ref_divergence", "uniform"),
     "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, beyond fp32
 )
 CONSTANTS = tl.constexpr(len(NAMES))
@@ -50,7 +60,11 @@ def store_distribution(out, n, live, largest, log_sum, entropy, inv_t):
 
 @triton.jit
 def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
-    """Gradients of a row's values by kind, the tokens' summed, and whether any is not 0."""
+    """Gradients of a row's values by kind, the tokens' summed, and whether any is not 0.
+
+    Those of forward_kl, reverse_kl, entropy; of a mass and of the mean of log p; the same of the
+    reference but for the mean; of a divergence of the second sweep.
+    """
     zero = tl.where(row == row, 0.0, 0.0).to(tl.float64)
     forward = zero
     reverse = zero
@@ -58,6 +72,8 @@ def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
     mass = zero
     ref_entropy = zero
     ref_mass = zero
+    mean = zero
+    divergence = zero
     live_row = row != row
     at = grad + row
     for i in tl.static_range(len(FIELDS)):
@@ -86,11 +102,16 @@ def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
                 ref_entropy = g
             elif FIELDS[i] == "logsumexp":
                 mass += g
+            elif FIELDS[i] == "mean_logprob":
+                mass -= g
+                mean = g
+            elif is_of_second_sweep(FIELDS[i]):
+                divergence = g
             else:
                 tl.static_assert(FIELDS[i] == "ref_logsumexp", "unknown field")
                 ref_mass += g
             at += n
-    return forward, reverse, entropy, mass, ref_entropy, ref_mass, live_row
+    return forward, reverse, entropy, mass, ref_entropy, ref_mass, mean, divergence, live_row
 
 
 @triton.jit
@@ -99,7 +120,7 @@ def coefficients(gradients, state, inv_t):
 
     Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
     """
-    forward, reverse, entropy, mass, ref_entropy, ref_mass, _ = gradients
+    forward, reverse, entropy, mass, ref_entropy, ref_mass, _, _, _ = gradients
     f_infinite = state[6] == float("inf")
     r_infinite = state[7] == float("inf")
     kept = tl.where(r_infinite, 0.0, inv_t * reverse)
@@ -115,9 +136,36 @@ def coefficients(gradients, state, inv_t):
     )
 
 
+@triton.jit
+def family_coefficients(gradients, states, row, live, inv_t, kind, FIELD: tl.constexpr):
+    """Both mean slopes and the number of `family_slopes`, the coefficients of its two results, and
+    what `moved` gets where the value is infinite.
+    """
+    g = gradients[7] * inv_t
+    at = states + row * STATE_COLUMNS
+    value = tl.load(at + 13, mask=live, other=0.0)
+    infinite = value == float("inf")
+    policy, reference = row_factors(value, kind[0], kind[1], FIELD)
+    return (
+        tl.load(at + 14, mask=live, other=0.0),
+        tl.load(at + 15, mask=live, other=0.0),
+        row_number(value, kind[1], FIELD),
+        tl.where(infinite, 0.0, g * policy),
+        tl.where(infinite, 0.0, g * reference),
+        tl.where(infinite, g, 0.0),
+    )
+
+
+@triton.jit
+def uniform_coefficient(gradients, states, row, live, inv_t):
+    """Of the mean of log p: what every logit gets."""
+    tokens = tl.load(states + row * STATE_COLUMNS + 12, mask=live, other=1.0)
+    return inv_t * gradients[6] / tokens
+
+
 @unspecialised
 def prepare(
-    grad, states, inv_temperature, constants, n: tl.int64, k: tl.int64, per_row: tl.int64,
+    grad, states, inv_temperature, constants, kind, n: tl.int64, k: tl.int64, per_row: tl.int64,
     FIELDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """constants[CONSTANTS, n] from grad [R, n] and the states; LANES rows a program."""
@@ -139,8 +187,17 @@ def prepare(
     store_distribution(out + 11 * n, n, live, state[2], state[3], state[9], inv_t)
     for i in tl.static_range(8):
         tl.store(out + (16 + i) * n, c[i].to(tl.float32), mask=live)
+    FAMILY: tl.constexpr = family_of(FIELDS)
+    if FAMILY != "":
+        more = family_coefficients(gradients, states, row, live, inv_t, kind, FAMILY)
+        for i in tl.static_range(5):
+            tl.store(out + (24 + i) * n, more[i].to(tl.float32), mask=live)
+        tl.store(out + 16 * n, (c[0] + more[5]).to(tl.float32), mask=live)
+    if has(FIELDS, "mean_logprob"):
+        uniform = uniform_coefficient(gradients, states, row, live, inv_t)
+        tl.store(out + 29 * n, uniform.to(tl.float32), mask=live)
     none = (state[1] == float("-inf")) | (state[3] == float("-inf"))
     bad = none | (state[1] != state[1])
     beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
-    action = tl.where(gradients[6], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
-    tl.store(out + 24 * n, action.to(tl.float32), mask=live)
+    action = tl.where(gradients[8], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
+    tl.store(out + (CONSTANTS - 1) * n, action.to(tl.float32), mask=live)

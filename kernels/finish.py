@@ -13,13 +13,23 @@ from .formulas import (
     FAR,
     LN2,
     LOG2E,
+    capped,
     forward_from_sums,
     log1p,
     merge,
     reverse_from_sums,
 )
 from .layout import is_half, row_pointer, unspecialised
-from .state import STATE_COLUMNS, empty, has, is_of_tokens, load_state, select, without_mass
+from .state import (
+    STATE_COLUMNS,
+    empty,
+    has,
+    is_of_second_sweep,
+    is_of_tokens,
+    load_state,
+    select,
+    without_mass,
+)
 from .sweep import COLUMNS, top_exponent
 
 # |u| beyond which the exponent of a weight is no longer exact enough.
@@ -27,8 +37,8 @@ FAREST = tl.constexpr(40.0)
 
 
 @triton.jit
-def value_of(state, FIELD: tl.constexpr):
-    """A field of one number per row, from its RowState."""
+def value_of(state, mean, FIELD: tl.constexpr):
+    """A field of one number per row, from its RowState; mean of x/T over the vocabulary."""
     p_max, p_sum, q_max, q_sum, _, _, forward, reverse, entropy, reference_entropy = state
     if FIELD == "forward_kl":
         return forward
@@ -40,29 +50,38 @@ def value_of(state, FIELD: tl.constexpr):
         return reference_entropy
     elif FIELD == "logsumexp":
         return p_max + p_sum
+    elif FIELD == "mean_logprob":
+        return (mean - p_max) - p_sum
     else:
         tl.static_assert(FIELD == "ref_logsumexp", "unknown field")
         return q_max + q_sum
 
 
 @triton.jit
+def token_logit(row, token, read, cap, CAP: tl.constexpr):
+    found = tl.load(row + token, mask=read, other=0.0).to(tl.float64)
+    return capped(found, cap) if CAP else found
+
+
+@triton.jit
 def store_tokens_of(
-    out, state, x_row, y_row, token_ids, row, counted, live, n, k, vocab, inv_t, FIELD: tl.constexpr
-):
+    out, state, x_row, y_row, token_ids, row, counted, live, n, k, vocab, inv_t, cap,
+    FIELD: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """A field of every token asked for of a row, n apart: 0 for an id of -1, NaN for one beyond."""
     for j in range(k):
         token = tl.load(token_ids + row * k + j, mask=live, other=-1)
         inside = (token >= 0) & (token < vocab)
         read = live & counted & inside
         if FIELD == "logprob":
-            x = tl.load(x_row + token, mask=read, other=0.0).to(tl.float64)
+            x = token_logit(x_row, token, read, cap, CAP)
             found = (x * inv_t - state[0]) - state[1]
         elif FIELD == "ref_logprob":
-            y = tl.load(y_row + token, mask=read, other=0.0).to(tl.float64)
+            y = token_logit(y_row, token, read, cap, CAP)
             found = (y * inv_t - state[2]) - state[3]
         else:
-            x = tl.load(x_row + token, mask=read, other=0.0).to(tl.float64)
-            y = tl.load(y_row + token, mask=read, other=0.0).to(tl.float64)
+            x = token_logit(x_row, token, read, cap, CAP)
+            y = token_logit(y_row, token, read, cap, CAP)
             found = ((x - y) - state[4]) * inv_t - state[5]
         found = tl.where(inside, found, float("nan"))
         found = tl.where((token == -1) | (counted == 0), 0.0, found)
@@ -71,8 +90,8 @@ def store_tokens_of(
 
 @triton.jit
 def store_row(
-    state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, whole,
-    FIELDS: tl.constexpr, PAIR: tl.constexpr,
+    state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, cap,
+    whole, logit_sum, tokens, FIELDS: tl.constexpr, PAIR: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The state and the values, in the order of FIELDS, of rows (a vector of them, or one).
 
@@ -83,17 +102,21 @@ def store_row(
     for i in tl.static_range(10):
         tl.store(out + i, tl.where(counted, state[i], 0.0), mask=live)
     tl.store(out + 10, whole, mask=live)
-    for i in tl.static_range(11, STATE_COLUMNS):
+    tl.store(out + 11, tl.where(counted, logit_sum, 0.0), mask=live)
+    tl.store(out + 12, tl.where(counted, tokens, 0.0), mask=live)
+    for i in tl.static_range(13, STATE_COLUMNS):
         tl.store(out + i, 0.0, mask=live)
     state = without_mass(state, PAIR)
     at = values + row
-    tokens = (token_ids, row, counted, live, n, k, vocab, inv_t)
+    rows = (token_ids, row, counted, live, n, k, vocab, inv_t, cap)
     for i in tl.static_range(len(FIELDS)):
         if is_of_tokens(FIELDS[i]):
-            store_tokens_of(at, state, x_row, y_row, *tokens, FIELDS[i])
+            store_tokens_of(at, state, x_row, y_row, *rows, FIELDS[i], CAP)
             at += k * n
+        elif is_of_second_sweep(FIELDS[i]):  # its value comes from second_sweep.py
+            at += n
         else:
-            found = tl.where(counted, value_of(state, FIELDS[i]), 0.0)
+            found = tl.where(counted, value_of(state, logit_sum / tokens, FIELDS[i]), 0.0)
             tl.store(at, found.to(values.dtype.element_ty), mask=live)
             at += n
 
@@ -183,7 +206,7 @@ def _pair_state(
 
 
 @triton.jit
-def _single_state(sums, n, inv_t, live):
+def single_state(sums, n, inv_t, live):
     """RowState of one segment of the policy alone (single.py)."""
     rest = tl.load(sums + n, mask=live, other=0.0).to(tl.float64)
     gap = tl.load(sums + 5 * n, mask=live, other=0.0).to(tl.float64)
@@ -202,11 +225,11 @@ def _single_state(sums, n, inv_t, live):
 
 @unspecialised
 def finish(
-    policy, reference, parts, inv_temperature, mask, token_ids, values, states,
+    policy, reference, parts, inv_temperature, mask, token_ids, values, states, cap: tl.float64,
     n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64, rows: tl.int64, vocab: tl.int64,
-    segments: tl.int64, per_row: tl.int64,
+    segment: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
-    FIELDS: tl.constexpr, PAIR: tl.constexpr, LANES: tl.constexpr,
+    FIELDS: tl.constexpr, PAIR: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """states[n, STATE_COLUMNS], values[R, n] of `rows` rows from `first`; LANES a program."""
     REVERSE: tl.constexpr = has(FIELDS, "reverse_kl")
@@ -222,24 +245,32 @@ def finish(
     inv_t = inv_t.to(tl.float64)
     state = empty(inv_t)
     careful = live & (counted == 0) & counted
+    segments = (vocab + segment - 1) // segment
+    logit_sum = inv_t * 0.0
+    tokens = inv_t * 0.0
     for i in range(segments):
         sums = parts + i * COLUMNS * n + row
         if PAIR:
             inv32 = inv_t.to(tl.float32)
             part, unsure = _pair_state(
-                sums, n, inv32, inv_t, live, REVERSE, ENTROPY, REF_ENTROPY, EXACT
+                sums, n, inv32, inv_t, live, REVERSE, ENTROPY, REF_ENTROPY, EXACT and not CAP
             )
             careful = careful | unsure
         else:
-            part = _single_state(sums, n, inv_t, live)
+            part = single_state(sums, n, inv_t, live)
+        if has(FIELDS, "mean_logprob"):
+            origin = tl.load(sums + 15 * n, mask=live, other=0.0).to(tl.float64)
+            size = tl.minimum(segment, vocab - i * segment)
+            logit_sum += tl.load(sums + 14 * n, mask=live, other=0.0) + origin * size
+            tokens += size
         # the first one as it is: merging with nothing would lose a NaN
         state = select((i == 0) | (inv_t != inv_t), part, merge(state, part, inv_t))
     tl.store(parts + segments * COLUMNS * n + row, (careful & counted).to(tl.float32), mask=live)
     x_row = row_pointer(policy, local, inner, x_outer, x_inner)
     y_row = row_pointer(reference, local, inner, y_outer, y_inner)
     store_row(
-        state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, 1.0,
-        FIELDS, PAIR,
+        state, row, counted, live, values, states, x_row, y_row, token_ids, n, k, vocab, inv_t, cap,
+        1.0, logit_sum * inv_t, tokens, FIELDS, PAIR, CAP,
     )  # fmt: skip
 
 
@@ -259,7 +290,13 @@ def merge_rows(
     for i in range(1, count):
         state = merge(state, load_state(parts + i * n * STATE_COLUMNS, row, live), inv_t)
     whole = tl.load(parts + row * STATE_COLUMNS + 10, mask=live & (count == 1), other=0.0)
+    logit_sum = inv_t * 0.0
+    tokens = inv_t * 0.0
+    for i in range(count):
+        at = parts + (i * n + row) * STATE_COLUMNS
+        logit_sum += tl.load(at + 11, mask=live, other=0.0)
+        tokens += tl.load(at + 12, mask=live, other=0.0)
     store_row(
-        state, row, live, live, values, states, values, values, values, n, 0, 0, inv_t, whole,
-        FIELDS, PAIR,
+        state, row, live, live, values, states, values, values, values, n, 0, 0, inv_t, 1.0, whole,
+        logit_sum, tokens, FIELDS, PAIR, False,
     )  # fmt: skip

@@ -20,6 +20,28 @@ NEAR = tl.constexpr(0.5)
 FAR = tl.constexpr(1e30)
 
 
+# Two multiply-adds in one instruction; $2 $3 times $4 $5 plus $6 $7.
+_PAIR = tl.constexpr("""{
+.reg .b64 a, b, c;
+mov.b64 a, {$2, $3};
+mov.b64 b, {$4, $5};
+mov.b64 c, {$6, $7};
+fma.rn.f32x2 a, a, b, c;
+mov.b64 {$0, $1}, a;
+}""")
+
+
+@triton.jit
+def multiply_add(a, b, c):
+    """tl.fma of float32 for the arguments of exponentials, which Triton does not pack by itself."""
+    if tl.target_info.cuda_capability_geq(10, 0):
+        return tl.inline_asm_elementwise(
+            _PAIR, "=f,=f,f,f,f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return tl.fma(a, b, c)
+
+
 @triton.jit
 def gap_coefficients(inv_t):
     """Of the polynomial in v = T u whose product with v^2 is g(u)."""
@@ -48,13 +70,55 @@ def gap_polynomial(v, coefficients):
 @triton.jit
 def difference(x, y, high, low, EXACT: tl.constexpr):
     """v = (x - y) - c. EXACT recovers the rounding of x - y, which 16-bit logits do not have."""
-    s = x - y
+    return centred(x - y, x, y, high, low, EXACT)
+
+
+@triton.jit
+def centred(s, x, y, high, low, EXACT: tl.constexpr):
+    """The same, with s = x - y at hand."""
     if EXACT:
         back = s - x
         error = (x - (s - back)) - (y + back)
         return ((s - high) + error) - low
     else:
         return (s - high) - low
+
+
+@triton.jit
+def _decay(x, cap):
+    """e^(-2 |x/cap|)"""
+    z = tl.abs(x) * (1.0 / cap)
+    return tl.exp(-2.0 * z) if x.dtype == tl.float64 else tl.exp2(z * (-2.0 * LOG2E))
+
+
+@triton.jit
+def capped(x, cap):
+    """cap tanh(x/cap), to a unit of the cap; an absent token stays absent."""
+    e = _decay(x, cap)
+    t = (1.0 - e) / (1.0 + e) * cap
+    return tl.where(x == float("-inf"), x, tl.where(x < 0.0, -t, t))
+
+
+@triton.jit
+def cap_slope(x, cap):
+    """Its derivative, 1 / cosh^2(x/cap)."""
+    e = _decay(x, cap)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def capped_difference(x, y, cap):
+    """capped(x) - capped(y) in fp32, relative to itself: cap sinh((x - y)/cap) / (cosh cosh)."""
+    z = (x - y) * (1.0 / cap)
+    near = tl.abs(z) <= NEAR
+    v = tl.where(near, z, 0.0)
+    # (e^v - e^-v)/2 = v + (g(v) - g(-v))/2
+    coefficients = gap_coefficients(1.0)
+    odd = gap_polynomial(v, coefficients) - gap_polynomial(-v, coefficients)
+    far = tl.exp2(z * LOG2E) - tl.exp2(z * -LOG2E)
+    sinh = tl.where(near, tl.fma(v * v, 0.5 * odd, v), 0.5 * far)
+    slopes = tl.sqrt(cap_slope(x, cap)) * tl.sqrt(cap_slope(y, cap))
+    return tl.where(tl.abs(z) <= 40.0, cap * sinh * slopes, capped(x, cap) - capped(y, cap))
 
 
 @triton.jit

@@ -12,15 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from .careful import careful
+from .careful import CAREFUL_BLOCK, careful
 from .finish import finish, merge_rows
 from .launch import LANES, Call, aligned, on, pieces
 from .single import sweep_single
 from .state import STATE_COLUMNS
+from .sums import sweep_again
 from .sweep import COLUMNS, sweep_pair
-
-# Of careful.py: float64, so few values a thread.
-CAREFUL_BLOCK = 512
 
 
 def row_stats(
@@ -29,7 +27,9 @@ def row_stats(
     valid_vocab: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator `row_stats` (fusedkl/ops.py)."""
-    call = Call(policy, reference, token_ids, fields, inv_temperature, mask, valid_vocab, softcap)
+    call = Call(
+        policy, reference, token_ids, fields, parameter, inv_temperature, mask, valid_vocab, softcap
+    )
     n, k, device = call.rows, call.tokens, policy.device
     values = torch.empty((call.lines(), n), dtype=torch.float32, device=device)
     states = torch.empty((n, STATE_COLUMNS.value), dtype=torch.float64, device=device)
@@ -38,8 +38,11 @@ def row_stats(
     parts = torch.empty(segments * COLUMNS.value * n + n, dtype=torch.float32, device=device)
     inverse, counted, ids = call.pointers(states)
     flags = {"REVERSE": "reverse_kl" in fields, "REF_ENTROPY": "ref_entropy" in fields}
-    flags = flags if call.pair else {}
+    flags = flags if call.pair else {"GIVEN": False}
+    flags |= {"MEAN": "mean_logprob" in fields, "CAP": call.capped}
+    own, more = ((), ()) if call.pair else ((ids,), (0,))  # tokens to leave out: none
     shape = {"WIDTH": sizes.width, "HALVES": sizes.halves, "num_warps": 1, "num_stages": 1}
+    shape |= {"enable_fp_fusion": False}
     with on(device):
         for piece in pieces([policy, call.other]):
             logits = piece.tensors if call.pair else piece.tensors[:1]
@@ -47,19 +50,23 @@ def row_stats(
             where = (n, piece.inner, piece.first, call.vocab, sizes.segment)
             sweep = sweep_pair if call.pair else sweep_single
             sweep[(piece.rows, segments)](
-                *logits, parts, inverse, counted, *where, *strides[: 2 * len(logits)], call.given,
-                ENTROPY="entropy" in fields, ALIGNED=aligned(piece), **flags, **shape,
+                *logits, parts, inverse, counted, *own, call.cap, *where,
+                *strides[: 2 * len(logits)], call.given, *more, ENTROPY="entropy" in fields,
+                ALIGNED=aligned(piece), **flags, **shape,
             )  # fmt: skip
-            outputs = (ids, values, states, n, k, piece.inner, piece.first)
+            outputs = (ids, values, states, call.cap, n, k, piece.inner, piece.first)
             finish[(-(-piece.rows // LANES),)](
-                *piece.tensors, parts, inverse, counted, *outputs, piece.rows, call.vocab, segments,
-                call.given, *strides, FIELDS=call.fields, PAIR=call.pair, LANES=LANES, num_warps=1,
+                *piece.tensors, parts, inverse, counted, *outputs, piece.rows, call.vocab,
+                sizes.segment, call.given, *strides, FIELDS=call.fields, PAIR=call.pair,
+                CAP=call.capped, LANES=LANES, num_warps=1,
             )  # fmt: skip
             if call.pair:
                 careful[(piece.rows,)](
                     *piece.tensors, parts, inverse, *outputs, call.vocab, segments, call.given,
-                    *strides, FIELDS=call.fields, BLOCK=CAREFUL_BLOCK, num_warps=4,
+                    *strides, FIELDS=call.fields, CAP=call.capped, BLOCK=CAREFUL_BLOCK, num_warps=4,
                 )  # fmt: skip
+            if call.family is not None:
+                sweep_again(call, piece, parts[-n:], states, values, None)
     return values, states
 
 

@@ -32,7 +32,7 @@ def _write(
     wanted = {"POLICY": policy_grad is not None, "REFERENCE": other_grad is not None}
     with on(device):
         prepare[(-(-n // LANES),)](
-            grad, state, inverse, constants, n, call.tokens, call.given,
+            grad, state, inverse, constants, call.kind, n, call.tokens, call.given,
             FIELDS=call.fields, LANES=LANES, num_warps=1,
         )  # fmt: skip
         for piece in pieces([call.policy, call.other, *outputs]):
@@ -43,9 +43,10 @@ def _write(
             ]
             strides = [step for steps in piece.strides for step in steps]
             gradients[(piece.rows, -(-max(widths) // sizes.chunk))](
-                *piece.tensors, constants, inverse, n, piece.inner, piece.first, *widths,
-                call.vocab, sizes.chunk, call.given, *strides, **wanted, FIELDS=call.fields,
-                ALIGNED=aligned(piece), BLOCK=sizes.block, num_warps=sizes.warps, num_stages=1,
+                *piece.tensors, constants, inverse, call.kind, call.cap, n, piece.inner,
+                piece.first, *widths, call.vocab, sizes.chunk, call.given, *strides, **wanted,
+                FIELDS=call.fields, CAP=call.capped, ALIGNED=aligned(piece), BLOCK=sizes.block,
+                num_warps=sizes.warps, num_stages=1, enable_fp_fusion=False,
             )  # fmt: skip
             for index, found in store:
                 grid = (piece.rows, -(-call.tokens // LANES))
@@ -63,10 +64,10 @@ def _tokens(
     found = torch.empty((call.rows, call.tokens), dtype=torch.float64, device=grad.device)
     strides = [step for steps in piece.strides[:2] for step in steps]
     token_gradients[(piece.rows, -(-call.tokens // LANES))](
-        *piece.tensors[:2], grad, state, call.token_ids, inverse, found, call.rows, call.tokens,
-        piece.inner, piece.first, call.line_of(name), call.line_of("log_ratio"), call.vocab,
-        call.given, *strides,
-        FIELDS=call.fields, POLICY=name == "logprob", PAIR=call.pair, BLOCK=LANES, num_warps=1,
+        *piece.tensors[:2], grad, state, call.token_ids, inverse, found, call.kind, call.cap,
+        call.rows, call.tokens, piece.inner, piece.first, call.line_of(name),
+        call.line_of("log_ratio"), call.vocab, call.given, *strides, FIELDS=call.fields,
+        POLICY=name == "logprob", PAIR=call.pair, CAP=call.capped, BLOCK=LANES, num_warps=1,
     )  # fmt: skip
     return (2 if name == "logprob" else 3), found
 
@@ -86,7 +87,9 @@ def row_stats_backward(
     valid_vocab: int | None, softcap: float | None, policy_grad: bool, reference_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator `row_stats_backward` (fusedkl/ops.py)."""
-    call = Call(policy, reference, token_ids, fields, inv_temperature, None, valid_vocab, softcap)
+    call = Call(
+        policy, reference, token_ids, fields, parameter, inv_temperature, None, valid_vocab, softcap
+    )
     gx, gy = _room(policy, policy_grad), _room(reference, reference_grad)
     _write(call, grad, state, gx, gy)
     return _or_empty(gx, policy, policy), _or_empty(gy, policy, reference)
@@ -98,7 +101,9 @@ def row_stats_backward_(
     valid_vocab: int | None, softcap: float | None, reference_grad: bool,
 ) -> Tensor:  # fmt: skip
     """Operator `row_stats_backward_`: a tile is read before it is written, so nothing is copied."""
-    call = Call(policy, reference, token_ids, fields, inv_temperature, None, valid_vocab, softcap)
+    call = Call(
+        policy, reference, token_ids, fields, parameter, inv_temperature, None, valid_vocab, softcap
+    )
     gy = _room(reference, reference_grad)
     _write(call, grad, state, policy, gy)
     return _or_empty(gy, policy, reference)

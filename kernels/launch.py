@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .family import SECOND_SWEEP, kind_of
+
 
 class Launch(NamedTuple):
     """Sizes that decide a kernel's code and its order of summation."""
@@ -56,8 +58,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 # Rows of a program that gives each row one lane.
 LANES = 32
 PAIR_FIELDS = ("forward_kl", "reverse_kl", "ref_entropy", "ref_logsumexp", "ref_logprob")
-PAIR_FIELDS += ("log_ratio",)
-FIELDS = (*PAIR_FIELDS, "entropy", "logsumexp", "logprob")
+PAIR_FIELDS += ("log_ratio", *SECOND_SWEEP)
 TOKEN_FIELDS = ("logprob", "ref_logprob", "log_ratio")
 
 
@@ -66,15 +67,20 @@ class Call:
 
     def __init__(
         self, policy: Tensor, reference: Tensor | None, token_ids: Tensor | None,
-        fields: list[str], inv_temperature: Tensor | None, mask: Tensor | None,
-        valid_vocab: int | None, softcap: float | None,
+        fields: list[str], parameter: float | None, inv_temperature: Tensor | None,
+        mask: Tensor | None, valid_vocab: int | None, softcap: float | None,
     ) -> None:  # fmt: skip
-        refuse(fields, softcap, policy, reference)
+        refuse(policy, reference)
         self.policy = policy
         self.pair = any(name in PAIR_FIELDS for name in fields)
         # the policy stands in for a reference that is not needed
         self.other = reference if self.pair and reference is not None else policy
         self.fields = tuple(fields)
+        # at most one (validation.py)
+        self.family = next((name for name in fields if name in SECOND_SWEEP), None)
+        self.kind = kind_of(self.family, parameter)
+        self.cap = 1.0 if softcap is None else softcap
+        self.capped = softcap is not None
         self.rows = math.prod(policy.shape[:-1])
         shortest = min(policy.shape[-1], self.other.shape[-1])
         self.vocab = shortest if valid_vocab is None else valid_vocab
@@ -114,16 +120,13 @@ class Call:
         return inverse, counted.view(torch.uint8), ids.view(torch.int64)
 
 
-def refuse(fields: list[str], softcap: float | None, *logits: Tensor | None) -> None:
-    """A TypeError or ValueError for what these kernels do not take."""
+def refuse(*logits: Tensor | None) -> None:
+    """A TypeError for what these kernels do not take."""
     for t in logits:
         if t is not None and t.dtype == torch.float64:
             raise TypeError(
                 'backend="triton" takes float32, bfloat16 and float16 logits; got float64'
             )
-    missing = [name for name in fields if name not in FIELDS]
-    if missing or softcap is not None:
-        raise ValueError(f'backend="triton" has no {missing[0] if missing else "softcap"} yet')
 
 
 class Piece(NamedTuple):

@@ -66,3 +66,38 @@ def load_each(pointer, offsets, end):
     """Logits in fp32, -inf from `end` on: tokens that neither row has."""
     found = tl.load(pointer + offsets, mask=offsets < end, other=0.0).to(tl.float32)
     return tl.where(offsets < end, found, float("-inf"))
+
+
+@triton.jit
+def load_wide(
+    row, begin, cell, HALF: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Both half tiles [halves, width] of a whole tile, in fp32; EXACT: one row has 32 bits."""
+    if ALIGNED and not EXACT:
+        return load_words(row, begin, cell)
+    else:
+        even = cell if EXACT else cell * 2
+        odd = even + (HALF if EXACT else 1)
+        first = tl.load(row + (begin + even)).to(tl.float32)
+        second = tl.load(row + (begin + odd)).to(tl.float32)
+        return first, second
+
+
+@triton.jit
+def load_rest(row, begin, cell, HALF: tl.constexpr, EXACT: tl.constexpr, end):
+    """The same of the last tile of a row, -inf from `end` on."""
+    even = cell if EXACT else cell * 2
+    odd = even + (HALF if EXACT else 1)
+    return load_each(row, begin + even, end), load_each(row, begin + odd, end)
+
+
+@triton.jit
+def sum_in_order(columns):
+    """The sum of [width] numbers, in an order that does not depend on which lanes hold them.
+
+    tl.sum adds what one lane holds first, and loads of other widths put other numbers there.
+    """
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    columns = a + b
+    a, b = tl.split(tl.reshape(columns, (columns.shape[0] // 2, 2)))
+    return tl.sum(a + b, 0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .family import SECOND_SWEEP
+
 STATE_COLUMNS = tl.constexpr(16)
 
 
@@ -28,6 +30,19 @@ def only(fields, name):
 def is_of_tokens(field):
     """Whether a field has a number for each token asked for."""
     return getattr(field, "value", field) in ("logprob", "ref_logprob", "log_ratio")
+
+
+@triton.constexpr_function
+def is_of_second_sweep(field):
+    """Whether a field takes the second sweep (family.py)."""
+    return getattr(field, "value", field) in SECOND_SWEEP
+
+
+@triton.constexpr_function
+def family_of(fields):
+    """The field of a second sweep among them, or ""."""
+    names = [getattr(field, "value", field) for field in fields]
+    return next((name for name in names if is_of_second_sweep(name)), "")
 
 
 @triton.jit

@@ -5,10 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .coefficients import CONSTANTS, coefficients, row_gradients
-from .formulas import gap
+from .coefficients import (
+    CONSTANTS,
+    coefficients,
+    family_coefficients,
+    row_gradients,
+    uniform_coefficient,
+)
+from .family import family_slopes
+from .formulas import cap_slope, capped, gap
 from .layout import row_pointer, unspecialised
-from .state import has, load_state
+from .second_sweep import log_ratio
+from .state import family_of, has, load_state
 
 
 @triton.jit
@@ -24,11 +32,12 @@ def _direct(grad, token_ids, row, n, k, token, line):
 
 @unspecialised
 def token_gradients(
-    policy, reference, grad, states, token_ids, inv_temperature, found,
-    n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64,
+    policy, reference, grad, states, token_ids, inv_temperature, found, kind,
+    cap: tl.float64, n: tl.int64, k: tl.int64, inner: tl.int64, first: tl.int64,
     line: tl.int64, ratio_line: tl.int64, vocab: tl.int64, per_row: tl.int64,
     x_outer: tl.int64, x_inner: tl.int64, y_outer: tl.int64, y_inner: tl.int64,
-    FIELDS: tl.constexpr, POLICY: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr, POLICY: tl.constexpr, PAIR: tl.constexpr, CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """found[n, k]: in float64, the gradient at each token whose log-probability was asked for.
 
@@ -42,18 +51,26 @@ def token_gradients(
     token = tl.load(token_ids + row * k + j, mask=j < k, other=-1)
     inside = (token >= 0) & (token < vocab)
     state = load_state(states, row, row >= 0)
-    c = coefficients(row_gradients(grad, row, n, k, row >= 0, FIELDS), state, inv_t)
+    gradients = row_gradients(grad, row, n, k, row >= 0, FIELDS)
+    c = coefficients(gradients, state, inv_t)
     x = 0.0
     y = 0.0
     log_p = 0.0
     log_q = 0.0
+    slope = tl.where(token == token, 1.0, 1.0).to(tl.float64)
     if POLICY or PAIR:
         x_row = row_pointer(policy, local, inner, x_outer, x_inner)
         x = tl.load(x_row + token, mask=inside, other=0.0).to(tl.float64)
+        if CAP:
+            slope = cap_slope(x, cap) if POLICY else slope
+            x = capped(x, cap)
         log_p = (x * inv_t - state[0]) - state[1]
     if PAIR or not POLICY:
         y_row = row_pointer(reference, local, inner, y_outer, y_inner)
         y = tl.load(y_row + token, mask=inside, other=0.0).to(tl.float64)
+        if CAP:
+            slope = slope if POLICY else cap_slope(y, cap)
+            y = capped(y, cap)
         log_q = (y * inv_t - state[2]) - state[3]
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -72,13 +89,25 @@ def token_gradients(
         own = q * (c[6] + tl.where(c[7] != 0.0, c[7] * (log_q + state[9]), 0.0))
         own += tl.where(c[5] != 0.0, c[5] * q * (ratio + state[6]), 0.0)
         value = tl.where(q > 0.0, own, 0.0) + tl.where(c[4] != 0.0, c[4] * moved, 0.0)
+    FAMILY: tl.constexpr = family_of(FIELDS)
+    if FAMILY != "":
+        more = family_coefficients(gradients, states, row, row >= 0, inv_t, kind, FAMILY)
+        slopes = family_slopes(
+            p, q, log_ratio(x, y, state, inv_t), more[0], more[1], more[2], kind, FAMILY
+        )
+        own = slopes[0] * more[3] if POLICY else slopes[1] * more[4]
+        finite = more[3] != 0.0 if POLICY else more[4] != 0.0
+        value += tl.where(finite, own, moved * more[5] if POLICY else 0.0)
+    if POLICY and has(FIELDS, "mean_logprob"):
+        uniform = uniform_coefficient(gradients, states, row, row >= 0, inv_t)
+        value += tl.where(x == float("-inf"), 0.0, uniform)
     if has(FIELDS, "logprob" if POLICY else "ref_logprob"):
         value += _direct(grad, token_ids, row, n, k, token, line) * inv_t
     if has(FIELDS, "log_ratio"):
         direct = _direct(grad, token_ids, row, n, k, token, ratio_line) * inv_t
         value += direct if POLICY else -direct
     nan = tl.where(state[1] != state[1], float("nan"), 0.0)
-    tl.store(found + row * k + j, value + nan, mask=j < k)
+    tl.store(found + row * k + j, value * slope + nan, mask=j < k)
 
 
 @unspecialised

@@ -19,7 +19,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Minutes each under the interpreter, which takes tens of milliseconds for a tile.
 LONG = ("long_rows", "long_half_row", "any_number_of_threads", "rounds_once", "layout_does_not")
 # Of float64 logits, which this backend does not take.
-DOUBLE = ("torch.float64", "one_backward_for_any", "token_of_another_slice")
+DOUBLE = ("torch.float64", "one_backward_for_any", "token_of_another_slice", "double_backward")
+DOUBLE += ("test_inequalities", "triton-float64", "gradcheck")
 if INTERPRETED and importlib.util.find_spec("triton"):
     import triton_interpreter
 

@@ -95,9 +95,13 @@ assert text == page.section(shown.parents[1] / named[0]), f"python bench/page.py
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"]
-)
+KINDS = [
+    *("results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"),
+    *("dropin", "trainers"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

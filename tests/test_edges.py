@@ -191,6 +191,14 @@ def test_no_rows(backend: str, shape: tuple[int, ...]) -> None:
     assert fusedkl.selective_log_softmax(policy, index, backend=backend).shape == index.shape
 
 
+def test_no_rows_and_a_strided_gradient(backend: str) -> None:
+    """contiguous() leaves an empty tensor its strides, which kernels refuse; found by fuzzing."""
+    leaf = torch.randn(0, 0, 2, 2, requires_grad=True)
+    value = fusedkl.log_softmax(leaf, 2, backend=backend)
+    (found,) = torch.autograd.grad(value, leaf, torch.ones(0, 0, 2, 2))
+    assert found.shape == leaf.shape
+
+
 def test_no_token_ids(backend: str) -> None:
     leaf = torch.randn(3, 8, requires_grad=True)
     found = fusedkl.selective_log_softmax(

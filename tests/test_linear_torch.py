@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import linear_cases
@@ -16,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedkl
-from fusedkl import linear_ops
+from fusedkl import linear_ops, reference
+from fusedkl.linear_backward import Wanted, backward
 from fusedkl.linear_ops import Inputs
 
 OPS = torch.ops.fusedkl
@@ -161,8 +165,8 @@ def test_masked_tokens_make_no_products() -> None:
     assert peak(forward) < 1 << 20
 
 
-def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under fake CUDA tensors: how often the tiles' memory is asked for, and that no value is."""
+def cuda_shapes(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The list of what torch.empty is asked for on a GPU from now on."""
     shapes: list[tuple[int, ...]] = []
     empty = torch.empty
 
@@ -172,18 +176,24 @@ def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -
             shapes.append(tuple(out.shape))
         return out
 
+    patch.setattr(torch, "empty", counted)
+    return shapes
+
+
+def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under fake CUDA tensors: how often the tiles' memory is asked for, and that no value is."""
     with FakeTensorMode():
         tokens, vocabulary, width = 4096, 64 * 1024, 128
         given = arguments(
             "reference",
-            hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
-            weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
-            ref_hidden=empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
-            ref_weight=empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
-            mask=empty(tokens, dtype=torch.bool, device="cuda"),
+            hidden=torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            weight=torch.empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            ref_hidden=torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda"),
+            ref_weight=torch.empty(vocabulary, width, dtype=torch.bfloat16, device="cuda"),
+            mask=torch.empty(tokens, dtype=torch.bool, device="cuda"),
             tile=[],
         )
-        monkeypatch.setattr(torch, "empty", counted)
+        shapes = cuda_shapes(monkeypatch)
         # the schedule itself, whatever backend's kernels its rows go to
         engine = linear_ops.engine_of(given)
         tiles = math.prod(engine.tile[:2])
@@ -193,3 +203,83 @@ def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -
         assert large_ones == [(tiles,), (tiles,)]
         count = (tokens // engine.tile.tokens) * (vocabulary // engine.tile.vocabulary)
         assert count >= 4 and len(shapes) == 3  # two tiles, and the waiting states
+
+
+def test_on_a_gpu_backward_allocates_its_tiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workspace: two tiles of logits and one of d weight in fp32."""
+    with FakeTensorMode():
+        tokens, vocabulary, width = 4096, 64 * 1024, 128
+        sides = {"hidden": tokens, "weight": vocabulary, "ref_hidden": tokens}
+        given = arguments(
+            "reference",
+            ref_weight=None,
+            tile=[],
+            **{
+                name: torch.empty(n, width, dtype=torch.bfloat16, device="cuda")
+                for name, n in sides.items()
+            },
+        )
+        engine = linear_ops.engine_of(given)
+        state = torch.empty(tokens, len(reference.STATE), dtype=torch.float64, device="cuda")
+        grad = torch.empty(1, tokens, device="cuda")
+        shapes = cuda_shapes(monkeypatch)
+        wanted = Wanted(hidden=True, weight=True), Wanted()
+        found, _ = backward(engine, linear_ops._questions(given), [grad], [state], wanted)
+        assert found.hidden is not None and found.hidden.dtype == torch.float32
+        assert found.weight is not None and found.weight.dtype == torch.bfloat16
+        tile = engine.tile
+        assert sorted(shapes) == sorted(
+            [(tile.tokens * tile.vocabulary,)] * 2 + [(tile.vocabulary * width,)]
+        )
+
+
+# In a process of its own, where nothing that came before has left memory to be used again; what
+# libraries and C++ allocate is seen too.
+RESIDENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from memory import PeakMemory
+import fusedkl
+
+torch.set_num_threads(1)
+tokens, vocabulary, width = 256, 60013, 64
+hidden, moved = torch.randn(2, tokens, width).bfloat16().requires_grad_()
+weight = torch.randn(vocabulary, width).bfloat16().requires_grad_()
+
+def fused(part, rows):
+    return fusedkl.linear_divergence(part, rows, moved[: len(part)].detach(), reduction="mean")
+
+def full(part, rows):
+    x, y = part.float() @ rows.float().t(), moved[: len(part)].float() @ rows.float().t()
+    return fusedkl.forward_kl(x, y.detach(), reduction="mean")
+
+def both(loss, part, rows):
+    return torch.autograd.grad(loss(part, rows), (part, rows))
+
+def forward(loss, part, rows):
+    with torch.no_grad():
+        return loss(part, rows)
+
+for run in (forward, both):
+    for loss in (fused, full):
+        run(loss, hidden[:3], weight[:2048])  # libraries, and thread pools
+        with PeakMemory() as memory:
+            run(loss, hidden, weight)
+        print(-1 if memory.bytes is None else memory.bytes)
+"""
+
+
+def test_resident_memory_is_that_of_tiles() -> None:
+    demo = Path(__file__).resolve().parents[1] / "demo"
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(demo)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    fused, full, fused_both, full_both = (int(line) for line in done.stdout.split())
+    if min(fused, full) < 0:
+        pytest.skip("this system does not tell a process's peak")
+    logits, weight = 256 * 60013 * 4, 60013 * 64 * 2
+    assert full >= 2 * logits and full_both >= 2 * logits  # the measure sees them
+    assert fused < 24 << 20 < logits
+    assert fused_both - weight < 36 << 20 < logits

@@ -38,7 +38,7 @@ def poisoned_memory() -> None:
 
 def peak(function: Callable[[], object]) -> int:
     """Bytes above the start that torch's CPU allocator held at once while it ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         function()
     assert run.profiler is not None
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]

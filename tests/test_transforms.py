@@ -12,8 +12,10 @@ import torch
 from kl_div_cases import needs_kernel
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transform_cases import FORWARD_ONLY, FUNCTIONS, KINDS, K, N, V
 
 import fusedkl
+from fusedkl import deferred_kl
 
 pytestmark = [
     # torch's own tracing warns of its own deprecations.
@@ -22,19 +24,13 @@ pytestmark = [
     # log_softmax's backward has no batching rule: torch loops over the batch, and says so.
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
-N, V = 4, 23
-FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": fusedkl.forward_kl,
-    "reverse_kl": functools.partial(fusedkl.reverse_kl, temperature=2.0),
-    "jeffreys": fusedkl.jeffreys,
-    "entropy": lambda x, _: fusedkl.entropy(x),
-    "logsumexp": lambda x, _: fusedkl.logsumexp(x),
-    "log_softmax": lambda x, y: (fusedkl.log_softmax(x) * y).sum(-1),
-    "selective": lambda x, _: fusedkl.selective_log_softmax(x, torch.arange(len(x)) % V),
-    "kl_div": lambda x, y: fusedkl.kl_div(
-        torch.log_softmax(x, -1), torch.softmax(y, -1), reduction="none"
-    ).sum(-1),
-}
+# Straight lines: their second derivative is 0.
+STRAIGHT = {"kl_estimate k1", "nats_to_bits"}
+FORWARD_MODE = {"kl_div", "kl_estimate k2", *STRAIGHT}
+NO_VMAP = {"linear_divergence", "linear_token_stats"}
+# Of the tests that compile: one of each way through the package, and the others.
+QUICK = ("forward_kl", "entropy", "kl_div")
+LATER = [pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS if n not in QUICK]
 
 
 @pytest.fixture(autouse=True)
@@ -63,42 +59,76 @@ def by_autograd(name: str, x: Tensor, y: Tensor) -> Tensor:
     return g
 
 
+def test_every_public_function_is_among_them() -> None:
+    public = {name for name in fusedkl.__all__ if name[0].islower()}
+    without_tensors = {"backends", "explain", "inductor", "patch", "unpatch"}
+    assert public - without_tensors == {name.split()[0] for name in {**FUNCTIONS, **FORWARD_ONLY}}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_torch_func_grad_and_vmap(name: str) -> None:
     x, y = logits()
     wanted = by_autograd(name, x.clone(), y)
+    assert bool((wanted != 0).any())
     torch.testing.assert_close(torch.func.grad(total(name))(x, y), wanted)
-    if name != "selective":  # its index has the rows of x
-        rows = torch.func.vmap(torch.func.grad(lambda a, b: total(name)(a[None], b[None])))
-        torch.testing.assert_close(rows(x, y), wanted)
+
+    def row(a: Tensor, b: Tensor) -> Tensor:
+        return FUNCTIONS[name](a[None], b[None])[0]
+
+    if name in NO_VMAP:
+        with pytest.raises(RuntimeError, match=r"no torch.vmap.*give them in one call"):
+            torch.func.vmap(row)(x, y)
+        return
+    singly = [(row(a, b), torch.func.grad(row)(a, b)) for a, b in zip(x, y, strict=True)]
+    values, grads = (torch.stack(parts) for parts in zip(*singly, strict=True))
+    torch.testing.assert_close(torch.func.vmap(row)(x, y), values)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(row))(x, y), grads)
+
+
+def test_a_batch_with_checks_of_contents() -> None:
+    """topk_divergence reads its ids' contents, which under vmap it cannot."""
+    x, y = logits()
+    ids = torch.arange(N * K).view(N, K)
+    logprobs = torch.log_softmax(y, -1).gather(-1, ids)
+    batch = torch.func.vmap(lambda a, i, q: fusedkl.topk_divergence(a[None], i[None], q[None])[0])
+    torch.testing.assert_close(
+        batch(x, ids, logprobs), fusedkl.topk_divergence(x, ids, logprobs), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_hessian(name: str) -> None:
     """Reverse over reverse works; torch.func.hessian is forward over reverse and says that."""
-    x, y = (t[:1, :5].clone() for t in logits())
-    hessian = torch.func.jacrev(torch.func.jacrev(total(name)))(x, y).reshape(5, 5)
+    x, y = (t[:1].clone() for t in logits())
+    found = torch.func.jacrev(torch.func.jacrev(total(name)))(x, y).reshape(V, V)
+    if name in STRAIGHT:
+        assert not found.any() and not torch.func.hessian(total(name))(x, y).any()
+        return
     (g,) = torch.autograd.grad(total(name)(x.requires_grad_(), y), x, create_graph=True)
-    columns = [torch.autograd.grad(g[0, i], x, retain_graph=True)[0][0] for i in range(5)]
-    torch.testing.assert_close(hessian, torch.stack(columns).detach())
-    if name == "kl_div":
-        found = torch.func.hessian(total(name))(x.detach(), y).reshape(5, 5)
-        torch.testing.assert_close(found, hessian)
+    columns = [torch.autograd.grad(g[0, i], x, retain_graph=True)[0][0] for i in range(V)]
+    torch.testing.assert_close(found, torch.stack(columns).detach())
+    assert bool((found != 0).any())
+    x = x.detach()
+    if name in FORWARD_MODE:
+        torch.testing.assert_close(torch.func.hessian(total(name))(x, y).reshape(V, V), found)
     else:
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.hessian(total(name))(x.detach(), y)
+        with pytest.raises(NotImplementedError, match="Reverse mode works twice"):
+            torch.func.hessian(total(name))(x, y)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward_mode_works_or_says_why_not(name: str) -> None:
     x, y = logits()
     tangent = torch.randn_like(x)
-    if name == "kl_div":
+    if name in FORWARD_MODE:
         _, found = torch.func.jvp(lambda a: total(name)(a, y), (x,), (tangent,))
         torch.testing.assert_close(found, (by_autograd(name, x.clone(), y) * tangent).sum())
     else:
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+        with pytest.raises(NotImplementedError, match="Reverse mode works twice"):
             torch.func.jvp(lambda a: total(name)(a, y), (x,), (tangent,))
+        # what has no tangent is not refused: it may stand beside what has one
+        _, found = torch.func.jvp(lambda a: a.sum() + total(name)(x, y), (x,), (tangent,))
+        torch.testing.assert_close(found, tangent.sum())
 
 
 class Module(torch.nn.Module):
@@ -110,7 +140,9 @@ class Module(torch.nn.Module):
         return FUNCTIONS[self.name](x, y)
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "selective"])
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER)]
+)
 def test_export(name: str) -> None:
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     x, y = logits(torch.float32)
@@ -119,20 +151,31 @@ def test_export(name: str) -> None:
     torch.testing.assert_close(exported.module()(*other), FUNCTIONS[name](*other))
 
 
+PACKAGED = ("jeffreys", "jsd", "token_stats", "topk_divergence", "distillation_loss")
+
+
+class Several(torch.nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(FUNCTIONS[name](x, y) for name in PACKAGED)
+
+
 @needs_kernel
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_aot_inductor(tmp_path: Path) -> None:
     x, y = logits(torch.float32)
-    exported = torch.export.export(Module("jeffreys"), (x, y))
+    exported = torch.export.export(Several(), (x, y))
     package = torch._inductor.aoti_compile_and_package(
         exported, package_path=str(tmp_path / "model.pt2")
     )
     found = torch._inductor.aoti_load_package(package)(x, y)
-    torch.testing.assert_close(found, fusedkl.jeffreys(x, y))
+    for name, value in zip(PACKAGED, found, strict=True):
+        torch.testing.assert_close(value, FUNCTIONS[name](x, y), msg=name)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER)]
+)
 def test_compiled_autograd(name: str) -> None:
     x, y = logits(torch.float32)
     wanted = by_autograd(name, x.clone(), y)
@@ -144,25 +187,64 @@ def test_compiled_autograd(name: str) -> None:
     torch.testing.assert_close(x.grad, wanted)
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "kl_div"])
+@pytest.mark.parametrize("name", {**FUNCTIONS, **FORWARD_ONLY})
 def test_no_host_synchronisation(name: str) -> None:
-    """A fake CUDA tensor has no contents: whatever reads one, .item() or a branch, raises."""
+    """A fake CUDA tensor has no contents: whatever reads one, .item() or a branch, raises.
+
+    That is what a CUDA graph needs of the Python around the kernels.
+    """
     with FakeTensorMode():
         x = torch.empty(N, V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         y = torch.empty(N, V, device="cuda")
-        mask = torch.empty(N, device="cuda", dtype=torch.bool)
-        function = FUNCTIONS[name]
-        if name == "selective":
-            index = torch.empty(N, device="cuda", dtype=torch.int64)
-            value = fusedkl.selective_log_softmax(x, index)
-        elif name.endswith("kl"):
-            value = fusedkl.divergence(
-                x, y, name, mask=mask, weight=torch.empty(N, device="cuda"), reduction="mean"
-            )
-        else:
-            value = function(x, y)
+        value = {**FUNCTIONS, **FORWARD_ONLY}[name](x, y)
         # Forward only: autograd's engine asks the driver for the device of the gradients.
-        assert value.device.type == "cuda" and value.requires_grad
+        assert value.device.type == "cuda" and value.requires_grad is (name in FUNCTIONS)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "inplace_grad"])
+def test_masks_weights_and_reductions_without_synchronisation(
+    reduction: str, inplace: bool
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(N, V, device="cuda", requires_grad=True)
+        y = torch.empty(N, V, device="cuda")
+        hidden = x * 1 if inplace else x  # a leaf's logits, or those of a model
+        rows = torch.empty(N, device="cuda")
+        options: dict[str, Any] = dict(
+            temperature=rows, weight=rows, mask=rows > 0, labels=rows.long(), reduction=reduction
+        )
+        for kind in KINDS:
+            parameter = {"alpha": 0.7} if kind == "renyi" else {}
+            value = fusedkl.divergence(
+                hidden, y, kind, inplace_grad=inplace, **parameter, **options
+            )
+            assert value.device.type == "cuda" and value.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "none"])
+def test_a_patched_loss_without_synchronisation(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """patch() leaves traced code and subclasses to torch; fake tensors are here to see a look."""
+    monkeypatch.setattr(deferred_kl.kl_div_ops, "observed", lambda: False)
+    monkeypatch.setattr(deferred_kl, "_compiled", lambda device: True)
+    fused: list[Any] = []
+    sources = deferred_kl._sources
+    monkeypatch.setattr(deferred_kl, "_sources", lambda plan: fused.append(1) or sources(plan))
+    with FakeTensorMode():
+        x = torch.empty(8, 4096, device="cuda", requires_grad=True)
+        y = torch.empty(8, 4096, device="cuda")
+        p, q = (
+            deferred_kl.softmax_of(name, logits, -1, None)
+            for name, logits in (("log_softmax", x), ("softmax", y))
+        )
+        assert p is not None and q is not None
+        value = deferred_kl.fused_kl_div(p, q, reduction, False)
+        assert value is not None
+        value = value.sum(-1) if reduction == "none" else value
+        assert fused == [1] and value.device.type == "cuda" and value.requires_grad
 
 
 def test_a_host_synchronisation_would_be_seen() -> None:

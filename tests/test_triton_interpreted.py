@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 SUITE = (
     ("test_triton.py", "test_values.py"),
     ("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
+    ("test_family.py", "test_controls.py", "test_topk.py"),
 )
 
 
@@ -38,12 +39,12 @@ def run(files: tuple[str, ...], marks: str, least: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients"])
+@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:
     run(files, "not full", 40)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients"])
+@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_half_of_the_suite(files: tuple[str, ...]) -> None:
     run(files, "", 200)

@@ -79,6 +79,14 @@ def test_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused == pytest.approx(plain, rel=1e-5) and fused != plain
 
 
+def test_the_page_shows_the_example() -> None:
+    page = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
+    pasted = page.split("```text\n    if options.fused:")[1].split("```")[0]
+    script = (EXAMPLES / "trl_one_line.py").read_text()
+    first, second = ("    if options.fused:" + pasted).split("    ...\n")
+    assert first in script and second in script
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_kinds_of_distillation(models: Models, tmp_path: Path, beta: float) -> None:
