@@ -4,7 +4,8 @@
 
 replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
 bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
-bench/dropin.py; of bench/trainers.py), so that no number on these pages is typed by hand.
+bench/dropin.py; of bench/trainers.py; of bench/sharding.py), so that no number on these pages is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ PAGES = {
     "linear-tables": DOCS / "linear.md",
     "dropin": DOCS / "dropin.md",
     "trainers": DOCS / "integrations.md",
+    "sharding": DOCS / "sharding.md",
 }
 # Scripts that say what their results look like, with a `section(content)`.
-SCRIPTS = {"linear-tables": "linear_tables", "dropin": "dropin", "trainers": "trainers"}
+SCRIPTS = {
+    "linear-tables": "linear_tables",
+    "dropin": "dropin",
+    "trainers": "trainers",
+    "sharding": "sharding",
+}
 # Between the marks of results that nobody has committed yet.
 NOTHING = "No results are committed yet: they want a quiet machine.\n"
 

@@ -328,8 +328,27 @@ def row_stats(
 ) -> Tensor:
     """Values [R, N] of operator row_stats, differentiable in policy and reference_.
 
-    With shards the rows are slices, and so are valid_vocab and token_ids (-1: in another slice).
+    With shards the rows are slices; valid_vocab and token_ids are of the whole vocabulary.
     """
+    if shards is not None:
+
+        def of(place: distributed.Shards) -> Tensor:
+            values, _ = applied(
+                _RowStats, policy, reference_,
+                None if token_ids is None else place.local_ids(token_ids), fields, parameter,
+                inv_temperature, mask, place.local_vocabulary(valid_vocab), softcap,
+                inplace_grad, place, backend,
+            )  # fmt: skip
+            found: Tensor = values
+            return found
+
+        leads_back = any(t is not None and t.requires_grad for t in (policy, reference_))
+        if backend == "reference" and leads_back and torch.is_grad_enabled():
+            raise ValueError("backend='reference' has no gradients of slices (group=)")
+        values, shards = distributed.placed(shards, of)
+        if token_ids is not None:
+            shards.check_ids(token_ids, mask)
+        return values
     args = (
         policy,
         reference_,
@@ -342,12 +361,8 @@ def row_stats(
         softcap,
     )
     out: Tensor
-    if shards is not None and backend == "reference":
-        leads_back = any(t is not None and t.requires_grad for t in (policy, reference_))
-        if leads_back and torch.is_grad_enabled():
-            raise ValueError("backend='reference' has no gradients of slices (group=)")
-    if shards is not None or differentiated(policy, reference_):
-        out, _ = applied(_RowStats, *args, inplace_grad, shards, backend)
+    if differentiated(policy, reference_):
+        out, _ = applied(_RowStats, *args, inplace_grad, None, backend)
     else:
         out, _ = ops.run("row_stats", *args, backend)
     return out

@@ -162,7 +162,6 @@ def divergence(
             valid_vocab=valid_vocab,
             softcap=softcap,
         )
-        valid_vocab = shards.local_vocabulary(valid_vocab)
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 

@@ -138,14 +138,16 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   job.x = c.policy.row(r, begin);
   job.y = c.reference->row(r, begin);
   FamilySums sums;
-  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t)) {
+  const bool exact = row.whole < 0 && (dx == DType::f32 || dy == DType::f32);
+  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) &&
+      !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t))) {
     GradientJob wide = job;
     if (dx != dy) {
       wide.x = room.policy(job.x, dx, job.n);
       wide.y = room.reference(job.y, dy, job.n);
     }
     sums = kernels().family_sums[dx == dy ? static_cast<int>(dx) : 0](wide);
-    if (is_finite(sums.value) && is_finite(sums.policy_slope)) return sums;
+    if (is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
   }
   return family_sums_f64(job, dx, dy);
 }
@@ -251,6 +253,7 @@ Tensor row_sums(const Tensor& policy, const Tensor& reference, const Tensor& sta
     for (int64_t r = begin; r < end; r++) {
       FamilySums sums;
       for (int64_t i = 0; i < c.segments() && c.counted(r); i++) sums.add(segment_sums(c, r, i, states[r], room));
+      if (states[r].whole < 0) take_means_as_summed(c.fields.kind, sums);
       result[3 * r] = sums.value;
       result[3 * r + 1] = sums.policy_slope;
       result[3 * r + 2] = sums.reference_slope;

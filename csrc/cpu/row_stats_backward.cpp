@@ -119,8 +119,11 @@ static void store(const std::vector<TokenGradient>& tokens) {
   for (const TokenGradient& t : tokens) store_double(t.row, t.dtype, t.id, t.value);
 }
 
-static void run_job(const GradientJob& job, DType dx, DType dy, MixedRow& room, LaterSweeps* later) {
-  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t))
+static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, MixedRow& room, LaterSweeps* later) {
+  const bool exact = job.gradient.family() && elsewhere && (dx == DType::f32 || dy == DType::f32);
+  const bool slice_in_double =
+      exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
+  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double)
     gradient_f64(job, dx, dy);
   else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);
   else if (job.y && dx != dy) mixed_gradient(job, dx, dy, room);
@@ -135,6 +138,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
   job.inv_t = !c.inv_temperature ? 1 : c.inv_temperature[c.per_row_temperature ? r : 0];
   job.cap = c.cap;
   job.state = settled(c.states[r]);
+  const bool elsewhere = job.state.whole < 0;
+  if (elsewhere) job.state.whole = 0;
   job.x = c.policy.row(r);
   if (c.policy_grad) job.gx = c.policy_grad->row(r);
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
@@ -174,7 +179,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
   }
   if (job.gradient.paired()) {
     job.y = c.reference->row(r);
-    run_job(job, dx, dy, room, later);
+    run_job(job, dx, dy, elsewhere, room, later);
   } else {
     GradientJob other = job;
     other.state = reference_alone(job.state);
@@ -183,9 +188,9 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
     job.gy = other.gy = nullptr;
     if (other.gx) {
       other.x = c.reference->row(r);
-      run_job(other, dy, dy, room, later);
+      run_job(other, dy, dy, elsewhere, room, later);
     }
-    if (job.gx) run_job(job, dx, dx, room, later);
+    if (job.gx) run_job(job, dx, dx, elsewhere, room, later);
   }
   if (later) later->tokens = std::move(tokens);
   else store(tokens);
