@@ -4,7 +4,8 @@
 
 replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
 bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
-bench/dropin.py; of bench/trainers.py), so that no number on these pages is typed by hand.
+bench/dropin.py; of bench/trainers.py; of bench/sharding.py), so that no number on these pages is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ from tabulate import tabulate
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Of each kind of file, the page that shows it.
 PAGES = {
-    "results": DOCS / "performance.md",
+    "results-avx512": DOCS / "performance.md",
+    "results-avx2": DOCS / "performance.md",
     "memory-model": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
     "dropin": DOCS / "dropin.md",
     "trainers": DOCS / "integrations.md",
+    "sharding": DOCS / "sharding.md",
 }
 # Scripts that say what their results look like, with a `section(content)`.
-SCRIPTS = {"linear-tables": "linear_tables", "dropin": "dropin", "trainers": "trainers"}
+SCRIPTS = {
+    "linear-tables": "linear_tables",
+    "dropin": "dropin",
+    "trainers": "trainers",
+    "sharding": "sharding",
+}
 # Between the marks of results that nobody has committed yet.
 NOTHING = "No results are committed yet: they want a quiet machine.\n"
 
@@ -40,7 +48,7 @@ def marks(kind: str) -> tuple[str, str]:
 
 
 def kind(content: dict[str, Any]) -> str:
-    """Which marks a file's section belongs between."""
+    """Which marks a file's section belongs between: a run has those of its instruction set."""
     if "products" in content:
         return "linear-tables"
     if "memory_model" in content:
@@ -49,7 +57,7 @@ def kind(content: dict[str, Any]) -> str:
         suite = content.get("suite", "")  # none: a figure's
         return suite if suite in SCRIPTS else ""
     only = all(entry["goal"].startswith("linear_") for entry in content["results"])
-    return "linear-results" if only else "results"
+    return "linear-results" if only else f"results-{content['isa']}"
 
 
 def section(path: Path) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autograd, divergences, reductions, reference, validation
+from . import autograd, distributed, divergences, reductions, reference, validation
 from .autograd import OPS, recorded
 from .backends import needs, resolve
 from .layout import inverse_temperature, row_parts, rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def distillation_loss(
@@ -29,6 +32,7 @@ def distillation_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """(1 - ce_weight) T^2 D(teacher, student at T) + ce_weight CE(labels, student), in nats.
@@ -53,6 +57,8 @@ def distillation_loss(
         scale_t2: multiply D by T^2; False leaves it out.
         label_smoothing: from 0 to 1: that share of each label is spread evenly over the V tokens,
             as in F.cross_entropy.
+        group: a torch.distributed.ProcessGroup over which the vocabulary is sharded: the logits are
+            this rank's slice, labels are of the whole vocabulary; docs/sharding.md.
 
     Returns:
         a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
@@ -67,7 +73,7 @@ def distillation_loss(
     "Rethinking the Inception Architecture for Computer Vision", 2016, for label smoothing.
     """
     fields, parameter = divergences.resolve(kind, beta, alpha)
-    validation.pair(student_logits, teacher_logits)
+    validation.pair(student_logits, teacher_logits, sliced=group is not None)
     validation.reduction(reduction)
     validation.flag("scale_t2", scale_t2)
     validation.share("ce_weight", ce_weight)
@@ -83,7 +89,8 @@ def distillation_loss(
     dtype = reference.result_dtype(student_logits, teacher_logits)
     weights = reductions.token_weights(student_logits, weight, dtype)
     ids = torch.where(counted, labels.reshape(-1), 0)
-    validation.token_range("labels", ids, student_logits.shape[-1], ", or ignore_index")
+    if group is None:
+        validation.token_range("labels", ids, student_logits.shape[-1], ", or ignore_index")
 
     soft = fields if ce_weight < 1 else ()
     hard: tuple[str, ...] = ()
@@ -92,7 +99,15 @@ def distillation_loss(
     wanted = needs(student_logits, teacher_logits, *soft, *hard)
     name = resolve(backend, student_logits.device, wanted)
     read = reductions.rows_to_read(counted, weights)
-    call = _Call(soft, hard, parameter, inverse, read, ids.unsqueeze(-1), name)
+    shards = distributed.shards(
+        group,
+        student_logits,
+        ids_name="labels",
+        kind=f"distillation {kind} {parameter} {' '.join(hard)}",
+        dtype=" ".join(wanted[:2]),
+        temperature=temperature,
+    )
+    call = _Call(soft, hard, parameter, inverse, read, ids.unsqueeze(-1), name, shards)
     values = _values(rows(student_logits), rows(teacher_logits) if soft else None, call)
 
     squared: float | Tensor = 1.0
@@ -119,30 +134,36 @@ class _Call(NamedTuple):
     read: Tensor | None
     ids: Tensor  # int64 [N, 1]
     backend: str
+    shards: distributed.Shards | None
 
 
 def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
     """[R, N]: the soft fields, then the hard ones."""
-    if not call.soft or not call.hard or call.inverse is None:
+    sharded = call.shards is not None
+    # over slices, a second sweep's sums are reduced apart from numbers of tokens
+    second = sharded and any(divergences.FIELDS[name].second_sweep for name in call.soft)
+    if not call.soft or not call.hard or (call.inverse is None and not second):
         inverse = call.inverse if call.soft else None
         fields = call.soft + call.hard
         return autograd.row_stats(
-            x, y, call.ids, fields, call.parameter, inverse, call.read, backend=call.backend
-        )
-    if autograd.intercepted(x, y) or x.numel() == 0:
+            x, y, call.ids if call.hard else None, fields, call.parameter, inverse, call.read,
+            shards=call.shards, backend=call.backend,
+        )  # fmt: skip
+    if autograd.intercepted(x, y) or x.numel() == 0 or sharded:
         return _apart(x, y, call)
     out: Tensor = _TwoTemperatures.apply(x, y, call)
     return out
 
 
 def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
-    soft, hard, parameter, inverse, read, ids, name = call
-    return torch.cat(
-        [
-            autograd.row_stats(x, y, None, soft, parameter, inverse, read, backend=name),
-            autograd.row_stats(x, None, ids, hard, None, None, read, backend=name),
-        ]
+    soft, hard, parameter, inverse, read, ids, name, shards = call
+    soft_ones = autograd.row_stats(
+        x, y, None, soft, parameter, inverse, read, shards=shards, backend=name
     )
+    hard_ones = autograd.row_stats(
+        x, None, ids, hard, None, None, read, shards=shards, backend=name
+    )
+    return torch.cat([soft_ones, hard_ones])
 
 
 class _TwoTemperatures(torch.autograd.Function):

@@ -9,8 +9,10 @@ every rank, and its gradient is taken once, as in Megatron: do not sum losses ov
 from __future__ import annotations
 
 import math
+import operator
+import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_T = TypeVar("_T")
+# One gather up to so many ranks; beyond, its buffer of ranks x rows would be the largest thing.
+_GATHERED_BY = 8
+
+
 class Shards(NamedTuple):
     """This rank's slice of a vocabulary, in plain numbers."""
 
@@ -30,6 +37,10 @@ class Shards(NamedTuple):
     begin: int  # the vocabulary entry its first logit stands for
     size: int
     total: int  # entries of all ranks
+    ids_name: str | None  # of the argument with token ids, if there is one
+    # Of the cut that this rank goes by, if the call's numbers depend on it; docs/sharding.md.
+    mark: int | None
+    question: tuple[int, tuple[tuple[str, str], ...]] | None  # that the cut was the answer to
 
     def holds(self, valid_vocab: int | None) -> int:
         """How many of the slice's logits exist; valid_vocab counts from the slice's first."""
@@ -41,22 +52,25 @@ class Shards(NamedTuple):
             return None
         return min(max(valid_vocab - self.begin, 0), self.size)
 
-    def local_ids(self, ids: Tensor, name: str, mask: Tensor | None = None) -> Tensor:
+    def local_ids(self, ids: Tensor) -> Tensor:
         """Ids [N, K] of the whole vocabulary as those of this slice; -1 outside of it."""
+        here = (ids >= self.begin) & (ids < self.begin + self.size)
+        return torch.where(here, ids - self.begin, -1)
+
+    def check_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """A ValueError for ids outside of the vocabulary; on CPU. After the call: see `placed`."""
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             counted = ids if mask is None else ids[mask]
             low, high = (int(v) for v in counted.aminmax()) if counted.numel() else (0, 0)
             if low < 0 or high >= self.total:
                 raise ValueError(
-                    f"{name} must hold token ids of the whole vocabulary, from 0 to "
+                    f"{self.ids_name} must hold token ids of the whole vocabulary, from 0 to "
                     f"{self.total - 1}; got {low} to {high}"
                 )
-        return self.slice_ids(ids)
 
-    def slice_ids(self, ids: Tensor) -> Tensor:
-        """The same without a look at the ids."""
-        here = (ids >= self.begin) & (ids < self.begin + self.size)
-        return torch.where(here, ids - self.begin, -1)
+
+class CutAnew(Exception):
+    """Raised on every rank alike: they believe in different cuts of the vocabulary."""
 
 
 def shards(
@@ -64,11 +78,13 @@ def shards(
     logits: Tensor,
     *,
     valid_vocab: int | None = None,
+    ids_name: str | None = None,
     **call: Any,
 ) -> Shards | None:
     """This rank's place in the group, after all ranks were found to make the same call.
 
-    None without a group. `call`: what else must be the same on every rank.
+    None without a group. ids_name: the argument with token ids, if there is one. `call`: what else
+    must be the same on every rank.
     """
     if group is None:
         return None
@@ -77,18 +93,40 @@ def shards(
             "group must be a torch.distributed.ProcessGroup that this process is a member of; "
             f"got {type(group).__name__}"
         )
-    name, here = group.group_name, len(range(logits.shape[-1]))  # never symbolic
+    name, here = group.group_name, operator.index(logits.shape[-1])
     call["valid_vocab"] = valid_vocab
-    # of a tensor only that it is one: its contents stay on the device
-    said = tuple((k, "a tensor" if isinstance(v, Tensor) else v) for k, v in call.items())
-    sizes = shard_agreement.sizes(name, here, math.prod(logits.shape[:-1]), said)
-    found = Shards(name, len(sizes), sum(sizes[: group.rank()]), here, sum(sizes))
-    if not 1 <= (found.total if valid_vocab is None else valid_vocab) <= found.total:
-        raise ValueError(
-            f"the group's vocabulary must have at least 1 entry, and valid_vocab be from 1 to "
-            f"{found.total}; got {valid_vocab}"
-        )
-    return found
+    # Text is never symbolic. Of a tensor only that it is one: its contents stay on the device.
+    said = tuple((k, "a tensor" if isinstance(v, Tensor) else f"{v}") for k, v in call.items())
+    rows = math.prod(logits.shape[:-1])
+    sizes = shard_agreement.sizes(name, here, rows, said)
+    by_place = ids_name is not None or valid_vocab is not None
+    # rows may be symbolic in a graph, and nothing asks again there
+    question = None if torch.compiler.is_compiling() else (rows, said)
+    begin = sum(sizes[: group.rank()])
+    return Shards(
+        name, len(sizes), begin, here, sum(sizes), ids_name,
+        _mark(sizes) if by_place else None, question,
+    )  # fmt: skip
+
+
+def _mark(sizes: tuple[int, ...]) -> int:
+    return zlib.crc32(repr(sizes).encode())
+
+
+_mark._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in shard_agreement.py
+
+
+def placed(shards: Shards, run: Callable[[Shards], _T]) -> tuple[_T, Shards]:
+    """run(shards), by the cut that all ranks agree on; and that one."""
+    try:
+        return run(shards), shards
+    except CutAnew:
+        assert shards.question is not None
+        rows, call = shards.question
+        sizes = shard_agreement.sizes_again(shards.group_name, shards.size, rows, call)
+        begin = sum(sizes[: shard_agreement.rank(shards.group_name)])
+        shards = shards._replace(begin=begin, total=sum(sizes), mark=_mark(sizes))
+        return run(shards), shards
 
 
 def _collectives() -> Any:
@@ -110,11 +148,70 @@ def _finished(started: Callable[[], Tensor], shards: Shards) -> Tensor:
     return done
 
 
-def gather(payload: Tensor, shards: Shards) -> Tensor:
+def _gather(payload: Tensor, shards: Shards) -> Tensor:
     """[P, ...] of all ranks' payloads, in their order."""
     ranks, name = shards.ranks, shards.group_name
     out = _finished(lambda: _collectives().all_gather_into_tensor(payload, ranks, name), shards)
     return out.view(ranks, *payload.shape)
+
+
+def _exchange(parts: Tensor, shards: Shards) -> Tensor:
+    """[P, ...]: of every rank its part for this one. parts [P, ...]: this rank's for all."""
+    split = [parts.shape[0] // shards.ranks] * shards.ranks
+    return _finished(
+        lambda: _collectives().all_to_all_single(parts, split, split, shards.group_name), shards
+    )
+
+
+def _marked(parts: Tensor, shards: Shards) -> Tensor:
+    """parts [P, n, C] with one more row each, which says by what cut they were made."""
+    if shards.mark is None:
+        return parts
+    row = parts.new_zeros((parts.shape[0], 1, parts.shape[2]))
+    row[..., 0] = shards.mark >> 16  # halves are numbers of any dtype that is sent
+    row[..., 1] = shards.mark & 0xFFFF
+    return torch.cat([parts, row], 1)
+
+
+def _unmarked(parts: Tensor, shards: Shards) -> Tensor:
+    """parts [P, n, C] of `_marked`, by one cut; else CutAnew, or NaN where that is not seen."""
+    if shards.mark is None:
+        return parts
+    marks = parts[:, -1, :2]
+    if not torch.compiler.is_compiling() and parts.device.type == "cpu":
+        if not torch.equal(marks, marks[:1].expand_as(marks)):
+            raise CutAnew
+        return parts[:, :-1]
+    return torch.where((marks == marks[:1]).all(), parts[:, :-1], torch.nan)
+
+
+def gather(
+    payload: Tensor,
+    fields: tuple[str, ...] | list[str],
+    inv_temperature: Tensor | None,
+    shards: Shards,
+    backend: str,
+) -> Tensor:
+    """[P, N, C] of all ranks' payloads [N, C] of shard_states; or [1, N, C], of whole rows.
+
+    A gather's buffer is P times the payload. Where that is much, ranks first exchange rows, each
+    merges its share of them, and what it made is gathered: two collectives, three payloads.
+    """
+    ranks = shards.ranks
+    if ranks <= _GATHERED_BY:
+        everything = _gather(_marked(payload[None], shards)[0], shards)
+        return _unmarked(everything, shards)
+    n, width = payload.shape
+    share = (n + ranks - 1) // ranks
+    parts = torch.nn.functional.pad(payload, (0, 0, 0, share * ranks - n))
+    parts = _marked(parts.view(ranks, share, width), shards)
+    mine = _unmarked(_exchange(parts, shards), shards)
+    if inv_temperature is not None and inv_temperature.shape[0] != 1:
+        begin = shard_agreement.rank(shards.group_name) * share
+        padded = torch.nn.functional.pad(inv_temperature, (0, share * ranks - n), value=1.0)
+        inv_temperature = padded[begin : begin + share]
+    whole = torch.ops.fusedkl.merge_payload(mine, list(fields), inv_temperature, backend)
+    return _gather(whole, shards).view(1, ranks * share, width)[:, :n]
 
 
 def total(payload: Tensor, shards: Shards) -> Tensor:
@@ -139,10 +236,12 @@ def row_stats(
     # whose accuracy the gradients need beyond that of the values
     asked = policy.requires_grad, reference_ is not None and reference_.requires_grad
     means = (asked[0] and "reverse_kl" in fields) or (asked[1] and "forward_kl" in fields)
+    second = any(divergences.FIELDS[name].second_sweep for name in fields)
     local = shard_states.local_fields(fields)
     state = torch.ops.fusedkl.slice_state(
-        policy, reference_, local, inv_temperature, mask, valid_vocab, softcap, means, backend
-    )
+        policy, reference_, local, inv_temperature, mask, valid_vocab, softcap, means, second,
+        backend,
+    )  # fmt: skip
     dtype = reference.result_dtype(policy, reference_)
     tokens = []
     if token_ids is not None:
@@ -151,8 +250,9 @@ def row_stats(
         tokens = [token_logits(t, token_ids) for t in wanted if t is not None]
     payload = shard_states.pack(state, tokens, fields, inv_temperature, dtype)
     values, state = torch.ops.fusedkl.merge_shards(
-        gather(payload, shards), list(fields), inv_temperature, mask, softcap, backend
-    )
+        gather(payload, fields, inv_temperature, shards, backend),
+        list(fields), inv_temperature, mask, softcap, backend,
+    )  # fmt: skip
     for i, name in enumerate(fields):
         if divergences.FIELDS[name].second_sweep:
             assert reference_ is not None and not tokens

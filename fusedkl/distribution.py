@@ -40,9 +40,15 @@ def _one_field(
     wanted = needs(logits, field)
     name = resolve(backend, logits.device, wanted)
     ids = None if index is None else token_ids(index, logits)
-    shards = distributed.shards(group, logits, kind=field, dtype=wanted[0], temperature=temperature)
-    if shards is not None and ids is not None:
-        ids = shards.local_ids(ids, "index")
+    shards = distributed.shards(
+        group,
+        logits,
+        ids_name=None if ids is None else "index",
+        kind=field,
+        dtype=wanted[0],
+        temperature=temperature,
+        ids=None if ids is None else ids.shape[1],
+    )
     values = autograd.row_stats(
         rows(logits), None, ids, (field,), None, inverse, shards=shards, backend=name
     )

@@ -31,8 +31,9 @@ class _ShardedLinearStats(torch.autograd.Function):
         fields = tuple(i.fields)
         payload = shard_states.pack(state, [], fields, i.inv_temperature, dtype)
         values, state = OPS.merge_shards(
-            gather(payload, shards), i.fields, i.inv_temperature, i.mask, None, i.backend
-        )
+            gather(payload, fields, i.inv_temperature, shards, i.backend),
+            i.fields, i.inv_temperature, i.mask, None, i.backend,
+        )  # fmt: skip
         ctx.shards, ctx.names = shards, [name for name, _ in i.tensors()]
         ctx.rest = i.changed(dict.fromkeys(ctx.names))
         ctx.save_for_backward(*[t for _, t in i.tensors()], state[None])

@@ -2,6 +2,11 @@
 
 Asked once per group and kind of call, over the group's key-value store: host to host, no device, no
 collective, because a collective whose ranks disagree ends in a hang, a crash or wrong numbers.
+
+A vocabulary may be cut anew for a call that is known, and only some ranks may see that: their
+slices have another size. Nobody asks then, for the others would not come. A rank goes by the cut it
+believes in, which no collective depends on; a call whose numbers do depend on it sends what it
+believes along (distributed.py), and all ranks alike find out that they differ, and ask again.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-_Call = tuple[tuple[str, Any], ...]  # names and constants
+_Call = tuple[tuple[str, str], ...]  # names and what is said of them
 
 
 @dataclass
@@ -23,7 +28,8 @@ class _Record:
     """What is known of one group."""
 
     asked: int = 0  # exchanges so far: the number of the next one
-    answers: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    # (rows, call) -> size of this rank's slice -> sizes of all slices, the newest last
+    answers: dict[Any, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
 _known: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
@@ -32,6 +38,12 @@ _known: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 def _group(group_name: str) -> Any:
     resolve: Any = c10d._resolve_process_group
     return resolve(group_name)
+
+
+def rank(group_name: str) -> int:
+    """This process's in the group."""
+    found: int = _group(group_name).rank()
+    return found
 
 
 def _key(number: int, rank: int) -> str:
@@ -61,20 +73,22 @@ def _compare(posts: list[dict[str, Any]]) -> None:
 
 def _ask(group_name: str, vocabulary: int, rows: int | None, call: _Call) -> tuple[int, ...]:
     group = _group(group_name)
-    record = _known.setdefault(group, _Record())
-    question = vocabulary, rows, call
-    if question not in record.answers:
-        record.answers[question] = _exchange(group, record, *question)
-    return record.answers[question]
+    cuts = _known.setdefault(group, _Record()).answers.get((rows, call))
+    if not cuts:
+        return _exchange(group, vocabulary, rows, call)
+    if vocabulary in cuts:
+        return cuts[vocabulary]
+    believed = list(list(cuts.values())[-1])
+    believed[group.rank()] = vocabulary
+    return tuple(believed)
 
 
-def _exchange(
-    group: Any, record: _Record, vocabulary: int, rows: int | None, call: _Call
-) -> tuple[int, ...]:
+def _exchange(group: Any, vocabulary: int, rows: int | None, call: _Call) -> tuple[int, ...]:
+    record = _known[group]
     store: Any = c10d._get_process_group_store(group)
     me = group.rank()
     number, record.asked = record.asked, record.asked + 1
-    mine = json.dumps({"vocabulary": vocabulary, "rows": rows, **{k: str(v) for k, v in call}})
+    mine = json.dumps({"vocabulary": vocabulary, "rows": rows, **dict(call)})
     store.set(_key(number, me), mine)
     posts = []
     for rank in range(group.size()):
@@ -88,7 +102,17 @@ def _exchange(
     if number > 0:  # whoever posted here has read all of the question before
         store.delete_key(_key(number - 1, me))
     _compare(posts)
-    return tuple(int(post["vocabulary"]) for post in posts)
+    found = tuple(int(post["vocabulary"]) for post in posts)
+    valid = dict(call).get("valid_vocab", "None")
+    if not 1 <= (sum(found) if valid == "None" else int(valid)) <= sum(found):
+        raise ValueError(
+            f"the group's vocabulary must have at least 1 entry, and valid_vocab be from 1 to "
+            f"{sum(found)}; got {valid}"
+        )
+    cuts = record.answers.setdefault((rows, call), {})
+    cuts.pop(vocabulary, None)
+    cuts[vocabulary] = found
+    return found
 
 
 # torch.compile: asked while the graph is made; the sizes are constants of it.
@@ -101,15 +125,21 @@ _traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sizes(group_name: str, vocabulary: int, rows: int, call: _Call) -> tuple[int, ...]:
-    """Vocabulary entries of every rank, in the order of ranks.
+    """Vocabulary entries of every rank, in the order of ranks; as believed where asked before.
 
     Raises:
-        ValueError: on every rank, if they differ in `rows` or in an item of `call`.
+        ValueError: on every rank, if they differ in `rows` or in an item of `call`, or if
+            valid_vocab, an item of it, does not fit.
         RuntimeError: a rank did not come within the timeout of the group's store.
     """
     if torch.compiler.is_compiling():  # rows may be symbolic there
         return _traced(group_name, vocabulary, **dict(call))
     return _ask(group_name, vocabulary, rows, call)
+
+
+def sizes_again(group_name: str, vocabulary: int, rows: int, call: _Call) -> tuple[int, ...]:
+    """`sizes`, asked anew by all ranks: what they believed differs."""
+    return _exchange(_group(group_name), vocabulary, rows, call)
 
 
 def why(group_name: str, error: Exception) -> Exception:

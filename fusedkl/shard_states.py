@@ -10,8 +10,11 @@ multiple of 1/T: a logit, or a difference of logits, that is exact stays so, and
 keeps the digits of a small rest. So float32 carries what float64 does.
 
 fusedkl::slice_state(policy, reference?, fields, inv_temperature?, mask?, valid_vocab?, softcap?,
-    means, backend) -> state [N, S] of rows that are slices, as exact as gradients need it; means:
-    the gradient of reverse_kl to the policy or of forward_kl to the reference will be asked for
+    means, second_sweep, backend) -> state [N, S] of rows that are slices, as exact as gradients
+    need it; means: the gradient of reverse_kl to the policy or of forward_kl to the reference will
+    be asked for; second_sweep: row_sums will be
+fusedkl::merge_payload(gathered [P, N, C], fields, inv_temperature?, backend) -> [N, C]: what a
+    rank that had the whole rows would send
 fusedkl::merge_shards(gathered [P, N, C], fields, inv_temperature?, mask?, softcap?, backend)
     -> values [R, N], state [N, S] float64, of whole rows, the same bits on every rank
 """
@@ -202,6 +205,36 @@ def _token_values(
     return found
 
 
+def _blocks(gathered: Tensor, inv_temperature: Tensor | None) -> Any:
+    """Some rows at a time: which, their payloads, their 1/T; the states made of them are large."""
+    parts, n, _ = gathered.shape
+    step = max(1, _BLOCK // (parts * len(reference.STATE)))
+    for at in range(0, n, step):
+        rows = slice(at, min(at + step, n))
+        inverse = inv_temperature
+        if inverse is not None and inverse.shape[0] != 1:
+            inverse = inverse[rows]
+        yield rows, gathered[:, rows], inverse
+
+
+def _merge_payload(
+    gathered: Tensor, fields: list[str], inv_temperature: Tensor | None, backend: str
+) -> Tensor:
+    plan = _packing(fields, gathered.dtype, gathered.device)
+    whole = torch.empty_like(gathered[0])
+    for rows, block, inverse in _blocks(gathered, inv_temperature):
+        inv_t = scale(inverse, block.new_empty(0, dtype=reference.inside(block.device)))
+        states = _unpack(block[..., : plan.columns], plan, inv_t)
+        _, state = torch.ops.fusedkl.merge_states(states, ["forward_kl"], inverse, backend)
+        tokens = block[..., plan.columns :].sum(0)  # a logit and zeros: no bit changes
+        whole[rows] = pack(state, [tokens], tuple(fields), inverse, gathered.dtype)
+    return whole
+
+
+def _merge_payload_fake(gathered: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gathered[0])
+
+
 def _merge_shards(
     gathered: Tensor,
     fields: list[str],
@@ -211,19 +244,12 @@ def _merge_shards(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plan = _packing(fields, gathered.dtype, gathered.device)
-    parts, n, _ = gathered.shape
     values, state = _merge_shards_fake(gathered, fields)
     sides = token_sides(fields)
     known = [divergences.FIELDS[name] for name in fields]
     whole = [f.name for f in known if not f.needs_token_ids and not f.second_sweep]
-    step = max(1, _BLOCK // (parts * len(reference.STATE)))
-    for at in range(0, n, step):
-        rows = slice(at, min(at + step, n))
-        inverse = inv_temperature
-        if inverse is not None and inverse.shape[0] != 1:
-            inverse = inverse[rows]
+    for rows, block, inverse in _blocks(gathered, inv_temperature):
         inv_t = scale(inverse, state)
-        block = gathered[:, rows]
         found, state[rows] = torch.ops.fusedkl.merge_states(
             _unpack(block[..., : plan.columns], plan, inv_t), whole, inverse, backend
         )
@@ -236,6 +262,8 @@ def _merge_shards(
         if any(f.second_sweep for f in known):  # to come
             got |= {f.name: torch.zeros_like(state[rows, :1]).t() for f in known if f.second_sweep}
         values[:, rows] = torch.cat([got[name] for name in fields])
+    if backend == "cpu":  # csrc/cpu/rows.h
+        state[:, reference.STATE.index("whole")] = -1
     if mask is not None:
         values.masked_fill_(~mask, 0)
     return values, state
@@ -269,6 +297,7 @@ def _slice_state(
     valid_vocab: int | None,
     softcap: float | None,
     means: bool,
+    second_sweep: bool,
     backend: str,
 ) -> Tensor:
     if valid_vocab == 0 or policy.shape[-1] == 0:
@@ -279,7 +308,7 @@ def _slice_state(
         policy, reference_, None, fields, None, *controls, softcap, backend
     )
     if backend == "cpu" and softcap is None and {"forward_kl", "reverse_kl"} & set(fields):
-        OPS._sharpen_states(policy, reference_, state, means, *controls)
+        OPS._sharpen_states(policy, reference_, state, means, second_sweep, *controls)
     return state
 
 
@@ -292,9 +321,15 @@ for _name, _schema, _kernel, _fake in (
     (
         "slice_state",
         "(Tensor policy, Tensor? reference, str[] fields, Tensor? inv_temperature, Tensor? mask, "
-        "int? valid_vocab, float? softcap, bool means, str backend) -> Tensor",
+        "int? valid_vocab, float? softcap, bool means, bool second_sweep, str backend) -> Tensor",
         _slice_state,
         _slice_state_fake,
+    ),
+    (
+        "merge_payload",
+        "(Tensor gathered, str[] fields, Tensor? inv_temperature, str backend) -> Tensor",
+        _merge_payload,
+        _merge_payload_fake,
     ),
     (
         "merge_shards",
@@ -309,7 +344,7 @@ for _name, _schema, _kernel, _fake in (
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIB)
 LIB.define(
     "_sharpen_states(Tensor policy, Tensor reference, Tensor(a!) state, bool means, "
-    "Tensor? inv_temperature, Tensor? mask, int? valid_vocab) -> ()",
+    "bool second_sweep, Tensor? inv_temperature, Tensor? mask, int? valid_vocab) -> ()",
     tags=TAGS,
 )
 OPS = getattr(torch.ops, NAMESPACE)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from . import reference, shard_states
 from .autograd import OPS, recorded
-from .distributed import Shards, gather, refuse, token_logits
+from .distributed import Shards, gather, placed, refuse, token_logits
 from .reference_merge import total as merged_total
+
+# A payload of this: logsumexp, and logits of tokens.
+_SENT = ("logsumexp",)
 
 
 class _ShardedTopk(torch.autograd.Function):
@@ -39,7 +42,8 @@ class _ShardedTopk(torch.autograd.Function):
         writer = shard_states.Writer(dtype, dtype != inner, inv_t)
         writer.logsumexp(top, rest)
         tokens = token_logits(policy, token_ids).to(dtype)
-        found = gather(torch.cat([torch.stack(writer.out, -1), tokens], -1), shards).to(inner)
+        payload = torch.cat([torch.stack(writer.out, -1), tokens], -1)
+        found = gather(payload, _SENT, inv_temperature, shards, backend).to(inner)
         top, rest = found[..., 0], found[..., 1]
         if writer.narrow:
             top = top * inv_t
@@ -95,8 +99,13 @@ def topk_logprobs(
         raise ValueError(
             f"backend={backend!r} has no topk_divergence of slices (group=); the cpu backend does"
         )
-    local = shards.slice_ids(token_ids)
-    out: Tensor = _ShardedTopk.apply(
-        policy, local, token_ids < 0, inv_temperature, mask, shards, backend
-    )
-    return out
+
+    def of(place: Shards) -> Tensor:
+        out: Tensor = _ShardedTopk.apply(
+            policy, place.local_ids(token_ids), token_ids < 0, inv_temperature, mask, place, backend
+        )
+        return out
+
+    found, shards = placed(shards, of)
+    shards.check_ids(token_ids.clamp(min=0))
+    return found

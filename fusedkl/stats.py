@@ -138,10 +138,8 @@ def token_stats(
         temperature=temperature,
         softcap=softcap,
         ids=None if ids is None else ids.shape[1],
+        ids_name=None if ids is None else "token_ids",
     )
-    if shards is not None:
-        valid_vocab = shards.local_vocabulary(valid_vocab)
-        ids = None if ids is None else shards.local_ids(ids, "token_ids", counted)
     values = autograd.row_stats(
         rows(policy_logits),
         rows(reference_logits) if reference_logits is not None and paired else None,

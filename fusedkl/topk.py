@@ -142,11 +142,13 @@ def topk_divergence(
     shards = distributed.shards(
         group,
         policy_logits,
+        ids_name="topk_ids",
         kind=f"topk {kind} {tail} {k}",
         dtype=" ".join(needs(policy_logits, topk_logprobs)),
         temperature=temperature,
     )
-    width = policy_logits.shape[-1] if shards is None else shards.total
+    # of slices, what the whole vocabulary has is looked at by sharded_topk
+    width = policy_logits.shape[-1] if shards is None else None
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
     if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
         validation.temperatures(inverse, counted)
@@ -182,13 +184,14 @@ def teacher_rows(
     topk_ids: Tensor,
     topk_logprobs: Tensor,
     counted: Tensor | None,
-    width: int,
+    width: int | None,
     names: tuple[str, str] = NAMES,
 ) -> tuple[Tensor, Tensor]:
     """The teacher's rows as [N, K]: ids, and log q in float64; -1 and -inf where nothing is."""
     k = topk_ids.shape[-1]
-    if not 1 <= k <= width:
-        raise ValueError(f"{names[0]} must hold from 1 to V = {width} tokens a row; got {k}")
+    if k < 1 or (width is not None and k > width):
+        most = "V" if width is None else f"V = {width}"
+        raise ValueError(f"{names[0]} must hold from 1 to {most} tokens a row; got {k}")
     ids = topk_ids.reshape(-1, k)
     log_q = topk_logprobs.reshape(-1, k).to(reference.inside(topk_ids.device))
     if counted is not None:
@@ -283,11 +286,11 @@ def check(
     validation.alike(second, logprobs, first, ids)
 
 
-def _check_contents(ids: Tensor, log_q: Tensor, width: int, names: tuple[str, str]) -> None:
+def _check_contents(ids: Tensor, log_q: Tensor, width: int | None, names: tuple[str, str]) -> None:
     if not ids.numel():
         return
     low, high = (int(v) for v in ids.aminmax())
-    if low < -1 or high >= width:
+    if width is not None and (low < -1 or high >= width):  # of slices: sharded_topk
         raise ValueError(
             f"{names[0]} must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
         )

@@ -245,6 +245,19 @@ def alone(group: dist.ProcessGroup) -> dict[str, Any]:
     return {"error": "none"}
 
 
+def dies(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Rank 1 ends after calls that all made: nothing is asked any more."""
+    x = torch.randn(4, 8)
+    fusedkl.forward_kl(x, x, group=group)
+    if group.rank() == 1:
+        os._exit(0)
+    try:
+        fusedkl.forward_kl(x, x, group=group)
+    except RuntimeError as error:
+        return {"error": type(error).__name__, "said": str(error)}
+    return {"error": "none"}
+
+
 def apart(group: dist.ProcessGroup) -> dict[str, Any]:
     """Rank 1 makes a new call where rank 0 repeats an old one."""
     x = torch.randn(10, 8)

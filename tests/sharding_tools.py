@@ -12,11 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedkl
 from fusedkl import reference
 
 Case = Callable[[dist.ProcessGroup], dict[str, Any] | None]
 CASES: dict[str, Case] = {}
 KINDS = ("forward_kl", "reverse_kl", "jeffreys")
+SECOND_SWEEP: dict[str, dict[str, float]] = {
+    "jsd": {"beta": 0.3},
+    "skew_kl": {},
+    "tvd": {},
+    "hellinger": {},
+    "renyi": {"alpha": 0.7},
+}
+EVERY_KIND: dict[str, dict[str, float]] = {**{kind: {} for kind in KINDS}, **SECOND_SWEEP}
 
 
 # Relative L2 of the whole row's gradient, and relative error of values.
@@ -70,6 +79,31 @@ def whole_rows(
     other = leaves[1] if y is not None else None
     values, _ = reference.rows(leaves[0], other, None, fields, None, inverse, None, None, None)
     return values.sum(0).detach(), list(torch.autograd.grad(values.sum(), leaves))
+
+
+def true_numbers(
+    pair: tuple[Tensor, Tensor], kind: str, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Values of whole rows and gradients of their sum, in float64 by plain torch and autograd."""
+    leaves = [t.double().requires_grad_() for t in pair]
+    values = fusedkl.divergence(leaves[0], leaves[1], kind, backend="reference", **options)
+    return values.detach(), list(torch.autograd.grad(values.sum(), leaves))
+
+
+def errors(
+    group: dist.ProcessGroup,
+    pair: tuple[Tensor, Tensor],
+    part: slice,
+    truth: tuple[Tensor, list[Tensor]],
+    kind: str,
+    **options: Any,
+) -> list[float]:
+    """Of the values over the group, and of both gradients of its slice, relative."""
+    mine = [leaf(t, part) for t in pair]
+    value = fusedkl.divergence(mine[0], mine[1], kind, group=group, **options)
+    value.sum().backward()
+    found = [oracle.relative_error(value, truth[0])]
+    return found + [grad_error(t, true, part) for t, true in zip(mine, truth[1], strict=True)]
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:

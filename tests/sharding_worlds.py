@@ -2,9 +2,9 @@
 
     python tests/sharding_worlds.py OUT [CASE ...]
 
-imports torch once and forks: 2 and 4 ranks that run every case of sharding_cases.py and
-sharding_calls.py, and worlds
-that go wrong on purpose. OUT/<world>.<rank>.json: the name of a case -> None or what went wrong.
+imports torch once and forks: 2 and 4 ranks that run every case of sharding_cases, _families,
+_calls, _groups and _megatron.py, and worlds that go wrong on purpose. OUT/<world>.<rank>.json: the
+name of a case -> None or what went wrong.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 import sharding_calls
 import sharding_cases
+import sharding_families
+import sharding_groups  # noqa: F401 - its cases
+import sharding_megatron  # noqa: F401
 import sharding_tools
 import torch
 import torch.distributed as dist
-
-from fusedkl import shard_agreement
 
 
 def _rank(
@@ -41,9 +42,6 @@ def _rank(
     found: dict[str, Any] = {}
     for name, case in cases.items():
         torch.manual_seed(0)
-        # every case cuts its vocabulary as it likes; who has asked already would not ask again
-        for record in shard_agreement._known.values():
-            record.answers.clear()
         begin = time.perf_counter()
         try:
             found[name] = case(dist.group.WORLD)
@@ -80,10 +78,14 @@ def run(
 def main(out: Path) -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     sharding_cases.prepare()
+    sharding_families.prepare()
     chosen = {n: c for n, c in sharding_tools.CASES.items() if len(sys.argv) < 3 or n in sys.argv}
     for ranks in (2, 4):
         run(out, str(ranks), ranks, chosen)
+    if len(sys.argv) > 2:
+        return
     run(out, "dead", 3, {"alone": sharding_calls.alone}, seconds=4)
+    run(out, "dies", 3, {"dies": sharding_calls.dies}, seconds=20)
     run(out, "apart", 2, {"apart": sharding_calls.apart}, seconds=4)
 
 

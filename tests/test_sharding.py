@@ -1,11 +1,13 @@
-"""Vocabularies sharded over 2 and 4 real processes; the cases: sharding_cases.py and _calls.py."""
+"""Vocabularies sharded over 2 and 4 real processes; the cases: sharding_*.py."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
 # Read, not imported: only the processes need what the cases import.
-_SOURCES = [ast.parse((TESTS / f"sharding_{name}.py").read_text()) for name in ("cases", "calls")]
+_FILES = ("cases", "families", "calls", "groups", "megatron")
+_SOURCES = [ast.parse((TESTS / f"sharding_{name}.py").read_text()) for name in _FILES]
 CASES = [
     node.name
     for source in _SOURCES
@@ -61,6 +64,13 @@ def test_a_dead_rank_is_an_error_and_no_hang(worlds: Found) -> None:
         assert cases["alone"]["error"] == "RuntimeError" and cases["alone"]["seconds"] < 60
 
 
+def test_a_rank_that_dies_later_is_an_error_and_no_hang(worlds: Found) -> None:
+    found = worlds["dies"]
+    assert sorted(found) == [0, 2]
+    for cases in found.values():
+        assert cases["dies"]["error"] == "RuntimeError" and cases["dies"]["seconds"] < 60
+
+
 def test_a_call_that_only_one_rank_makes(worlds: Found) -> None:
     found = worlds["apart"]
     assert sorted(found) == [0, 1]
@@ -69,3 +79,25 @@ def test_a_call_that_only_one_rank_makes(worlds: Found) -> None:
         assert case["error"] in ("ValueError", "RuntimeError") and case["seconds"] < 60
         # the one that waits for a collective learns what the other one came with
         assert "12" in case["said"] if rank == 0 else "rank 0" in case["said"]
+
+
+ROOT = TESTS.parent
+EXAMPLE = ROOT / "examples" / "vocabulary_parallel.py"
+
+
+def test_the_example() -> None:
+    """Four processes with a quarter of the head each, against the whole head."""
+    command = [sys.executable, str(EXAMPLE), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *_, last = (float(loss) for loss in done.stdout.split(","))
+    assert last < first
+
+
+def test_the_example_is_the_one_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "sharding.md").read_text()
+    (pasted,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    source = EXAMPLE.read_text()
+    assert len(pasted) > 500
+    for part in pasted.split("...\n"):
+        assert part.strip("\n") in source or textwrap.indent(part.strip("\n"), " " * 8) in source

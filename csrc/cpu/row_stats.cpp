@@ -138,14 +138,16 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   job.x = c.policy.row(r, begin);
   job.y = c.reference->row(r, begin);
   FamilySums sums;
-  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t)) {
+  const bool exact = row.whole < 0 && (dx == DType::f32 || dy == DType::f32);
+  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) &&
+      !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t))) {
     GradientJob wide = job;
     if (dx != dy) {
       wide.x = room.policy(job.x, dx, job.n);
       wide.y = room.reference(job.y, dy, job.n);
     }
     sums = kernels().family_sums[dx == dy ? static_cast<int>(dx) : 0](wide);
-    if (is_finite(sums.value) && is_finite(sums.policy_slope)) return sums;
+    if (is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
   }
   return family_sums_f64(job, dx, dy);
 }
@@ -201,7 +203,7 @@ static void family_by_segments(const ForwardCall& c, std::vector<RowState>& rows
 }
 
 // Few long rows: threads share a row. The same segments in the same order as one thread has them.
-static void forward_by_segments(const ForwardCall& c) {
+void forward_by_segments(const ForwardCall& c) {
   const int64_t rows = c.policy.count, segments = c.segments(), grain = grain_of(c.segment_length());
   std::vector<RowState> parts(static_cast<size_t>(rows * segments)), merged(static_cast<size_t>(rows));
   torch::stable::parallel_for(0, rows * segments, grain, [&](int64_t begin, int64_t end) {
@@ -221,8 +223,8 @@ std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<T
                                      const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab,
                                      std::optional<double> softcap) {
   const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask, {parameter, valid_vocab, softcap});
-  const int64_t rows = c.policy.count, threads = torch::stable::get_num_threads();
-  if (c.segments() > 1 && rows < 4 * threads && threads > 1) {
+  const int64_t rows = c.policy.count;
+  if (few_long_rows(rows, c.segments())) {
     forward_by_segments(c);
   } else {
     torch::stable::parallel_for(0, rows, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
@@ -251,6 +253,7 @@ Tensor row_sums(const Tensor& policy, const Tensor& reference, const Tensor& sta
     for (int64_t r = begin; r < end; r++) {
       FamilySums sums;
       for (int64_t i = 0; i < c.segments() && c.counted(r); i++) sums.add(segment_sums(c, r, i, states[r], room));
+      if (states[r].whole < 0) take_means_as_summed(c.fields.kind, sums);
       result[3 * r] = sums.value;
       result[3 * r + 1] = sums.policy_slope;
       result[3 * r + 2] = sums.reference_slope;

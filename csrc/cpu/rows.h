@@ -1,6 +1,7 @@
 // The two halves of row_stats on the CPU, row by row: what the operators of row_stats.cpp and row_stats_backward.cpp share.
 #pragma once
 #include <memory>
+#include <utility>
 
 #include "fields.h"
 
@@ -69,6 +70,37 @@ inline void row_values(const Fields& fields, const RowState& s, Put put) {
   maybe(fields.family, s.divergence);
 }
 
+// RowState::whole is -1 where a row was merged from slices of which the others are in other processes (shard_states.py). The three
+// that follow are for those.
+//
+// Whether one token has more than half of the row, a slice of which is given. What a second sweep subtracts there is a rest of
+// sums, which float does not hold; of a whole row another sweep measures it, of a slice nobody can.
+inline bool sharp(const Logits& x, const Logits& y, int64_t n, const RowState& s, double inv_t) {
+  auto from = [&](double max, double log_sum) { return (max + (log_sum - kLn2)) / inv_t; };
+  const double many_x = from(s.policy_max, s.policy_log_sum), many_y = from(s.reference_max, s.reference_log_sum);
+  for (int64_t i = 0; i < n; i++)
+    if (x[i] > many_x || y[i] > many_y) return true;
+  return false;
+}
+
+// Whether nearly all of a slice's mass is one side's: its sums are as large as that, and the other side's may be the rest of a
+// row that is sharp in another slice.
+inline bool one_sided(const FamilySums& sums) { return fabs(sums.excess) > 0.9 * sums.apart; }
+
+// The means of a mixture's slopes as the slopes themselves add up, for sums over a slice. Those of family_math.h leave out multiples
+// of sum (p - q), which is 0 over the row only as far as the log-ratio is exact; that error is then in both and cancels.
+inline void take_means_as_summed(const FamilyKind& k, FamilySums& sums) {
+  if (k.family != Family::mixture) return;
+  const double left_out = (1 - k.beta) * (k.weight_p != 0 ? k.beta : 1 - k.beta) * sums.excess;
+  sums.policy_slope += left_out;
+  sums.reference_slope -= left_out;
+}
+
+// Whether the rows hardly overlap: every slope of a mixture is then about as large as its mean.
+inline bool saturated(const FamilyKind& k, const RowState& s) {
+  return k.family == Family::mixture && s.divergence > -0.8 * (k.weight_q * log(k.beta) + k.weight_p * log1p(-k.beta));
+}
+
 // Both rows in fp32, where their dtypes differ.
 struct MixedRow {
   std::vector<float> x, y;
@@ -101,6 +133,27 @@ struct BackwardCall {
 // The rows of a pair, cut to the logits that exist.
 void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls);
 
-void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room);
+// A token whose log-probability was asked for: where its gradient goes, and what it is.
+struct TokenGradient {
+  void* row;
+  DType dtype;
+  int64_t id;
+  double value;
+};
+
+// Sweeps of a row that need nothing but its state, so that threads may share them, and what is stored after them.
+struct LaterSweeps {
+  std::vector<std::pair<GradientJob, DType>> jobs;
+  std::vector<TokenGradient> tokens;
+};
+
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSweeps* later);  // null: all of it at once
+
+// Whether there are too few rows for the threads, and a row is long enough to be shared.
+inline bool few_long_rows(int64_t rows, int64_t segments) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return segments > 1 && rows < 4 * threads && threads > 1;
+}
+void forward_by_segments(const ForwardCall& c);  // for such; the same numbers as forward_row's
 
 }  // namespace fusedkl

@@ -5,7 +5,7 @@
 namespace fusedkl {
 namespace {
 
-void sharpen_states(const Tensor& policy_, const Tensor& reference_, Tensor state, bool means,
+void sharpen_states(const Tensor& policy_, const Tensor& reference_, Tensor state, bool means, bool second_sweep,
                     const std::optional<Tensor>& inverse, const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab) {
   Rows policy = Rows::of(policy_, "policy");
   std::optional<Rows> reference = Rows::of(reference_, "reference");
@@ -29,13 +29,19 @@ void sharpen_states(const Tensor& policy_, const Tensor& reference_, Tensor stat
     MixedRow room;
     for (int64_t r = begin; r < end; r++) {
       GradientJob job;
+      if (counted && !counted[r]) continue;
       job.inv_t = inv_t ? inv_t[r * step] : 1;
-      if ((counted && !counted[r]) || beyond_float(states[r], job.inv_t)) continue;
+      if (beyond_float(states[r], job.inv_t)) continue;
       job.n = policy.length;
       job.state = states[r];
       job.gradient.reverse = job.gradient.ref_forward = means ? 1 : 0;
       job.x = policy.row(r);
       job.y = reference->row(r);
+      const Logits x{job.x, dx}, y{job.y, dy};
+      if (second_sweep && (dx == DType::f32 || dy == DType::f32) && sharp(x, y, job.n, states[r], job.inv_t)) {
+        states[r] = divergence_f64(x, y, job.n, job.inv_t);
+        continue;
+      }
       if (dx != dy) room.widen(job, dx, dy);
       kernels().sharpen[dx == dy ? static_cast<int>(dx) : 0](job, states[r]);
     }
