@@ -163,6 +163,9 @@ BUDGETS = {
     "Triton both directions": _BOTH,
     "Triton forward_kl and entropy": _ENTROPY,
     "Triton backward of forward_kl": _BACKWARD,
+    "Triton token_stats": Budget({}, {90: 0.7}),
+    # with the first sweep at full bandwidth, 45% of the 4 bytes that jsd needs
+    "Triton jsd, second sweep": Budget({}, {90: 0.82}),
 }
 
 

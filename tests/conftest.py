@@ -18,6 +18,7 @@ from fusedkl.backends import BACKENDS
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Minutes each under the interpreter, which takes tens of milliseconds for a tile.
 LONG = ("long_rows", "long_half_row", "any_number_of_threads", "rounds_once", "layout_does_not")
+LONG += ("bad_row_stays_alone", "several_segments")
 # Of ten divergences each: a smaller sample.
 LARGE = ("test_family.py", "test_controls.py", "test_topk.py")
 # Of float64 logits, which this backend does not take.
