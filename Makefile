@@ -81,10 +81,13 @@ $(VENV)/.lightning: $(VENV)/.installed
 	@touch $@
 
 # ttsem asks for Python 3.12 and runs on 3.11; its extra would pin torch.
-$(VENV)/.static: $(VENV)/.installed
+$(VENV)/.sanitizer: $(VENV)/.installed
+	$(PIP) --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+$(VENV)/.static: $(VENV)/.sanitizer
 	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
 	$(PIP) --quiet 'fusedkl[static]'
-	$(PIP) --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(PIP) --quiet $(CUDA_PACKAGES)
 	@touch $@
 
@@ -105,7 +108,7 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # Two test processes, each with torch on one thread; whoever is idle takes over from the other.
 WORKERS := -n 2 --dist worksteal
 
-test: $(VENV)/.trainers ## all tests but the longest (25 minutes on 2 cores at most)
+test: $(VENV)/.trainers $(VENV)/.sanitizer ## all tests but the longest (25 minutes on 2 cores at most)
 	$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)

@@ -101,6 +101,12 @@ GOALS: dict[str, Goal] = {
     "backward_compile_huge/fp32": _faster(f"{_BACKWARD}, {_WITH}", 3.0, 5.0),
     "backward_compile_plain/bf16": _faster(f"{_BACKWARD}, {_WITHOUT}", 4.5, 8.0),
     "backward_compile_plain/fp32": _faster(f"{_BACKWARD}, {_WITHOUT}", 3.0, 5.0),
+    **{
+        f"backward_compile_returned/{dtype}": Goal(
+            f"{_BACKWARD}, {_WITH}, our memory given back each time", higher_is_better=True
+        )
+        for dtype in ("bf16", "fp32")
+    },
     "inplace_compile_huge/bf16": _faster(f"{_BACKWARD}, inplace_grad, {_WITH}", 5.5, 9.0),
     "inplace_compile_huge/fp32": _faster(f"{_BACKWARD}, inplace_grad, {_WITH}", 4.0, 8.0),
     "inplace_compile_plain/bf16": _faster(f"{_BACKWARD}, inplace_grad, {_WITHOUT}", 5.5, 9.0),
@@ -164,6 +170,9 @@ GOALS: dict[str, Goal] = {
     "flatness": Goal("cost per pair, dearest shape vs cheapest, >= 100k pairs", 1.5, 1.1),
     "call_cost": Goal("fixed cost of a call (1 x 1024)", unit="us"),
     "threads_row": Goal("two threads vs one, one row of V = 1M", higher_is_better=True),
+    "threads_row_backward": Goal(
+        "two threads vs one, one row of V = 1M, forward + backward", higher_is_better=True
+    ),
     "threads_forward": Goal("two threads, forward vs torch.compile", higher_is_better=True),
     "threads_backward": Goal(
         f"two threads, forward + backward vs torch.compile, {_WITH}", higher_is_better=True
@@ -178,6 +187,7 @@ GOALS: dict[str, Goal] = {
 
 AIM, MUST, MISSED, WRONG = "aim reached", "must met", "MISSED", "WRONG NUMBERS"
 OUT_OF_REACH, REPORTED, NOT_JUDGED = "MISSED (beyond memory)", "reported", "not judged"
+OTHER_ISA = "not this instruction set"
 FAILURES = (MISSED, WRONG, OUT_OF_REACH)
 
 
@@ -192,11 +202,9 @@ def verdict(result: Result, judged: bool = True) -> str:
         return WRONG
     if goal.must is None or goal.aim is None:
         return REPORTED
-    if (
-        result.value is None
-        or not (judged or goal.any_size)
-        or (goal.isa is not None and result.isa != goal.isa)
-    ):
+    if goal.isa is not None and result.isa != goal.isa:
+        return OTHER_ISA
+    if result.value is None or not (judged or goal.any_size):
         return NOT_JUDGED
     if _reaches(goal, result.value, goal.aim):
         return AIM

@@ -23,7 +23,8 @@ from tabulate import tabulate
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Of each kind of file, the page that shows it.
 PAGES = {
-    "results": DOCS / "performance.md",
+    "results-avx512": DOCS / "performance.md",
+    "results-avx2": DOCS / "performance.md",
     "memory-model": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
@@ -47,7 +48,7 @@ def marks(kind: str) -> tuple[str, str]:
 
 
 def kind(content: dict[str, Any]) -> str:
-    """Which marks a file's section belongs between."""
+    """Which marks a file's section belongs between: a run has those of its instruction set."""
     if "products" in content:
         return "linear-tables"
     if "memory_model" in content:
@@ -56,7 +57,7 @@ def kind(content: dict[str, Any]) -> str:
         suite = content.get("suite", "")  # none: a figure's
         return suite if suite in SCRIPTS else ""
     only = all(entry["goal"].startswith("linear_") for entry in content["results"])
-    return "linear-results" if only else "results"
+    return "linear-results" if only else f"results-{content['isa']}"
 
 
 def section(path: Path) -> str:

@@ -203,11 +203,17 @@ def run_forward(reporter: Reporter, settings: Settings) -> None:
 
 
 def run_backward(reporter: Reporter, settings: Settings) -> None:
-    """Forward + backward; the environment of the process decides about huge pages."""
+    """Forward + backward; the environment of the process decides about pages and kept memory."""
     pages = "plain" if os.environ.get("FUSEDKL_HUGE_PAGES") == "0" else "huge"
-    for problem in problems(settings, reporter):
+    if os.environ.get("FUSEDKL_KEEP_MEMORY") == "0":
+        pages = "returned"
+    for problem in problems(settings, reporter, only_first=pages == "returned"):
         dtype, ours = problem.dtype, contenders.ours(problem.dtype)
         here = Measurement(problem, settings, reporter)
+        if pages == "returned":
+            peer = contenders.compiled(problem, backward=True)
+            here.versus(f"backward_compile_returned/{dtype}", ours, peer, True)
+            continue
         if pages == "huge":
             here.write_limit(f"backward_limit/{dtype}", ours)
         here.fresh_write(f"fresh_write_{pages}/{dtype}")

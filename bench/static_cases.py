@@ -151,7 +151,7 @@ STATS = (
 
 
 def _parameter(fields: tuple[str, ...]) -> float | None:
-    return 0.5 if "jsd" in fields else None
+    return 0.5 if {"jsd", "skew_kl"} & {*fields} else None
 
 
 def _forward(*fields: str, vocab: int = V) -> Callable[[], object]:
@@ -188,6 +188,31 @@ def triton_calls() -> dict[str, tuple[str, Callable[[], object]]]:
         "jsd, second sweep": ("sweep_family", _forward("jsd")),
         "backward of jsd, to both": ("gradients", _backward("jsd", both=True)),
     }
+
+
+def other_calls() -> list[Callable[[], object]]:
+    """Calls of ours in Triton that no table counts, which have to compile all the same."""
+    from fusedkl.kernels import backend
+
+    x, y = _rows(torch.bfloat16), _rows(torch.float32)
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    state = torch.empty(4, len(reference.STATE), dtype=torch.float64)
+    rest = torch.empty(4, 4, dtype=torch.float64)
+    capped = (["renyi", "logprob", "mean_logprob"], 2.0, None)
+
+    def statistics() -> object:
+        _, found = backend.row_stats(x, y, ids, *capped, None, None, 30.0)
+        grad = torch.empty(5, 4)
+        return backend.row_stats_backward(grad, x, y, ids, found, *capped, None, 30.0, True, True)
+
+    return [
+        statistics,
+        *(_forward(field) for field in ("skew_kl", "tvd", "hellinger")),
+        lambda: backend.row_stats(x, None, None, ["mean_logprob"], *(None,) * 4, 30.0),
+        lambda: backend.row_sums(x, y, state, "tvd", *(None,) * 5),
+        lambda: backend.topk_logprobs(x, ids, None, None),
+        lambda: backend.topk_logprobs_backward(rest, x, ids, rest, None),
+    ]
 
 
 def triton() -> list[Case]:

@@ -24,10 +24,11 @@ template <class O>
 struct FamilyConstants {
   using V = typename O::V;
   FamilyKind kind;
+  bool two_sided;  // jsd; skew_kl is KL(q || m) alone
   V one, weight_q, weight_p, beta, rest_beta, half, near;
   V series[13];  // tilted: N's term is q l^2 sum_j series[j] l^j for |l| <= near
 
-  explicit FamilyConstants(const FamilyKind& k) : kind(k) {
+  explicit FamilyConstants(const FamilyKind& k) : kind(k), two_sided(k.weight_p != 0) {
     one = O::set(1);
     half = O::set(0.5);
     weight_q = O::set(k.weight_q);
@@ -79,7 +80,7 @@ FUSEDKL_MEMBER FamilyTerms<O> family_terms(const FamilyConstants<O>& c, const Fa
     const auto k = mixture_terms(c, t);
     const auto of_q = O::select(t.policy_big, k.small, k.big), of_p = O::select(t.policy_big, k.big, k.small);
     const auto value = c.weight_q * of_q + c.weight_p * of_p;
-    if (c.kind.weight_p != 0) return {value, c.weight_p * of_p, c.weight_q * of_q};
+    if (c.two_sided) return {value, c.weight_p * of_p, c.weight_q * of_q};
     // sum of p times its slope = alpha sum m (q/m - 1)^2
     const auto other = O::select(t.policy_big, c.beta, c.rest_beta), apart = c.rest_beta * t.d;  // |q - m| / big
     const auto slope = c.beta * t.big * apart * apart / (c.one - other * t.d);
@@ -114,7 +115,7 @@ FUSEDKL_MEMBER FamilyGradient<O> family_gradient_terms(const FamilyConstants<O>&
   } else if constexpr (F == Family::mixture) {
     const auto log_m = mixture_log(c, t), to_big = zero - log_m, to_small = to_big - t.v;  // log(big/m), log(small/m)
     const auto q_over_m = O::select(t.policy_big, to_small, to_big), p_over_m = O::select(t.policy_big, to_big, to_small);
-    if (c.kind.weight_p != 0) return {p * (c.weight_p * p_over_m - policy_mean), q * (c.weight_q * q_over_m - reference_mean)};
+    if (c.two_sided) return {p * (c.weight_p * p_over_m - policy_mean), q * (c.weight_q * q_over_m - reference_mean)};
     const auto other = O::select(t.policy_big, c.beta, c.rest_beta), apart = c.rest_beta * t.d / (c.one - other * t.d);
     const auto rho = O::select(t.policy_big, zero - apart, apart);  // q/m - 1
     return {p * (zero - c.rest_beta * rho - policy_mean), q * (q_over_m - c.beta * rho - reference_mean)};

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    whole: Any = batches  # a list will do for a dataset
+    trainer.fit(module, torch.utils.data.DataLoader(whole, batch_size=None))
     losses = module.losses
     print(f"KL at T = {TEMPERATURE:g}: {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
     figure, (axis,) = panels(1, 5)

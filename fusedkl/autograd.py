@@ -31,13 +31,16 @@ def intercepted(*inputs: Any) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
         return True
-    return any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in inputs)
+    for t in inputs:  # noqa: SIM110 a generator costs more than what it would do here
+        if isinstance(t, Tensor) and type(t) not in _PLAIN:
+            return True
+    return False
 
 
 def batched(t: Tensor) -> bool:
     """A batch that torch.func or autograd itself (is_grads_batched) hides in a plain tensor."""
-    # By name: the key of autograd's own batches is not in torch._C.DispatchKey.
-    return "Batched" in str(torch._C._dispatch_keys(t))
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -51,7 +54,11 @@ def differentiated(*inputs: Tensor | None) -> bool:
     """Whether autograd or a transformation has to know of an operator on these inputs."""
     if intercepted(*inputs):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def recorded(*inputs: Tensor | None) -> bool:
@@ -240,8 +247,9 @@ def per_row(t: Tensor | None, dim: int | None, size: int, rows: int, *last: int)
 
 class _LogSoftmax(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(logits: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        out: Tensor = OPS.log_softmax(logits, dtype, backend)
+        out: Tensor = call("log_softmax", logits, dtype, backend)
         return out
 
     @staticmethod
@@ -258,7 +266,8 @@ class _LogSoftmax(torch.autograd.Function):
             inner = torch.promote_types(torch.promote_types(grad.dtype, ctx.dtype), torch.float32)
             g, z = grad.to(inner), output.to(inner)
             return (g - z.exp() * g.sum(-1, keepdim=True)).to(ctx.dtype), None, None
-        out: Tensor = OPS.log_softmax_backward(dense(grad), output, ctx.dtype, ctx.backend)
+        args = (dense(grad), output, ctx.dtype, ctx.backend)
+        out: Tensor = call("log_softmax_backward", *args)
         return out, None, None
 
     @staticmethod
@@ -271,6 +280,7 @@ class _LogSoftmax(torch.autograd.Function):
 
 class _OrderedSum(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(values: Tensor, weight: Tensor | None, backend: str) -> Tensor:
         out: Tensor = call("ordered_sum", values, weight, backend)
         return out
@@ -360,7 +370,11 @@ def row_stats(
 
 def log_softmax(logits: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
     """Operator log_softmax over the last dim, differentiable."""
-    out: Tensor = applied(_LogSoftmax, logits, dtype, backend)
+    out: Tensor
+    if differentiated(logits):
+        out = applied(_LogSoftmax, logits, dtype, backend)
+    else:
+        out = ops.run("log_softmax", logits, dtype, backend)
     return out
 
 

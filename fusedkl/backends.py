@@ -76,7 +76,9 @@ def _reference_why_not(device: torch.device | None) -> str | None:
 
 
 # The library's operators, fusedkl::_row_stats and so on, behind torch's own dispatcher.
-_COMPILED = SimpleNamespace(**{name: getattr(torch.ops.fusedkl, f"_{name}") for name in OPERATORS})
+_COMPILED = SimpleNamespace(
+    **{name: getattr(torch.ops.fusedkl, f"_{name}").default for name in OPERATORS}
+)
 
 # Best first; the first usable one is taken. The order among those of a GPU is static: derived from
 # counts of instructions (docs/gpu.md), until somebody measures.
@@ -114,14 +116,26 @@ def kernels(name: str) -> Any:
     return BACKENDS[name].kernels
 
 
+# What needs() says of dtypes that there are kernels for.
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
 def needs(*wanted: Tensor | str | None, softcap: float | None = None) -> tuple[str, ...]:
     """The dtypes of some logits, fields, and "softcap", as `resolve` takes them."""
-    given = (*wanted, None if softcap is None else "softcap")
-    return tuple(
-        str(each.dtype).removeprefix("torch.") if isinstance(each, Tensor) else each
-        for each in given
-        if each is not None
-    )
+    found = []
+    for each in wanted:
+        if isinstance(each, Tensor):
+            found.append(_DTYPES.get(each.dtype) or str(each.dtype).removeprefix("torch."))
+        elif each is not None:
+            found.append(each)
+    if softcap is not None:
+        found.append("softcap")
+    return tuple(found)
 
 
 def _unusable(

@@ -151,20 +151,22 @@ def divergence(
     weights = reductions.token_weights(policy_logits, weight, dtype)
     wanted = needs(policy_logits, reference_logits, *fields, softcap=softcap)
     name = resolve(backend, policy_logits.device, wanted)
-    shards = distributed.shards(
-        group,
-        policy_logits,
-        kind=f"{kind} {parameter}",
-        dtype=" ".join(wanted[:2]),
-        temperature=temperature,
-        valid_vocab=valid_vocab,
-        softcap=softcap,
-    )
+    shards = None
+    if group is not None:
+        shards = distributed.shards(
+            group,
+            policy_logits,
+            kind=f"{kind} {parameter}",
+            dtype=" ".join(wanted[:2]),
+            temperature=temperature,
+            valid_vocab=valid_vocab,
+            softcap=softcap,
+        )
     x, y = rows(policy_logits), rows(reference_logits)
     read = reductions.rows_to_read(counted, weights)
 
     def reduced(values: Tensor) -> Tensor:
-        tokens = values[0]
+        tokens = values.squeeze(0) if len(fields) == 1 else values[0]
         for i in range(1, len(fields)):
             tokens = tokens + values[i]
         return reductions.reduce(tokens, counted, weights, reduction, shape, backend=name)

@@ -68,13 +68,13 @@ def inverse_temperature(
     temperature: float | Tensor, policy: Tensor, logit_scale: float = 1.0
 ) -> Tensor | None:
     """logit_scale/T as [N] or [1], None for 1: kernels scale differences of logits."""
-    dtype = reference.inside(policy.device)
     if isinstance(temperature, Tensor):
         validation.tensor_temperature(temperature, policy)
-        return logit_scale / temperature.reshape(-1).to(dtype)
+        return logit_scale / temperature.reshape(-1).to(reference.inside(policy.device))
     validation.number_temperature(temperature)
     if temperature == logit_scale:
         return None
+    dtype = reference.inside(policy.device)
     return torch.full((1,), logit_scale / temperature, dtype=dtype, device=policy.device)
 
 

@@ -38,20 +38,38 @@ from .backends import kernels
 STATE_COLUMNS = len(reference.STATE)
 
 
-def run(name: str, *args: Any) -> Any:
-    """What operator `name` does: check the contents, look the backend up, call its kernel."""
-    *rest, backend = args
+def check_arguments(name: str, *args: Any) -> None:
+    """What kernels rely on, where anybody may have called the operator."""
     if name == "row_stats":
-        validation.row_stats_contents(*rest)
+        validation.row_stats_arguments(*args)
     elif name == "merge_states":
-        validation.merge_states(*rest)
+        validation.merge_states(*args)
     elif name == "row_stats_with_gradient":
-        _, policy, other, *others = rest
-        validation.row_stats_contents(policy, other, None, *others)
+        _, policy, other, *others = args
+        validation.row_stats_arguments(policy, other, None, *others)
     elif name == "row_sums":
-        policy, other, state, field, *others = rest
-        validation.row_stats_contents(policy, other, None, [field], *others)
+        policy, other, state, field, *others = args
+        validation.row_stats_arguments(policy, other, None, [field], *others)
         validation.second_sweep(field, state, policy)
+
+
+def check_contents(name: str, *args: Any) -> None:
+    """What only a look at the tensors tells, for every caller."""
+    if name == "row_stats":
+        policy, _, ids, _, _, inverse, mask, valid_vocab, _ = args
+    elif name in ("row_stats_with_gradient", "row_sums"):
+        *_, inverse, mask, valid_vocab, _ = args
+        policy, ids = args[name == "row_stats_with_gradient"], None
+    else:
+        return
+    if inverse is not None or ids is not None:
+        validation.row_stats_contents(policy, ids, inverse, mask, valid_vocab)
+
+
+def run(name: str, *args: Any) -> Any:
+    """Operator `name` for arguments that a public function has checked: the backend's kernel."""
+    *rest, backend = args
+    check_contents(name, *rest)
     result = getattr(kernels(backend), name)(*rest)
     if name == "row_stats_backward_":
         # A kernel's raw writes are invisible to autograd, which must refuse what is gone.
@@ -59,8 +77,14 @@ def run(name: str, *args: Any) -> Any:
     return result
 
 
+def operator(name: str, *args: Any) -> Any:
+    """What operator `name` does."""
+    check_arguments(name, *args[:-1])
+    return run(name, *args)
+
+
 for _name in OPERATORS:
-    LIB.impl(_name, functools.partial(run, _name), "CompositeExplicitAutograd")
+    LIB.impl(_name, functools.partial(operator, _name), "CompositeExplicitAutograd")
 
 
 def _row_stats_fake(

@@ -67,25 +67,15 @@ def reduce(
     backend: str,
 ) -> Tensor:
     """Per-token values [N], exactly 0 where not counted, to `shape` or to a scalar."""
+    weight = _counted_only(weight, counted)
     if weight is not None:
-        if counted is not None:
-            weight = torch.where(counted, weight, 0)
         # Keeps the gradient to a weight of 0, and keeps 0 * inf out of the result.
         values = torch.where((weight != 0) | values.isfinite(), values, 0)
     if reduction == "none":
         return (values if weight is None else values * weight).reshape(shape)
     total = autograd.ordered_sum(values, weight, backend=backend)
-    if reduction == "sum":
-        return total
-    if reduction == "batchmean":
-        return total / max(shape[0], 1)
-    if weight is not None:
-        something = (weight != 0).any()
-        norm = autograd.ordered_sum(weight, None, backend=backend)
-        return total / torch.where(something, norm, 1)
-    if counted is not None:
-        return total / counted.sum().clamp(min=1)
-    return total / max(values.shape[0], 1)
+    by = _divisor(values.shape[0], counted, weight, reduction, shape, backend)
+    return total if by is None else total / by
 
 
 def shares(
@@ -99,11 +89,41 @@ def shares(
     *,
     backend: str,
 ) -> Tensor:
-    """d reduce / d value [N] for a scalar reduction, by its own derivative."""
-    with torch.enable_grad():
-        probe = like.new_zeros(values, dtype=dtype).requires_grad_()
-        total = reduce(probe, counted, weight, reduction, shape, backend=backend)
-        (share,) = torch.autograd.grad(total, probe)
-    if counted is not None:
+    """d reduce / d value [N] for a scalar reduction, rounded as its derivative would be."""
+    weight = _counted_only(weight, counted)
+    by = _divisor(values, counted, weight, reduction, shape, backend)
+    share = like.new_ones(1, dtype=dtype)
+    if by is not None:
+        share = share / by
+    if weight is not None:
+        share = share * weight
+    elif counted is not None:
         share = torch.where(counted, share, 0)
-    return share.contiguous()
+    return share.expand(values).contiguous()
+
+
+def _counted_only(weight: Tensor | None, counted: Tensor | None) -> Tensor | None:
+    if weight is None or counted is None:
+        return weight
+    return torch.where(counted, weight, 0)
+
+
+def _divisor(
+    values: int,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    shape: torch.Size,
+    backend: str,
+) -> Tensor | int | None:
+    """What a scalar reduction divides the sum of `values` numbers by; None where it does not."""
+    if reduction == "sum":
+        return None
+    if reduction == "batchmean":
+        return max(shape[0], 1)
+    if weight is not None:
+        norm = autograd.ordered_sum(weight, None, backend=backend)
+        return torch.where((weight != 0).any(), norm, 1)
+    if counted is not None:
+        return counted.sum().clamp(min=1)
+    return max(values, 1)

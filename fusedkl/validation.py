@@ -192,7 +192,7 @@ def temperatures(inverse: Tensor, mask: Tensor | None) -> None:
 
 def number_temperature(value: object) -> None:
     """A finite number > 0."""
-    number = isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
+    number = isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt))
     if isinstance(value, bool) or not number:
         raise TypeError(
             "temperature must be a number, or a float tensor with one per row; "
@@ -284,7 +284,7 @@ def inplace_grad(policy: Tensor, reference: Tensor) -> None:
         )
 
 
-def row_stats_contents(
+def row_stats_arguments(
     policy: Tensor,
     reference: Tensor | None,
     token_ids: Tensor | None,
@@ -295,7 +295,7 @@ def row_stats_contents(
     valid_vocab: int | None,
     softcap: float | None,
 ) -> None:
-    """What kernels rely on, for any caller of the operator; then the contents of CPU tensors."""
+    """What kernels rely on, for any caller of the operator, but for the contents of tensors."""
     shape, n = policy.shape, math.prod(policy.shape[:-1])
     if len(shape) < 2 or shape[-1] == 0:
         raise ValueError(f"policy must have shape [..., V] with V >= 1; got {list(shape)}")
@@ -345,13 +345,23 @@ def row_stats_contents(
         raise ValueError(f"one field of a second sweep at a time; got {swept}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite; got {softcap}")
+
+
+def row_stats_contents(
+    policy: Tensor,
+    token_ids: Tensor | None,
+    inv_temperature: Tensor | None,
+    mask: Tensor | None,
+    valid_vocab: int | None,
+) -> None:
+    """Of tensors on the CPU: temperatures, and ids within the vocabulary, of rows that count."""
     if policy.device.type != "cpu":
         return
     if inv_temperature is not None:
         temperatures(inv_temperature, mask)
     if token_ids is not None and token_ids.numel() > 0:
         ids = token_ids if mask is None else token_ids[mask]
-        last = (shape[-1] if valid_vocab is None else valid_vocab) - 1
+        last = (policy.shape[-1] if valid_vocab is None else valid_vocab) - 1
         low, high = (int(v) for v in ids.aminmax()) if ids.numel() > 0 else (0, 0)
         if low < -1 or high > last:
             # users' negative ids arrive one lower: see layout.token_ids

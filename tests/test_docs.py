@@ -95,7 +95,7 @@ assert text == page.section(shown.parents[1] / named[0]), f"python bench/page.py
 """
 
 
-KINDS = ["results", "memory-model", "linear-results", "linear-tables"]
+KINDS = ["results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"]
 KINDS += ["dropin", "trainers", "sharding"]
 
 

@@ -90,7 +90,14 @@ def test_loops_and_their_cold_blocks_are_told_apart() -> None:
     assert loop.cold.instructions == 2
 
 
-def test_one_compilation_serves_every_size_stride_temperature_and_mask() -> None:
+@pytest.mark.parametrize(
+    ("field", "parameters", "kernels"),
+    [("forward_kl", (None,), 3), pytest.param("renyi", (0.5, 2.0), 6, marks=pytest.mark.full)],
+    ids=["forward_kl", "renyi"],
+)
+def test_one_compilation_serves_every_size_stride_temperature_and_mask(
+    field: str, parameters: tuple[float | None, ...], kernels: int
+) -> None:
     from fusedkl.kernels import backend
 
     with capture.capture("cuda:90") as launches:
@@ -102,9 +109,11 @@ def test_one_compilation_serves_every_size_stride_temperature_and_mask() -> None
                     if per_row:
                         inverse = torch.empty(per_row, dtype=torch.float64)
                     mask = torch.empty(3, dtype=torch.bool) if per_row == 3 else None
-                    backend.row_stats(x, y, None, ["forward_kl"], None, inverse, mask, None, None)
-    assert len(launches) == 5 * 3 * 3 * 3
-    assert len({id(launch.compiled) for launch in launches}) <= 4
+                    for value in parameters:
+                        backend.row_stats(x, y, None, [field], value, inverse, mask, None, None)
+    assert len(launches) == 5 * 3 * 3 * kernels * len(parameters)
+    # two of a sweep, for aligned rows and for others; one of what follows it
+    assert len({id(launch.compiled) for launch in launches}) <= 4 * kernels // 3
 
 
 @pytest.mark.full
@@ -112,6 +121,8 @@ def test_one_compilation_serves_every_size_stride_temperature_and_mask() -> None
 def test_it_compiles_for_other_targets(target: str) -> None:
     with capture.capture(target) as launches:
         for _, call in static_cases.triton_calls().values():
+            call()
+        for call in static_cases.other_calls():
             call()
     for launch in launches:
         if target.startswith("cuda"):

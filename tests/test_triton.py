@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import pairwise
 
 import cases
+import mpmath
 import oracle
 import pytest
 import torch
@@ -17,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fusedkl import reference_backend
 from fusedkl.kernels import backend as triton_backend
+from fusedkl.kernels.family import kind_of
 from fusedkl.kernels.launch import choose, pieces
 
 FIELDS = ["forward_kl", "reverse_kl", "entropy", "logsumexp"]
@@ -50,16 +53,17 @@ def test_fields_of_the_reference_are_those_of_a_policy(scenario: str) -> None:
 
 
 def test_slices_of_a_vocabulary_merge_to_the_row() -> None:
+    fields = [*FIELDS, "mean_logprob"]
     policy, reference = cases.make("peaked 2", torch.bfloat16)
     policy, reference = policy.clone(), reference.clone()
     policy[0, :20] = reference[0, :20] = -torch.inf  # the first slice of this row is empty
-    whole, state = stats(policy, reference, FIELDS)
+    whole, state = stats(policy, reference, fields)
     cuts = [0, 20, 21, 50, cases.V]
-    parts = [stats(policy[:, a:b], reference[:, a:b], FIELDS)[1] for a, b in pairwise(cuts)]
-    merged, merged_state = triton_backend.merge_states(torch.stack(parts), FIELDS, None)
+    parts = [stats(policy[:, a:b], reference[:, a:b], fields)[1] for a, b in pairwise(cuts)]
+    merged, merged_state = triton_backend.merge_states(torch.stack(parts), fields, None)
     torch.testing.assert_close(merged, whole, rtol=2e-6, atol=0)
     torch.testing.assert_close(merged_state[:, 6:10], state[:, 6:10], rtol=2e-6, atol=1e-12)
-    by_reference, _ = reference_backend.merge_states(torch.stack(parts), FIELDS, None)
+    by_reference, _ = reference_backend.merge_states(torch.stack(parts), fields, None)
     torch.testing.assert_close(merged, by_reference.float(), rtol=1e-6, atol=0)
 
 
@@ -125,6 +129,39 @@ def test_gradients_of_rows_longer_than_a_block(dtype: torch.dtype, fields: list[
     for a, b in zip(found, true, strict=True):
         if a.numel():
             assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype]
+
+
+def test_series_are_those_of_the_formulas() -> None:
+    """In 30 digits, from the definitions; skew_kl at 0.7 converges most slowly."""
+    for field, beta in (("jsd", 0.5), ("jsd", 0.1), ("skew_kl", 0.7), ("renyi", 2.0), ("tvd", 0.0)):
+        _, rest, near, value, slope, log_m = kind_of(field, beta)
+        for sign in (-1, 1):
+            with mpmath.workdps(30):
+                z = mpmath.mpf(sign * near)  # log2(p/q)
+                p = mpmath.mpf(2) ** z
+                to_m = mpmath.log(beta + rest * p)  # log(m/q)
+                of_p = rest * p * (mpmath.log(p) - to_m)
+                terms = {
+                    "jsd": of_p - beta * to_m,
+                    "skew_kl": -to_m + rest * (p - 1),
+                    "renyi": 1 + rest * (p - 1) - p**rest,
+                    "tvd": p - 1,
+                }
+                slopes = {
+                    "jsd": of_p + beta * rest * (1 - p),
+                    "skew_kl": beta * rest * (1 - p) * (mpmath.exp(-to_m) - 1),
+                }
+                power = 1 if field == "tvd" else 2
+                expected = {value: terms[field] / z**power}
+                if field in slopes:
+                    expected[slope] = slopes[field] / z**2
+                for series, true in expected.items():
+                    found = mpmath.fsum(c * z**j for j, c in enumerate(series))
+                    assert abs(found / true - 1) <= 1.5e-5, (field, beta, sign)
+            if field in slopes:  # in nats, up to half of one
+                l = sign * 0.5  # noqa: E741
+                found = l * sum(c * l**j for j, c in enumerate(log_m))
+                assert abs(found / math.log(beta + rest * math.exp(l)) - 1) <= 5e-6
 
 
 def test_segments_depend_on_the_vocabulary_alone() -> None:

@@ -41,10 +41,10 @@ def run(files: tuple[str, ...], marks: str, least: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "not full", 40)
+    run(files, "not full", 15 if "test_family.py" in files else 40)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_half_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "", 200)
+    run(files, "", 100 if "test_family.py" in files else 200)

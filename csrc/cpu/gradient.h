@@ -377,6 +377,12 @@ static void sharpen_state(GradientJob job, RowState& out) {
   }
 }
 
+// Whether gradient_row of the whole row does more than gradient_row of its parts.
+template <DType D>
+static bool needs_whole_row(const GradientJob& job) {
+  return job.y && job.state.whole != 0 && lacking<D>(job, false).any();
+}
+
 template <DType D>
 static void gradient_row(GradientJob job) {
   [[maybe_unused]] const FlushSubnormals scope;

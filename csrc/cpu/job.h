@@ -45,6 +45,7 @@ struct KernelTable {
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
   double (*logit_sum[3])(const void* x, int64_t n);
   void (*gradient[3])(GradientJob);
+  bool (*needs_whole_row[3])(const GradientJob&);
   void (*sharpen[3])(GradientJob, RowState&);
   FamilySums (*family_sums[3])(const GradientJob&);
   void (*family_gradient[3])(GradientJob);

@@ -13,6 +13,7 @@
    {single_segment<DType::f32>, single_segment<DType::bf16>, single_segment<DType::f16>},             \
    {logit_sum_row<DType::f32>, logit_sum_row<DType::bf16>, logit_sum_row<DType::f16>},                \
    {gradient_row<DType::f32>, gradient_row<DType::bf16>, gradient_row<DType::f16>},                   \
+   {needs_whole_row<DType::f32>, needs_whole_row<DType::bf16>, needs_whole_row<DType::f16>},          \
    {sharpen_state<DType::f32>, sharpen_state<DType::bf16>, sharpen_state<DType::f16>},                \
    {family_sums<DType::f32>, family_sums<DType::bf16>, family_sums<DType::f16>},                      \
    {family_gradient<DType::f32>, family_gradient<DType::bf16>, family_gradient<DType::f16>},          \

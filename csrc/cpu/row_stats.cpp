@@ -203,7 +203,7 @@ static void family_by_segments(const ForwardCall& c, std::vector<RowState>& rows
 }
 
 // Few long rows: threads share a row. The same segments in the same order as one thread has them.
-static void forward_by_segments(const ForwardCall& c) {
+void forward_by_segments(const ForwardCall& c) {
   const int64_t rows = c.policy.count, segments = c.segments(), grain = grain_of(c.segment_length());
   std::vector<RowState> parts(static_cast<size_t>(rows * segments)), merged(static_cast<size_t>(rows));
   torch::stable::parallel_for(0, rows * segments, grain, [&](int64_t begin, int64_t end) {
@@ -223,8 +223,8 @@ std::tuple<Tensor, Tensor> row_stats(const Tensor& policy, const std::optional<T
                                      const std::optional<Tensor>& mask, std::optional<int64_t> valid_vocab,
                                      std::optional<double> softcap) {
   const ForwardCall c(policy, reference, token_ids, fields, inv_temperature, mask, {parameter, valid_vocab, softcap});
-  const int64_t rows = c.policy.count, threads = torch::stable::get_num_threads();
-  if (c.segments() > 1 && rows < 4 * threads && threads > 1) {
+  const int64_t rows = c.policy.count;
+  if (few_long_rows(rows, c.segments())) {
     forward_by_segments(c);
   } else {
     torch::stable::parallel_for(0, rows, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {

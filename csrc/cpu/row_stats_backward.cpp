@@ -70,14 +70,6 @@ static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) 
   if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
 }
 
-// A token whose log-probability was asked for: where its gradient goes, and what it is.
-struct TokenGradient {
-  void* row;
-  DType dtype;
-  int64_t id;
-  double value;
-};
-
 static RowGrads grads_of_row(const BackwardCall& c, int64_t r) {
   const Fields& f = c.fields;
   RowGrads g;
@@ -123,18 +115,23 @@ static std::vector<TokenGradient> token_gradients(const BackwardCall& c, int64_t
   return tokens;
 }
 
-static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, MixedRow& room) {
+static void store(const std::vector<TokenGradient>& tokens) {
+  for (const TokenGradient& t : tokens) store_double(t.row, t.dtype, t.id, t.value);
+}
+
+static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, MixedRow& room, LaterSweeps* later) {
   const bool exact = job.gradient.family() && elsewhere && (dx == DType::f32 || dy == DType::f32);
   const bool slice_in_double =
       exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
   if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double)
     gradient_f64(job, dx, dy);
   else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);
-  else if (dx == dy || !job.y) kernels().gradient[static_cast<int>(dx)](job);
-  else mixed_gradient(job, dx, dy, room);
+  else if (job.y && dx != dy) mixed_gradient(job, dx, dy, room);
+  else if (later && !kernels().needs_whole_row[static_cast<int>(dx)](job)) later->jobs.emplace_back(job, dx);
+  else kernels().gradient[static_cast<int>(dx)](job);
 }
 
-void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSweeps* later) {
   const DType dx = c.policy.dtype, dy = c.reference ? c.reference->dtype : dx;
   GradientJob job;
   job.n = c.policy.length;
@@ -171,7 +168,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   if (job.gy && job.gradient.reference_nan()) all_nan(job.gy, dy);
   if (!job.gx && !job.gy) return;
 
-  const std::vector<TokenGradient> tokens = token_gradients(c, r, job);
+  std::vector<TokenGradient> tokens = token_gradients(c, r, job);
   if (job.gx && job.gradient.policy_zero()) {
     zero_from(*c.policy_grad, 0);
     job.gx = nullptr;
@@ -182,7 +179,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
   }
   if (job.gradient.paired()) {
     job.y = c.reference->row(r);
-    run_job(job, dx, dy, elsewhere, room);
+    run_job(job, dx, dy, elsewhere, room, later);
   } else {
     GradientJob other = job;
     other.state = reference_alone(job.state);
@@ -191,17 +188,51 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room) {
     job.gy = other.gy = nullptr;
     if (other.gx) {
       other.x = c.reference->row(r);
-      run_job(other, dy, dy, elsewhere, room);
+      run_job(other, dy, dy, elsewhere, room, later);
     }
-    if (job.gx) run_job(job, dx, dx, elsewhere, room);
+    if (job.gx) run_job(job, dx, dx, elsewhere, room, later);
   }
-  for (const TokenGradient& t : tokens) store_double(t.row, t.dtype, t.id, t.value);
+  if (later) later->tokens = std::move(tokens);
+  else store(tokens);
+}
+
+// The forward sweep's segments: a logit's gradient is the same wherever its row is cut.
+static void run_segment(GradientJob job, DType d, int64_t segment) {
+  const int64_t size = Segments(job.n).size, from = segment * size;
+  job.n = job.n - from < size ? job.n - from : size;
+  job.state.whole = 0;
+  job.x = at(job.x, d, from);
+  if (job.y) job.y = at(job.y, d, from);
+  if (job.gx) job.gx = at(job.gx, d, from);
+  if (job.gy) job.gy = at(job.gy, d, from);
+  kernels().gradient[static_cast<int>(d)](job);
+}
+
+// Few long rows: threads share a row.
+static void run_by_segments(const BackwardCall& c) {
+  std::vector<LaterSweeps> rows(static_cast<size_t>(c.policy.count));
+  torch::stable::parallel_for(0, c.policy.count, 1, [&](int64_t begin, int64_t end) {
+    MixedRow room;
+    for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, room, &rows[static_cast<size_t>(r)]);
+  });
+  std::vector<std::pair<GradientJob, DType>> jobs;
+  for (const LaterSweeps& row : rows) jobs.insert(jobs.end(), row.jobs.begin(), row.jobs.end());
+  const Segments seg(c.policy.length);
+  torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()) * seg.count, grain_of(seg.size),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; i++) {
+                                  const auto& [job, dtype] = jobs[static_cast<size_t>(i / seg.count)];
+                                  run_segment(job, dtype, i % seg.count);
+                                }
+                              });
+  for (const LaterSweeps& row : rows) store(row.tokens);
 }
 
 static void run(const BackwardCall& c) {
+  if (few_long_rows(c.policy.count, Segments(c.policy.length).count)) return run_by_segments(c);
   torch::stable::parallel_for(0, c.policy.count, grain_of(c.policy.length), [&](int64_t begin, int64_t end) {
     MixedRow room;
-    for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, room);
+    for (int64_t r = begin; r < end; r++) gradient_of_row(c, r, room, nullptr);
   });
 }
 
@@ -259,13 +290,18 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_with_gradient(
   const ForwardCall f(policy, reference, std::nullopt, fields, inv_temperature, mask, controls);
   const Tensor gx = new_gradient(policy, dtype_of(policy, "policy"));
   const BackwardCall b(grad, policy, reference, std::nullopt, f.state, fields, inv_temperature, controls, &gx, nullptr);
+  if (few_long_rows(f.policy.count, f.segments())) {
+    forward_by_segments(f);
+    run(b);
+    return {f.values, f.state, gx};
+  }
   torch::stable::parallel_for(0, f.policy.count, grain_of(f.policy.length), [&](int64_t begin, int64_t end) {
     Widened wide;
     MixedRow room;
     std::vector<RowState> parts(static_cast<size_t>(f.segments()));
     for (int64_t r = begin; r < end; r++) {
       forward_row(f, r, parts, wide);
-      gradient_of_row(b, r, room);
+      gradient_of_row(b, r, room, nullptr);
     }
   });
   return {f.values, f.state, gx};

@@ -1,6 +1,7 @@
 // The two halves of row_stats on the CPU, row by row: what the operators of row_stats.cpp and row_stats_backward.cpp share.
 #pragma once
 #include <memory>
+#include <utility>
 
 #include "fields.h"
 
@@ -132,6 +133,27 @@ struct BackwardCall {
 // The rows of a pair, cut to the logits that exist.
 void cut_rows(Rows& policy, std::optional<Rows>& reference, const Controls& controls);
 
-void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room);
+// A token whose log-probability was asked for: where its gradient goes, and what it is.
+struct TokenGradient {
+  void* row;
+  DType dtype;
+  int64_t id;
+  double value;
+};
+
+// Sweeps of a row that need nothing but its state, so that threads may share them, and what is stored after them.
+struct LaterSweeps {
+  std::vector<std::pair<GradientJob, DType>> jobs;
+  std::vector<TokenGradient> tokens;
+};
+
+void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSweeps* later);  // null: all of it at once
+
+// Whether there are too few rows for the threads, and a row is long enough to be shared.
+inline bool few_long_rows(int64_t rows, int64_t segments) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return segments > 1 && rows < 4 * threads && threads > 1;
+}
+void forward_by_segments(const ForwardCall& c);  // for such; the same numbers as forward_row's
 
 }  // namespace fusedkl

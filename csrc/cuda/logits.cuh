@@ -155,7 +155,8 @@ FUSEDKL_DEVICE Chunk<D> shifted_chunk(const uint4* from, int shift) {
 }
 
 // One segment of both rows as the forward adds it: chunk i is tokens 8i to 8i + 7 wherever the rows lie, so that alignment cannot
-// show in a sum. ANYWHERE: rows that do not begin on 16 bytes; no load leaves the segment.
+// show in a sum. ANYWHERE: rows that do not begin on 16 bytes; the loads then are of every aligned 16 bytes that hold one of the
+// segment's: memory comes in larger pieces than those, so what is read besides exists.
 template <DType X, DType Y, bool ANYWHERE>
 struct SweepView {
   const char *x, *y;
@@ -180,16 +181,7 @@ struct SweepView {
   FUSEDKL_DEVICE Chunk<D> chunk(const char* row, int shift, int i) const {
     if constexpr (!ANYWHERE) return aligned_chunk<D, false>(row, i);
     const char* const at = row + static_cast<int64_t>(i) * kChunk * kSizeOf<D>;
-    if (shift == 0 || (i > 0 && i < chunks - 1)) return shifted_chunk<D>(reinterpret_cast<const uint4*>(at - shift), shift);
-    Chunk<D> c;  // a vector before the first chunk, or after the last, need not exist
-#pragma unroll
-    for (int k = 0; k < kWordsOf<D>; k++) {
-      if constexpr (D == DType::f32) c.word[k] = reinterpret_cast<const uint32_t*>(at)[k];
-      else
-        c.word[k] = reinterpret_cast<const uint16_t*>(at)[2 * k] | uint32_t{reinterpret_cast<const uint16_t*>(at)[2 * k + 1]}
-                                                                       << 16;
-    }
-    return c;
+    return shifted_chunk<D>(reinterpret_cast<const uint4*>(at - shift), shift);
   }
 };
 
