@@ -43,6 +43,7 @@ struct KernelTable {
   // entropies: whether both are wanted too; on return, whether they were made
   RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies);
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
+  bool (*sharpen_mass)(const float* logits, int64_t n, double inv_t, double& max, double& log_mass);
   double (*logit_sum[3])(const void* x, int64_t n);
   void (*gradient[3])(GradientJob);
   bool (*needs_whole_row[3])(const GradientJob&);

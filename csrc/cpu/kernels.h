@@ -11,6 +11,7 @@
   {name,                                                                                              \
    {divergence_segment<DType::f32>, divergence_segment<DType::bf16>, divergence_segment<DType::f16>}, \
    {single_segment<DType::f32>, single_segment<DType::bf16>, single_segment<DType::f16>},             \
+   sharpen_mass,                                                                                      \
    {logit_sum_row<DType::f32>, logit_sum_row<DType::bf16>, logit_sum_row<DType::f16>},                \
    {gradient_row<DType::f32>, gradient_row<DType::bf16>, gradient_row<DType::f16>},                   \
    {needs_whole_row<DType::f32>, needs_whole_row<DType::bf16>, needs_whole_row<DType::f16>},          \

@@ -152,9 +152,30 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   return family_sums_f64(job, dx, dy);
 }
 
+// A second sweep sums p and q themselves, not their differences: the masses of a sharp row must be as exact as its log-ratio is.
+static void sharpen_masses(const ForwardCall& c, int64_t r, RowState& s) {
+  const double inv_t = c.inv_t(r);
+  if (c.in_double(inv_t) || beyond_float(s, inv_t) || !is_finite(s.residual)) return;
+  auto taken = [&](const Rows& rows, double& max, double& log_sum) {
+    return rows.dtype == DType::f32 &&
+           kernels().sharpen_mass(static_cast<const float*>(rows.row(r)), rows.length, inv_t, max, log_sum);
+  };
+  const bool policy = taken(c.policy, s.policy_max, s.policy_log_sum);
+  const bool reference = taken(*c.reference, s.reference_max, s.reference_log_sum);
+  const double centre = s.centre * inv_t;
+  if (reference && !policy) {
+    s.policy_max = s.reference_max + centre;
+    s.policy_log_sum = s.reference_log_sum + s.residual;
+  } else if (policy && !reference) {
+    s.reference_max = s.policy_max - centre;
+    s.reference_log_sum = s.policy_log_sum - s.residual;
+  }
+}
+
 RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   RowState s = merge(parts, static_cast<int>(c.segments()), c.inv_t(r));
   s.whole = 1;
+  if (c.fields.family >= 0) sharpen_masses(c, r, s);
   return s;
 }
 

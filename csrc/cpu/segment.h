@@ -331,5 +331,16 @@ static RowState single_segment(const void* x, int64_t n, double inv_t, bool entr
   return out;
 }
 
+// One side's mass about its own largest logit, where that has more than half of the mass and is above the sampled maximum that
+// one_sweep_segment took: a weight of e^10 is known no better than the rounding of its exponent. Whether it was taken again.
+static bool sharpen_mass(const float* logits, int64_t n, double inv_t, double& max, double& log_mass) {
+  const double above = max_block<DType::f32>(logits, n) * inv_t - max;
+  if (!(above > 1 && above > log_mass - 0.7)) return false;
+  const RowState own = single_segment<DType::f32>(logits, n, inv_t, false);
+  max = own.policy_max;
+  log_mass = own.policy_log_sum;
+  return true;
+}
+
 }  // namespace
 }  // namespace fusedkl

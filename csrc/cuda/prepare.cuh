@@ -72,11 +72,12 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   plan.mean_p = (s.residual + R) * t;
   plan.mean_q = (s.residual - F) * t;
   // where the differences lie close together far from 0, l - R and l + F must be right to their spread, and at the top of a
-  // peaked reference l + F is what the few others left; the mean over a slice would be another mean
-  const bool close = F + R > 0.02, peaked = fabs(s.reference_log_sum) < 0.01;
-  plan.refine =
-      s.whole != 0 && plan.fate == kSweep &&
-      ((plan.policy && plan.g.reverse != 0 && close) || (plan.reference && plan.g.ref_forward != 0 && (close || peaked)));
+  // peaked row they are what the few others left; the mean over a slice would be another mean
+  const bool close = F + R > 0.02;
+  auto wants = [&](double log_sum) { return close || fabs(log_sum) < 0.01; };
+  plan.refine = s.whole != 0 && plan.fate == kSweep &&
+                ((plan.policy && plan.g.reverse != 0 && wants(s.policy_log_sum)) ||
+                 (plan.reference && plan.g.ref_forward != 0 && wants(s.reference_log_sum)));
   return plan;
 }
 
