@@ -25,7 +25,12 @@ KERNELS = HERE.parent / "kernels"
 def check(folder: Path, sanitized: bool, scope: str = "all") -> subprocess.CompletedProcess[str]:
     script = str(HERE / "triton_check.py")
     command = [sys.executable, script, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        # What it compiles stays out of the user's cache: it prints kernels in a form of its own.
+        "TRITON_CACHE_DIR": str(folder.with_name("triton_cache")),
+    }
     environment.pop("TRITON_INTERPRET", None)
     if sanitized:
         if importlib.util.find_spec("ttsem") is None:
