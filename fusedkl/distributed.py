@@ -34,11 +34,12 @@ class Shards(NamedTuple):
 
     group_name: str
     ranks: int
+    rank: int
     begin: int  # the vocabulary entry its first logit stands for
     size: int
     total: int  # entries of all ranks
     ids_name: str | None  # of the argument with token ids, if there is one
-    # Of the cut that this rank goes by, if the call's numbers depend on it; docs/sharding.md.
+    # Of the cut that this rank goes by, if the call's numbers depend on that; docs/sharding.md.
     mark: int | None
     question: tuple[int, tuple[tuple[str, str], ...]] | None  # that the cut was the answer to
 
@@ -54,12 +55,16 @@ class Shards(NamedTuple):
 
     def local_ids(self, ids: Tensor) -> Tensor:
         """Ids [N, K] of the whole vocabulary as those of this slice; -1 outside of it."""
-        here = (ids >= self.begin) & (ids < self.begin + self.size)
-        return torch.where(here, ids - self.begin, -1)
+        begin: int | Tensor = self.begin
+        if not _looked_at(ids):  # nobody would notice that the cut is another one by now
+            here = torch.full((1,), self.size, dtype=torch.int64, device=ids.device)
+            begin = _gather(here, self)[: self.rank].sum()
+        held = (ids >= begin) & (ids < begin + self.size)
+        return torch.where(held, ids - begin, -1)
 
     def check_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
         """A ValueError for ids outside of the vocabulary; on CPU. After the call: see `placed`."""
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if ids.numel() and _looked_at(ids):
             counted = ids if mask is None else ids[mask]
             low, high = (int(v) for v in counted.aminmax()) if counted.numel() else (0, 0)
             if low < 0 or high >= self.total:
@@ -67,6 +72,11 @@ class Shards(NamedTuple):
                     f"{self.ids_name} must hold token ids of the whole vocabulary, from 0 to "
                     f"{self.total - 1}; got {low} to {high}"
                 )
+
+
+def _looked_at(t: Tensor) -> bool:
+    """Whether the host may read t: eagerly, and in its own memory."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class CutAnew(Exception):
@@ -99,13 +109,13 @@ def shards(
     said = tuple((k, "a tensor" if isinstance(v, Tensor) else f"{v}") for k, v in call.items())
     rows = math.prod(logits.shape[:-1])
     sizes = shard_agreement.sizes(name, here, rows, said)
-    by_place = ids_name is not None or valid_vocab is not None
+    by_cut = valid_vocab is not None or (ids_name is not None and _looked_at(logits))
     # rows may be symbolic in a graph, and nothing asks again there
     question = None if torch.compiler.is_compiling() else (rows, said)
     begin = sum(sizes[: group.rank()])
     return Shards(
-        name, len(sizes), begin, here, sum(sizes), ids_name,
-        _mark(sizes) if by_place else None, question,
+        name, len(sizes), group.rank(), begin, here, sum(sizes), ids_name,
+        _mark(sizes) if by_cut else None, question,
     )  # fmt: skip
 
 
@@ -124,7 +134,7 @@ def placed(shards: Shards, run: Callable[[Shards], _T]) -> tuple[_T, Shards]:
         assert shards.question is not None
         rows, call = shards.question
         sizes = shard_agreement.sizes_again(shards.group_name, shards.size, rows, call)
-        begin = sum(sizes[: shard_agreement.rank(shards.group_name)])
+        begin = sum(sizes[: shards.rank])
         shards = shards._replace(begin=begin, total=sum(sizes), mark=_mark(sizes))
         return run(shards), shards
 
@@ -178,7 +188,7 @@ def _unmarked(parts: Tensor, shards: Shards) -> Tensor:
     if shards.mark is None:
         return parts
     marks = parts[:, -1, :2]
-    if not torch.compiler.is_compiling() and parts.device.type == "cpu":
+    if _looked_at(parts):
         if not torch.equal(marks, marks[:1].expand_as(marks)):
             raise CutAnew
         return parts[:, :-1]
@@ -207,7 +217,7 @@ def gather(
     parts = _marked(parts.view(ranks, share, width), shards)
     mine = _unmarked(_exchange(parts, shards), shards)
     if inv_temperature is not None and inv_temperature.shape[0] != 1:
-        begin = shard_agreement.rank(shards.group_name) * share
+        begin = shards.rank * share
         padded = torch.nn.functional.pad(inv_temperature, (0, share * ranks - n), value=1.0)
         inv_temperature = padded[begin : begin + share]
     whole = torch.ops.fusedkl.merge_payload(mine, list(fields), inv_temperature, backend)

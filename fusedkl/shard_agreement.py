@@ -28,7 +28,7 @@ class _Record:
     """What is known of one group."""
 
     asked: int = 0  # exchanges so far: the number of the next one
-    # (rows, call) -> size of this rank's slice -> sizes of all slices, the newest last
+    # (rows or graph, call) -> size of this rank's slice -> sizes of all slices, the newest last
     answers: dict[Any, dict[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
@@ -38,12 +38,6 @@ _known: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 def _group(group_name: str) -> Any:
     resolve: Any = c10d._resolve_process_group
     return resolve(group_name)
-
-
-def rank(group_name: str) -> int:
-    """This process's in the group."""
-    found: int = _group(group_name).rank()
-    return found
 
 
 def _key(number: int, rank: int) -> str:
@@ -71,7 +65,7 @@ def _compare(posts: list[dict[str, Any]]) -> None:
         raise ValueError(f"the ranks of the group disagree in {said}")
 
 
-def _ask(group_name: str, vocabulary: int, rows: int | None, call: _Call) -> tuple[int, ...]:
+def _ask(group_name: str, vocabulary: int, rows: int | str, call: _Call) -> tuple[int, ...]:
     group = _group(group_name)
     cuts = _known.setdefault(group, _Record()).answers.get((rows, call))
     if not cuts:
@@ -83,12 +77,13 @@ def _ask(group_name: str, vocabulary: int, rows: int | None, call: _Call) -> tup
     return tuple(believed)
 
 
-def _exchange(group: Any, vocabulary: int, rows: int | None, call: _Call) -> tuple[int, ...]:
+def _exchange(group: Any, vocabulary: int, rows: int | str, call: _Call) -> tuple[int, ...]:
     record = _known[group]
     store: Any = c10d._get_process_group_store(group)
     me = group.rank()
     number, record.asked = record.asked, record.asked + 1
-    mine = json.dumps({"vocabulary": vocabulary, "rows": rows, **dict(call)})
+    compared = {"rows": rows} if isinstance(rows, int) else {}
+    mine = json.dumps({"vocabulary": vocabulary, **compared, **dict(call)})
     store.set(_key(number, me), mine)
     posts = []
     for rank in range(group.size()):
@@ -115,9 +110,12 @@ def _exchange(group: Any, vocabulary: int, rows: int | None, call: _Call) -> tup
     return found
 
 
-# torch.compile: asked while the graph is made; the sizes are constants of it.
+# torch.compile: asked while the graph is made; the sizes are constants of it. All ranks compile a
+# function when it is first called, and then it is asked. Compiled again, it may be by some only.
 def _traced(group_name: str, vocabulary: int, **call: Any) -> tuple[int, ...]:
-    return _ask(group_name, vocabulary, None, tuple(call.items()))
+    made = torch._guards.CompileContext.current_compile_id()
+    graph = f"graph {made.frame_id if made else None}"
+    return _ask(group_name, vocabulary, graph, tuple(call.items()))
 
 
 # What torch.compiler.assume_constant_result does, which imports the whole compiler for it.

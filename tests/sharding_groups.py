@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from unittest import mock
 
 import torch
@@ -26,6 +27,11 @@ from fusedkl import distributed
 def _as_many(limit: int = 1) -> mock._patch[int]:
     """Groups of this size merge as those of more than 8 ranks do."""
     return mock.patch.object(distributed, "_GATHERED_BY", limit)
+
+
+def _unseen() -> mock._patch[mock.Mock]:
+    """The host looks at no numbers, as where they are on a GPU."""
+    return mock.patch.object(distributed, "_looked_at", mock.Mock(return_value=False))
 
 
 @case
@@ -107,14 +113,16 @@ def cut_anew(group: dist.ProcessGroup) -> None:
                     group, rows, part, true_numbers(rows, kind, **options), kind, **options
                 )
                 assert max(found) <= 1e-5, f"{kind} {valid} {size}: off by {found}"
-        mine = leaf(rows[0], part)
         full = rows[0].clone().requires_grad_()
-        chosen = fusedkl.selective_log_softmax(mine, here, group=group)
         expected = fusedkl.selective_log_softmax(full, here)
-        torch.testing.assert_close(chosen, expected, rtol=3e-6, atol=3e-6)
-        chosen.sum().backward()
         expected.sum().backward()
-        torch.testing.assert_close(mine.grad, full.grad[:, part], rtol=1e-5, atol=1e-6)
+        for looked_at in (False, True):  # as on a GPU, whose ranks go by what they believe still
+            mine = leaf(rows[0], part)
+            with contextlib.nullcontext() if looked_at else _unseen():
+                chosen = fusedkl.selective_log_softmax(mine, here, group=group)
+            torch.testing.assert_close(chosen, expected, rtol=3e-6, atol=3e-6)
+            chosen.sum().backward()
+            torch.testing.assert_close(mine.grad, full.grad[:, part], rtol=1e-5, atol=1e-6)
         # an id that the new cut has and the old one has not is no error, and one beyond it is
         try:
             fusedkl.selective_log_softmax(rows[0][:, part], here + total, group=group)
@@ -152,11 +160,35 @@ def graphs(group: dist.ProcessGroup) -> None:
 
 @case
 def a_cut_unseen_in_a_graph(group: dist.ProcessGroup) -> None:
-    """Where nobody looks at numbers, ids by different cuts give NaN, not a wrong number."""
-    width = 9 + 2 * (group.rank() == 0)
-    x = torch.randn(3, 9)
-    step = torch.compile(
+    """Where nobody looks at numbers: ids by any cut; valid_vocab by another one is NaN."""
+    if group.size() > 2:  # as above
+        return
+    rank, ranks = group.rank(), group.size()
+
+    def cut_after(first: int) -> tuple[Tensor, Tensor, slice]:
+        """Rank 0's slice has this size, the others' have 9."""
+        total = first + 9 * (ranks - 1)
+        ends = [0, *range(first, total + 1, 9)]
+        return 3 * torch.randn(3, total), 3 * torch.randn(3, total), slice(*ends[rank : rank + 2])
+
+    chosen = torch.compile(
         lambda x, ids: fusedkl.selective_log_softmax(x, ids, group=group), backend="eager"
     )
-    assert step(x, torch.tensor([0, 1, 2])).isfinite().all()
-    assert step(torch.randn(3, width), torch.tensor([0, 1, 2])).isnan().all()
+    for first in (9, 11, 9):  # only rank 0 compiles anew
+        x, _, part = cut_after(first)
+        ids = torch.tensor([first - 1, first, x.shape[1] - 1])
+        expected = x.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(chosen(x[:, part], ids), expected, rtol=3e-6, atol=3e-6)
+
+    bounded = torch.compile(
+        lambda x, y: fusedkl.forward_kl(x, y, valid_vocab=12, group=group), backend="eager"
+    )
+    another = torch.compile(
+        lambda x, y: fusedkl.forward_kl(x, y, valid_vocab=12, group=group), backend="eager"
+    )
+    for first, step in ((9, bounded), (11, another), (9, bounded)):
+        x, y, part = cut_after(first)
+        expected = fusedkl.forward_kl(x, y, valid_vocab=12)
+        torch.testing.assert_close(step(x[:, part], y[:, part]), expected, rtol=1e-5, atol=1e-6)
+    x, y, part = cut_after(9)
+    assert another(x[:, part], y[:, part]).isnan().all()

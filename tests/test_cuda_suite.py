@@ -47,7 +47,7 @@ WIDE = {
 }
 
 
-def tests_of(wide: bool) -> dict[str, object]:
+def of_the_suite(wide: bool) -> dict[str, object]:
     """Under names of their own: several modules have a test_divergence."""
     return {
         f"{module.__name__}_{name.removeprefix('test_')}": test
@@ -60,7 +60,7 @@ def tests_of(wide: bool) -> dict[str, object]:
     }
 
 
-globals().update(tests_of(wide=False))
+globals().update(of_the_suite(wide=False))
 
 
 def test_any_alignment_is_as_accurate(backend: str) -> None:

@@ -7,5 +7,5 @@ import test_cuda_suite
 
 pytestmark = pytest.mark.full
 
-globals().update(test_cuda_suite.tests_of(wide=True))
+globals().update(test_cuda_suite.of_the_suite(wide=True))
 backend = test_cuda_suite.backend

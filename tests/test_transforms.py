@@ -140,9 +140,7 @@ class Module(torch.nn.Module):
         return FUNCTIONS[self.name](x, y)
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *LATER])
 def test_export(name: str) -> None:
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     x, y = logits(torch.float32)
@@ -173,9 +171,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
         torch.testing.assert_close(value, FUNCTIONS[name](x, y), msg=name)
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *LATER])
 def test_compiled_autograd(name: str) -> None:
     x, y = logits(torch.float32)
     wanted = by_autograd(name, x.clone(), y)

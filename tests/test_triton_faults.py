@@ -22,10 +22,17 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent / "kernels"
 
 
-def check(folder: Path, sanitized: bool, scope: str = "all") -> subprocess.CompletedProcess[str]:
+def check(
+    folder: Path, cache: Path, sanitized: bool, scope: str = "all"
+) -> subprocess.CompletedProcess[str]:
     script = str(HERE / "triton_check.py")
     command = [sys.executable, script, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        # What it compiles stays out of the user's cache: it prints kernels in a form of its own.
+        "TRITON_CACHE_DIR": str(cache),
+    }
     environment.pop("TRITON_INTERPRET", None)
     if sanitized:
         if importlib.util.find_spec("ttsem") is None:
@@ -40,7 +47,7 @@ def check(folder: Path, sanitized: bool, scope: str = "all") -> subprocess.Compl
 @pytest.mark.parametrize("sanitized", [False, True], ids=["interpreter", "ttsem"])
 def test_nothing_to_report(tmp_path: Path, sanitized: bool) -> None:
     shutil.copytree(KERNELS, tmp_path / "copied")
-    done = check(tmp_path / "copied", sanitized)
+    done = check(tmp_path / "copied", tmp_path / "cache", sanitized)
     assert done.returncode == 0 and done.stdout.count(" ok") == 4, done.stdout + done.stderr
 
 
@@ -111,18 +118,18 @@ def plant(tmp_path: Path, file: str, text: str, instead: str) -> Path:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
     file, text, instead, sanitized, says = FAULTS[fault]
-    done = check(plant(tmp_path, file, text, instead), sanitized)
+    done = check(plant(tmp_path, file, text, instead), tmp_path / "cache", sanitized)
     assert done.returncode != 0 and says in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_a_sample_is_clean_and_its_race_is_found(tmp_path: Path) -> None:
     """The sanitizer on two short rows; then where both rows leave their sums in one place."""
-    clean = check(KERNELS, sanitized=True, scope="some")
+    clean = check(KERNELS, tmp_path / "cache", sanitized=True, scope="some")
     said = clean.stdout + clean.stderr
     # no launch was too large to be looked at for races
     assert clean.returncode == 0 and " ok" in said and "too large" not in said, said
     out = "out = parts + part * COLUMNS * n"
     folder = plant(tmp_path, "sweep.py", out + " + row", out)
-    done = check(folder, sanitized=True, scope="some")
+    done = check(folder, tmp_path / "cache", sanitized=True, scope="some")
     assert done.returncode != 0 and "race: " in done.stdout, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def bad(text: str, counts: int) -> list[str]:
         elif not (shape == "2x128xf32 over 0" and TWO_ROWS.match(layout)):
             found.append(f"{shape} in {layout}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sanitizer has compiled into the shared cache is printed in another form."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 FIELDS = {

@@ -179,6 +179,50 @@ RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   return s;
 }
 
+// Renyi's divergence is the logarithm of how far the rows overlap. Where they hardly do, no sum about a centre in float knows their
+// log-ratio.
+static bool hardly_overlap(const FamilyKind& k, const FamilySums& sums) {
+  return k.family == Family::tilted && !k.hellinger && sums.apart > 1.99;
+}
+
+// The row's two sweeps in double.
+static FamilySums family_in_double(const ForwardCall& c, int64_t r, RowState& s) {
+  const DType dx = c.policy.dtype, dy = c.reference->dtype;
+  std::vector<RowState> parts;
+  auto segment = [&](int64_t i) {
+    GradientJob job;
+    job.inv_t = c.inv_t(r);
+    job.cap = c.cap;
+    job.kind = c.fields.kind;
+    job.x = c.policy.row(r, i * c.segment_length());
+    job.y = c.reference->row(r, i * c.segment_length());
+    job.n = std::min(c.segment_length(), c.policy.length - i * c.segment_length());
+    return job;
+  };
+  for (int64_t i = 0; i < c.segments(); i++) {
+    const GradientJob job = segment(i);
+    parts.push_back(divergence_f64({job.x, dx, c.cap}, {job.y, dy, c.cap}, job.n, job.inv_t));
+  }
+  RowState exact = merged_row(c, r, parts.data());
+  exact.entropy = s.entropy;
+  exact.reference_entropy = s.reference_entropy;
+  exact.logit_sum = s.logit_sum;
+  exact.tokens = s.tokens;
+  s = exact;
+  FamilySums sums;
+  for (int64_t i = 0; i < c.segments(); i++) {
+    GradientJob job = segment(i);
+    job.state = s;
+    sums.add(family_sums_f64(job, dx, dy));
+  }
+  return sums;
+}
+
+static void finish_family(const ForwardCall& c, int64_t r, RowState& s, const FamilySums& sums) {
+  const bool apart = hardly_overlap(c.fields.kind, sums) && !c.in_double(c.inv_t(r));
+  set_family(s, c.fields.kind, apart ? family_in_double(c, r, s) : sums);
+}
+
 void finish_row(const ForwardCall& c, int64_t r, const RowState& s) {
   static_cast<RowState*>(c.state.mutable_data_ptr())[r] = s;
   if (c.f64) write_values(c, r, s, static_cast<double*>(c.values.mutable_data_ptr()));
@@ -196,7 +240,7 @@ void forward_row(const ForwardCall& c, int64_t r, std::vector<RowState>& parts, 
         sums = FamilySums{};
         for (int64_t i = 0; i < c.segments(); i++) sums.add(segment_sums(c, r, i, s, room));
       }
-      set_family(s, c.fields.kind, sums);
+      finish_family(c, r, s, sums);
     }
   }
   finish_row(c, r, s);
@@ -218,7 +262,7 @@ static void family_by_segments(const ForwardCall& c, std::vector<RowState>& rows
       sums[r] = FamilySums{};
       for (int64_t i = 0; i < segments; i++) sums[r].add(parts[r * segments + i]);
       wanted[r] = sweeps < 2 && mend_log_ratio(rows[r], sums[r]);
-      if (!wanted[r]) set_family(rows[r], c.fields.kind, sums[r]);
+      if (!wanted[r]) finish_family(c, r, rows[r], sums[r]);
     }
   }
 }
