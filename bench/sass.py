@@ -12,15 +12,18 @@ import re
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 PACKED = {"FFMA2", "FADD2", "FMUL2"}  # one issue slot, two lanes of the fp32 pipe
 FMA = {"FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2", "FHADD", "FHFMA"} | PACKED
-LOADS = {"LDG", "LDGSTS"}
-MEMORY = LOADS | {"STG", "LDS", "STS", "LDL", "STL", "SHFL", "REDUX", "CREDUX", "ATOMG"}
+LOADS = {"LDG", "LDGSTS"}  # of global memory; the second copies to shared memory
+SHARED_LOADS = {"LDS"}
+STORES = {"STG", "ST"}  # the second where the compiler cannot tell that it is not shared memory
+MEMORY = LOADS | SHARED_LOADS | STORES
+MEMORY |= {"LD", "STS", "LDL", "STL", "SHFL", "REDUX", "CREDUX", "ATOMG"}
 SPILLS = {"LDL", "STL"}
 BARRIERS = {"BAR", "SYNCS"}
 SHUFFLES = {"SHFL"}
@@ -76,7 +79,8 @@ class Counts:
     load_bits: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, code: Iterable[Instruction]) -> Counts:
+    def of(cls, code: Iterable[Instruction], reads: Set[str] = LOADS) -> Counts:
+        """`reads`: the instructions whose bytes count as loaded."""
         c = cls()
         for i in code:
             base = i.base
@@ -85,10 +89,10 @@ class Counts:
             c.barriers += base in BARRIERS
             c.spills += base in SPILLS
             c.float64 += base in {"DADD", "DMUL", "DFMA", "DSETP"} or i.op.endswith(".F64")
-            if base in LOADS:
+            if base in reads:
                 c.loaded += i.bytes
                 c.load_bits.add(8 * i.bytes)
-            if base == "STG":
+            if base in STORES:
                 c.stored += i.bytes
             if base in SPECIAL:
                 c.special += 1
@@ -147,9 +151,9 @@ class Cubin:
         """Registers per thread, bytes of stack per thread."""
         return self._resources[kernel]
 
-    def loops(self, kernel: str) -> list[HotLoop]:
+    def loops(self, kernel: str, reads: Set[str] = LOADS) -> list[HotLoop]:
         """`hot_loops` of it."""
-        return hot_loops(*parse(self._text[kernel]))
+        return hot_loops(*parse(self._text[kernel]), reads)
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -218,8 +222,10 @@ class HotLoop:
     code: list[Instruction]
 
 
-def hot_loops(code: list[Instruction], labels: dict[str, int]) -> list[HotLoop]:
-    """Loops that read global memory, the hottest first."""
+def hot_loops(
+    code: list[Instruction], labels: dict[str, int], reads: Set[str] = LOADS
+) -> list[HotLoop]:
+    """Loops that read memory (`reads`: by which instructions), the hottest first."""
     after = _successors(code, labels)
     before: list[list[int]] = [[] for _ in code]
     for at, leaves in enumerate(after):
@@ -238,8 +244,8 @@ def hot_loops(code: list[Instruction], labels: dict[str, int]) -> list[HotLoop]:
         rest = body.difference(trip)
         loop = HotLoop(
             head,
-            Counts.of(code[at] for at in trip),
-            Counts.of(code[at] for at in sorted(rest)),
+            Counts.of((code[at] for at in trip), reads),
+            Counts.of((code[at] for at in sorted(rest)), reads),
             [code[at] for at in trip],
         )
         if loop.hot.loaded:

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import machine
 import nvcc
 import static_cases
 from static_cases import Case, Found
@@ -93,7 +96,7 @@ class Row:
             hot.barriers,
             hot.float64,
             CENTRES * found.loop.cold.instructions / case.per_lane if case.per_lane else 0.0,
-            case.bytes_per_pair,
+            case.read_bytes + hot.stored / pairs,
             case.ideal,
         )
 
@@ -139,23 +142,28 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Budget:
-    """Most instructions per pair, by architecture, and the least share of the bandwidth."""
+    """Per pair: most instructions, by architecture; least share of the bandwidth; most bytes."""
 
     instructions: dict[int, float]
     ceiling: dict[int, float]
+    bytes: float = 4
 
 
 _FORWARD_CEILING = {80: 0.95, 90: 0.95, 100: 0.85}
 _BOTH = Budget({90: 35, 100: 24}, {})
 _ENTROPY = Budget({90: 30}, {})
-_BACKWARD = Budget({90: 19, 100: 15.5}, {})
+_BACKWARD = Budget({90: 19, 100: 15.5}, {}, 6)
 BUDGETS = {
     "CUDA forward_kl": Budget({90: 28, 100: 19}, _FORWARD_CEILING),
-    "CUDA forward_kl, V = 50257 or any other alignment": Budget({}, {80: 0.9, 90: 0.9, 100: 0.45}),
+    "CUDA forward_kl, V = 50257, rows misaligned alike": Budget({}, {80: 0.9, 90: 0.9, 100: 0.9}),
+    "CUDA forward_kl, V = 50257, rows misaligned differently": Budget(
+        {}, {80: 0.45, 90: 0.45, 100: 0.45}
+    ),
     "CUDA both directions": _BOTH,
     "CUDA forward_kl and entropy": _ENTROPY,
     "CUDA token_stats, every field": Budget({}, {90: 0.7}),
     "CUDA backward of forward_kl": _BACKWARD,
+    "CUDA forward_kl and its gradient, one launch": Budget({}, {}, 6),
     "CUDA jsd, differences within 1 nat": Budget({}, {90: 0.45}),
     "CUDA jsd, any difference": Budget({}, {90: 0.45}),
     "Triton forward_kl": Budget({90: 29, 100: 22}, _FORWARD_CEILING),
@@ -169,6 +177,10 @@ BUDGETS = {
 }
 
 
+# Whose logits are loaded one by one, at any alignment.
+ONE_BY_ONE = {"Triton forward_kl, V = 50257"}
+
+
 @dataclass(frozen=True)
 class Missed:
     """A budget that is not kept, where it stands instead, and why."""
@@ -179,6 +191,13 @@ class Missed:
 
 
 MISSED: dict[tuple[str, int], Missed] = {
+    ("CUDA forward_kl, V = 50257, rows misaligned alike", 100): Missed(
+        25.5,
+        0.68,
+        "Putting chunks together from two vectors each costs 5 instructions per pair, also where "
+        "rows are misaligned alike: aligned chunks behind a few first tokens would move the tiles, "
+        "and with them a row's last bits, with its place in the batch.",
+    ),
     ("Triton forward_kl, V = 50257", 100): Missed(
         28.5,
         0.6,
@@ -201,8 +220,10 @@ def violations(row: Row, budget: Budget) -> Iterator[str]:
         yield f"{where}: {row.float64} float64 instructions in the hot loop"
     if row.shuffles or row.barriers:
         yield f"{where}: {row.shuffles} shuffles, {row.barriers} barriers in the hot loop"
-    if "50257" not in row.kernel and min(row.load_bits) < 128:
+    if row.kernel not in ONE_BY_ONE and min(row.load_bits) < 128:
         yield f"{where}: loads of {min(row.load_bits)} bits"
+    if row.bytes_per_pair > budget.bytes:
+        yield f"{where}: {row.bytes_per_pair:g} bytes per pair, {budget.bytes:g} allowed"
     most = budget.instructions.get(row.architecture)
     if most is not None and round(row.issued, 2) > most:
         yield f"{where}: {row.issued:.1f} instructions per pair, {most:g} allowed"
@@ -213,14 +234,14 @@ def violations(row: Row, budget: Budget) -> Iterator[str]:
 
 def beyond(row: Row) -> list[str]:
     """What is wrong with a row of ours: its budget's, or where MISSED lets it stand, that one's."""
-    budget = BUDGETS.get(row.kernel, Budget({}, {}))
+    budget = BUDGETS.get(row.kernel, Budget({}, {}, math.inf))
     missed = MISSED.get((row.kernel, row.architecture))
     if missed is None:
         return list(violations(row, budget))
     at = row.architecture
     if not any(violations(row, budget)):
         return [f"{row.kernel} on sm_{at} is within its budget: take it out of MISSED"]
-    now = Budget({at: missed.instructions}, {at: missed.ceiling})
+    now = Budget({at: missed.instructions}, {at: missed.ceiling}, budget.bytes)
     return list(violations(row, now))
 
 
@@ -233,7 +254,7 @@ def table(rows: list[Row]) -> str:
 def count(cases: Iterable[Case], *architectures: int) -> list[Row]:
     """Compiles the cases, for all machines or for these, and reads their hot loops."""
     wanted = architectures or tuple(MACHINES)
-    return [Row.of(case, at, case.find(at)) for case in cases for at in wanted]
+    return [Row.of(case, at, case.find(at)) for case in cases for at in wanted if at >= case.since]
 
 
 def _versions() -> dict[str, str]:
@@ -245,9 +266,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def rows_of(content: dict[str, Any]) -> list[Row]:
+    """Of a results' file."""
+    return [Row(**{**entry, "load_bits": tuple(entry["load_bits"])}) for entry in content["rows"]]
+
+
 def section(content: dict[str, Any]) -> str:
     """The Markdown between the marks of docs/gpu.md."""
-    rows = [Row(**{**entry, "load_bits": tuple(entry["load_bits"])}) for entry in content["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     missed = "\n".join(
         f"- {name} on sm_{at}: {missed.instructions:g} instructions per pair, ceiling "
@@ -255,26 +280,34 @@ def section(content: dict[str, Any]) -> str:
         for (name, at), missed in MISSED.items()
     )
     return (
-        f"From `bench/results/static.json`, written by `python bench/static.py --write` with "
-        f"{versions}.\n\n{table(rows)}\n\nBudgets of `bench/static.py` that are not kept, and how "
+        f"From `bench/results/static.json`, written by `{content['command']}` at commit "
+        f"{content['commit']} on {content['date']} with {versions}.\n\n"
+        f"{table(rows_of(content))}\n\nBudgets of `bench/static.py` that are not kept, and how "
         f"far they are let go:\n\n{missed}\n"
     )
 
 
 def write(rows: list[Row]) -> None:
     """The results' file, and what docs/gpu.md shows of it."""
-    content = {"versions": _versions(), "rows": [asdict(row) for row in rows]}
+    content = {
+        "command": "python bench/static.py --write",
+        "commit": machine.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "rows": [asdict(row) for row in rows],
+    }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(before + BEGIN + section(content) + END + rest.split(END)[1])
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="ours only, against the budgets")
     parser.add_argument("--write", action="store_true", help="into the results and docs/gpu.md")
-    options = parser.parse_args()
-    rows = count([*static_cases.cuda(), *static_cases.cuda_family(), *static_cases.triton()])
+    options = parser.parse_args(arguments)
+    rows = count(static_cases.ours())
     if options.check:
         print(table(rows))
         for (name, at), missed in MISSED.items():

@@ -20,6 +20,8 @@ from fusedkl import reference
 V = 128256
 # A segment of the CUDA kernels holds at most so many tokens (csrc/row_math.h), for 128 threads.
 CUDA_SEGMENT, CUDA_THREADS = 65536, 128
+# Rows of V bf16 pairs take a cluster of 4 blocks with 512 threads (csrc/cuda/rows.cu, cluster.cuh).
+CLUSTER_THREADS = 4 * 512
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Case:
 
     name: str
     find: Callable[[int], Found]  # by architecture
-    bytes_per_pair: float  # that must move between memory and chip
+    read_bytes: float  # that must move from memory; what is written is counted
     load_bytes: float  # that the hot loop's load instructions ask for
     per_lane: float = 0.0  # pairs of a lane between the moves of the centre; 0: it has none
-    ideal: float = 4.0  # bytes per pair that the task needs
+    ideal: float = 4.0  # bytes per pair that the task needs, read and written
+    since: int = 80  # the first architecture that has it
 
 
 # ---- CUDA
@@ -76,46 +79,79 @@ def _second_sweep(which: Callable[..., sass.HotLoop], first: Callable[[int], Fou
         trips, rest = divmod(hot.loaded, sweep.hot.loaded)
         if rest:
             raise ValueError(f"trips of {hot.loaded} and {sweep.hot.loaded} bytes")
-        both = [*forward.loop.code, *(trips * sweep.code)]
         registers, stack = code.registers_and_stack(name)
-        loop = sass.HotLoop(0, sass.Counts.of(both), forward.loop.cold, both)
+        loop = _one_after_another((1, forward.loop), (trips, sweep), cold=forward.loop.cold)
         return Found(max(registers, forward.registers), stack + forward.stack, loop)
 
     return find
 
 
+def _one_after_another(*trips: tuple[int, sass.HotLoop], cold: sass.Counts) -> sass.HotLoop:
+    """So many trips through each of several loops, as if they were one's."""
+    code = [instruction for times, loop in trips for instruction in times * loop.code]
+    return sass.HotLoop(0, sass.Counts.of(code), cold, code)
+
+
+def _one_launch(architecture: int) -> Found:
+    """Of a cluster: both rows copied to shared memory, the sweep there, the gradient from there."""
+    code = _cuda_code("bf16", architecture)
+    name = code.kernel(r"cluster_kernelILi0ELb1E")
+    on_chip = [loop for loop in code.loops(name, sass.SHARED_LOADS) if loop.hot.load_bits == {128}]
+    sweep = on_chip[0]
+    (gradient,) = (loop for loop in on_chip if loop.hot.stored)
+    copies = code.loops(name)[:2]  # one of each row; beside them, what an unrolled one leaves
+    served = [(loop.hot.loaded // 2, loop) for loop in copies]  # pairs of a trip
+    served += [(loop.hot.loaded // 4, loop) for loop in (sweep, gradient)]
+    most = max(pairs for pairs, _ in served)
+    trips = [(most // pairs, loop) for pairs, loop in served]
+    loop = _one_after_another(*trips, cold=sweep.cold)
+    if loop.hot.loaded != 4 * most:
+        raise ValueError(f"{loop.hot.loaded} bytes copied for {most} pairs")
+    return Found(*code.registers_and_stack(name), loop)
+
+
+def _pairs_per_lane(vocab: int) -> float:
+    return vocab / -(-vocab // CUDA_SEGMENT) / CUDA_THREADS
+
+
 def cuda() -> list[Case]:
     """Ours in CUDA C++, on bfloat16."""
-    segments = -(-V // CUDA_SEGMENT)
-    lane = V / segments / CUDA_THREADS
 
     def forward(name: str, mode: int, anywhere: int = 0) -> Case:
         find = _of_cuda(rf"forward_kernelILi{mode}E\w*Lb{anywhere}EEEv")
         # an unaligned chunk is put together from two vectors, the second of which is in cache
+        lane = _pairs_per_lane(50257 if anywhere else V)
         return Case(f"CUDA {name}", find, 4, 8 if anywhere else 4, lane)
 
     gradient = _of_cuda(r"gradient_kernelILb1E\w*Lb0EEEv")
     return [
         forward("forward_kl", 0),
-        forward("forward_kl, V = 50257 or any other alignment", 0, 1),
+        # one kernel for both: chunks are put together wherever the rows lie
+        forward("forward_kl, V = 50257, rows misaligned alike", 0, 1),
+        forward("forward_kl, V = 50257, rows misaligned differently", 0, 1),
         forward("both directions", 1),
         forward("forward_kl and entropy", 2),
         forward("token_stats, every field", 7),
-        Case("CUDA backward of forward_kl", gradient, 6, 4, ideal=6),
+        Case("CUDA backward of forward_kl", gradient, 4, 4, ideal=6),
+        Case(
+            "CUDA forward_kl and its gradient, one launch",
+            *(_one_launch, 4, 4, V / CLUSTER_THREADS),
+            ideal=6,
+            since=90,
+        ),
     ]
 
 
 def cuda_family() -> list[Case]:
     """Divergences of a second sweep, in CUDA C++: the rows on chip, as a cluster has them."""
-    segments = -(-V // CUDA_SEGMENT)
-    lane = V / segments / CUDA_THREADS
+    lane = _pairs_per_lane(V)
     first = _of_cuda(r"forward_kernelILi2E\w*Lb0EEEv")
     gradient = _of_cuda(r"family_gradient_kernelILNS_6FamilyE1E", "family_bf16")
     return [
         # twice the bytes are asked for: the second time of shared memory
         Case("CUDA jsd, differences within 1 nat", _second_sweep(min, first), 4, 8, lane),
         Case("CUDA jsd, any difference", _second_sweep(max, first), 4, 8, lane),
-        Case("CUDA backward of jsd, to both", gradient, 8, 4, ideal=8),
+        Case("CUDA backward of jsd, to both", gradient, 4, 4, ideal=8),
     ]
 
 
@@ -222,18 +258,24 @@ def triton() -> list[Case]:
     dtypes = (torch.bfloat16, torch.bfloat16)
     found = []
     for name, (kernel, call) in triton_calls().items():
-        moved = 6.0 if "backward" in name else 4.0
+        ideal = 6.0 if "backward" in name else 4.0
         if "to both" in name:
-            moved = 8.0
+            ideal = 8.0
         # the task needs one read; where two sweeps share it, half of it is each one's
-        ideal = moved / 2 if "second sweep" in name else moved
+        if "second sweep" in name:
+            ideal /= 2
         vocab = 50257 if "50257" in name else V
         # one warp works on a segment
         centred = "backward" not in name and "second sweep" not in name
         lane = choose(vocab, dtypes, 90).segment / 32 if centred else 0.0
         find = _of_triton(kernel, call)
-        found.append(Case(f"Triton {name}", find, moved, 4, lane, ideal=ideal))
+        found.append(Case(f"Triton {name}", find, 4, 4, lane, ideal=ideal))
     return found
+
+
+def ours() -> list[Case]:
+    """All that have budgets."""
+    return [*cuda(), *cuda_family(), *triton()]
 
 
 # ---- others
@@ -280,14 +322,14 @@ def liger() -> list[Case]:
                 "_kldiv_kernel_backward",
                 lambda: kl_div.kldiv_backward_triton(x, torch.ones(()), torch.empty_like(x), True),
             ),
-            8,
+            4,
             4,
             ideal=6,
         ),
         Case(
             "liger-kernel jsd, beta = 0 (forward KL, with its gradient)",
             _of_triton("_jsd_kernel", lambda: jsd.jsd_forward(low, low, None, 0.0, -100, False)),
-            6,
+            4,
             4,
             ideal=6,
         ),

@@ -39,6 +39,7 @@ _MODULES = _load()
 capture = _MODULES["capture"]
 cases = _MODULES["cases"]
 contenders = _MODULES["contenders"]
+cuda_library = _MODULES["cuda_library"]
 families = _MODULES["families"]
 figures = _MODULES["figures"]
 goals = _MODULES["goals"]

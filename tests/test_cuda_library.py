@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_modules import nvcc
+from bench_modules import cuda_library, nvcc
 
-pytestmark = pytest.mark.full
-
-ROOT = Path(__file__).resolve().parent.parent
-MOST_BYTES = 12 << 20
 # Loads the library beside the package that is there, and asks what it has.
 LOADS = """
 import sys, torch, fusedkl
@@ -28,26 +25,26 @@ assert float(fusedkl.forward_kl(x, x).sum()) == 0
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA")
 def test_it_links_loads_and_is_small(tmp_path: Path) -> None:
     if nvcc.toolkit("bin/nvcc", "include/cuda_runtime.h") is None:
         pytest.skip("no CUDA toolkit")
-    environment = dict(os.environ, FUSEDKL_BUILD_CUDA="1")
-    build = ["build_ext", "--build-lib", tmp_path, "--build-temp", ROOT / "build" / "cuda_library"]
+    library = cuda_library.build(tmp_path)
+    size = library.stat().st_size
+    assert size <= cuda_library.MOST_BYTES, f"{size / 2**20:.1f} MiB"
+    for_code = [f"sm_{target}" for target in nvcc.TARGETS]
+    assert cuda_library.targets(library) == {"machine code": for_code, "PTX": for_code[-1:]}
     done = subprocess.run(
-        [sys.executable, "setup.py", *map(str, build)],
-        cwd=ROOT,
-        env=environment,
+        [sys.executable, "-c", LOADS, library],
+        env={**os.environ, "PYTHONPATH": str(cuda_library.ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    (library,) = tmp_path.glob("fusedkl/_C_cuda*")
-    size = library.stat().st_size
-    print(f"{library.name}: {size / 2**20:.1f} MiB")
-    assert size <= MOST_BYTES, f"{size / 2**20:.1f} MiB"
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS, library], env=environment, capture_output=True, text=True
-    )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_shows_the_library_that_was_built() -> None:
+    content = json.loads(cuda_library.RESULTS.read_text())
+    assert cuda_library.section(content) in cuda_library.PAGE.read_text()
+    assert content["bytes"] <= cuda_library.MOST_BYTES

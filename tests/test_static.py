@@ -15,18 +15,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench_modules import capture, nvcc, sass, static, static_cases
 
-TARGETS = [pytest.param(at, marks=() if at == 90 else pytest.mark.full) for at in static.MACHINES]
-OURS = (*static_cases.triton(), *static_cases.cuda(), *static_cases.cuda_family())
-CASES = {case.name: case for case in OURS}
+CASES = {case.name: case for case in static_cases.ours()}
+COUNTED = [(name, at) for name, case in CASES.items() for at in static.MACHINES if at >= case.since]
 # Minutes of compiling.
 FAMILY = {case.name for case in static_cases.cuda_family()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.full if name in FAMILY else ()) for name in CASES],
+    ("name", "architecture"),
+    [
+        pytest.param(name, at, marks=pytest.mark.full if at != 90 or name in FAMILY else ())
+        for name, at in COUNTED
+    ],
 )
 def test_budget(name: str, architecture: int) -> None:
     """What is known to miss its budget is held where it is, by name."""
@@ -70,6 +71,39 @@ def test_a_budget_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_shows_what_was_counted() -> None:
     content = json.loads(static.RESULTS.read_text())
     assert static.section(content) in static.PAGE.read_text()
+
+
+def committed() -> list[static.Row]:
+    """Of the results' file, ours."""
+    rows = static.rows_of(json.loads(static.RESULTS.read_text()))
+    return [row for row in rows if row.kernel.startswith(("CUDA", "Triton"))]
+
+
+def test_the_results_are_of_the_kernels_that_there_are() -> None:
+    assert sorted((row.kernel, row.architecture) for row in committed()) == sorted(COUNTED)
+    assert set(static.BUDGETS) <= set(CASES)
+    assert set(static.MISSED) <= {(name, at) for name, at in COUNTED if name in static.BUDGETS}
+
+
+def test_the_check_fails_beyond_a_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the counts that are committed, and on the same with one instruction too many."""
+    rows = committed()
+    monkeypatch.setattr(static, "count", lambda cases: rows)
+    assert static.main(["--check"]) == 0
+    at = next(i for i, row in enumerate(rows) if row.kernel == "CUDA backward of forward_kl")
+    for worse in ({"instructions": 20.0}, {"bytes_per_pair": 8.0}, {"load_bits": (16,)}):
+        monkeypatch.setattr(
+            static,
+            "count",
+            lambda cases, worse=worse: [
+                dataclasses.replace(row, **worse) if i == at + 1 else row
+                for i, row in enumerate(rows)
+            ],
+        )
+        assert static.main(["--check"]) == 1, worse
+    assert "CUDA backward of forward_kl on sm_90: loads of 16 bits" in capsys.readouterr().out
 
 
 def test_loops_and_their_cold_blocks_are_told_apart() -> None:

@@ -1,0 +1,131 @@
+"""Builds the CUDA library for every target, without a GPU, and says how large it is.
+
+    python bench/cuda_library.py            build it and print the facts
+    python bench/cuda_library.py --write    the same into bench/results/cuda-library.json and
+                                            docs/gpu.md
+
+Objects are kept in build/cuda_library, so a second run only links. Needs a whole CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import machine
+import nvcc
+import sass
+import torch
+
+ROOT = nvcc.ROOT
+RESULTS, PAGE = ROOT / "bench" / "results" / "cuda-library.json", ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- library:begin -->\n", "<!-- library:end -->\n"
+OBJECTS = ROOT / "build" / "cuda_library"
+MOST_BYTES, AIM_BYTES = 12 << 20, 6 << 20
+
+# setup.py's own build, of this library alone.
+_BUILD = """
+import sys, setuptools
+from distutils.core import run_setup
+found = run_setup("setup.py", sys.argv[1:], stop_after="commandline")
+found.ext_modules = [one for one in found.ext_modules if one.name == "fusedkl._C_cuda"]
+found.run_commands()
+"""
+
+
+def build(folder: Path) -> Path:
+    """The library, linked into `folder`; what the compiler said is the error if it failed."""
+    places = ["--build-lib", str(folder), "--build-temp", str(OBJECTS)]
+    done = subprocess.run(
+        [sys.executable, "-c", _BUILD, "build_ext", *places],
+        cwd=ROOT,
+        env={**os.environ, "FUSEDKL_BUILD_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout[-5000:] + done.stderr[-5000:])
+    (library,) = folder.glob("fusedkl/_C_cuda*")
+    return library
+
+
+def targets(library: Path) -> dict[str, list[str]]:
+    """The architectures that its machine code and its PTX are for."""
+    found = {}
+    for kind, option in (("machine code", "--list-elf"), ("PTX", "--list-ptx")):
+        said = subprocess.run(
+            [sass.tool("cuobjdump"), option, library], capture_output=True, text=True, check=True
+        )
+        found[kind] = sorted(set(re.findall(r"sm_\d+a?", said.stdout)), key=lambda n: (len(n), n))
+    return found
+
+
+def compile_seconds() -> float:
+    """Of all objects, one after another, when each was last compiled (ninja's log)."""
+    took = {}
+    for line in (OBJECTS / ".ninja_log").read_text().splitlines()[1:]:
+        begin, end, _, output, _ = line.split("\t")
+        if "/csrc/cuda/" in output:
+            took[output] = (int(end) - int(begin)) / 1e3
+    return round(sum(took.values()))
+
+
+def facts(library: Path) -> dict[str, Any]:
+    """What the results' file has."""
+    home = nvcc.toolkit("bin/nvcc", "include/cuda_runtime.h")
+    return {
+        "command": "python bench/cuda_library.py --write",
+        "commit": machine.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "nvcc": nvcc.version(home) if home else "none"},
+        "bytes": library.stat().st_size,
+        "targets": targets(library),
+        "compile_seconds": compile_seconds(),
+    }
+
+
+def section(content: dict[str, Any]) -> str:
+    """The Markdown between the marks of docs/gpu.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    kinds = "; ".join(
+        f"{kind} for {', '.join(names)}" for kind, names in content["targets"].items()
+    )
+    minutes = content["compile_seconds"] / 60
+    return (
+        f"The library is {content['bytes'] / 2**20:.1f} MiB ({MOST_BYTES >> 20} allowed, "
+        f"{AIM_BYTES >> 20} aimed at): {kinds}. Compiling it took {minutes:.0f} minutes, one "
+        f"source after another. From `bench/results/cuda-library.json`, written by "
+        f"`{content['command']}` at commit {content['commit']} on {content['date']} with "
+        f"{versions}.\n"
+    )
+
+
+def write(content: dict[str, Any]) -> None:
+    """The results' file, and what docs/gpu.md shows of it."""
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + section(content) + END + rest.split(END)[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into the results and docs/gpu.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        content = facts(build(Path(folder)))
+    print(section(content))
+    if options.write:
+        write(content)
+    return 0 if content["bytes"] <= MOST_BYTES else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
