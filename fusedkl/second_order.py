@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, validation
+from . import contents, reference, validation
 from .autograd import intercepted
 from .layout import inverse_temperature, row_parts, rows
 
@@ -48,7 +48,7 @@ def fisher_vector_product(
     validation.alike("vector", vector, "logits", logits)
     inverse = inverse_temperature(temperature, logits)
     if inverse is not None and logits.device.type == "cpu" and not intercepted(inverse):
-        validation.temperatures(inverse, None)
+        contents.temperatures(inverse, None)
     dtype = reference.inside(logits.device)
     x, v = rows(logits), rows(vector)
     one_each = (*x.shape[:-1], 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import autograd, distributed, reductions, reference, validation
+from . import autograd, contents, distributed, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
@@ -153,7 +153,7 @@ def topk_divergence(
     width = policy_logits.shape[-1] if shards is None else None
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
     if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
-        validation.temperatures(inverse, counted)
+        contents.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
     if shards is not None:
