@@ -102,8 +102,9 @@ def token_stats(
         backend: None, or a name from `backends()`.
 
     Returns:
-        TokenStats, float32, or float64 if either input is; its k1, k2 and k3 are estimates of
-        KL(p || q) from the given tokens. Any combination of fields is differentiated by one sweep.
+        TokenStats, float32, or float64 if either input is that the fields need; its k1, k2 and k3
+        are estimates of KL(p || q) from the given tokens. Any combination of fields is
+        differentiated by one sweep.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.

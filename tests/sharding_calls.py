@@ -70,6 +70,58 @@ def linear(group: dist.ProcessGroup) -> None:
 
 
 @case
+def linear_of_16_bits(group: dist.ProcessGroup) -> None:
+    """What all weights share cancels in the sum over slices, and is large in each of them."""
+    made = torch.randn(7, 12), torch.randn(7, 12), torch.randn(90, 12) + 30, torch.randn(90, 12)
+    hidden, other, weight, moved = (t.to(torch.bfloat16) for t in made)
+    part = cut(group, 90, 0)
+
+    def error(rows: slice, g: dist.ProcessGroup | None) -> float:
+        leaves = [t.clone().requires_grad_() for t in (hidden, other)]
+        heads = [t[rows] for t in (weight, weight + moved)]
+        value = fusedkl.linear_divergence(leaves[0], heads[0], leaves[1], heads[1], group=g)
+        found = torch.autograd.grad(value.sum(), leaves)
+        wide = [t.double().requires_grad_() for t in (hidden, other)]
+        x, y = wide[0] @ weight.double().t(), wide[1] @ (weight + moved).double().t()
+        truth = torch.autograd.grad(fusedkl.forward_kl(x, y).sum(), wide)
+        assert all(t.dtype == torch.bfloat16 for t in found)
+        return max(float((a - e).norm() / e.norm()) for a, e in zip(found, truth, strict=True))
+
+    sharded, whole = error(part, group), error(slice(None), None)
+    assert sharded <= 1.5 * whole, f"off by {sharded}, on one rank by {whole}"
+
+
+@case
+def linear_references(group: dist.ProcessGroup) -> None:
+    """Given as logits, also where a rank holds none of them; one weight for both; no tokens."""
+    hidden, other, weight = torch.randn(2, 3, 12), torch.randn(2, 3, 12), torch.randn(90, 12)
+    logits = torch.randn(2, 3, 90)
+    for way in range(3):
+        part = cut(group, 90, way)
+        for name in ("ref_logits", "ref_hidden"):
+            for tokens in (3, 0):
+                given = logits if name == "ref_logits" else other
+                mine = [t[:, :tokens].clone() for t in (hidden, given)] + [weight[part].clone()]
+                full = [t[:, :tokens].clone() for t in (hidden, given)] + [weight.clone()]
+                if name == "ref_logits":
+                    mine[1] = mine[1][..., part].clone()
+                values = []
+                for leaves, g in ((mine, group), (full, None)):
+                    for t in leaves:
+                        t.requires_grad_()
+                    reference = {name: leaves[1]}
+                    value = fusedkl.linear_divergence(
+                        leaves[0], leaves[2], **reference, kind="jeffreys", group=g
+                    )
+                    value.sum().backward()
+                    values.append(value.detach())
+                torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+                cut_ = (slice(None), (..., part) if name == "ref_logits" else slice(None), part)
+                for a, e, at in zip(mine, full, cut_, strict=True):
+                    torch.testing.assert_close(a.grad, e.grad[at], rtol=1e-4, atol=1e-4)
+
+
+@case
 def traffic(group: dist.ProcessGroup) -> None:
     x, y = torch.randn(10, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
     gathered = "all_gather_into_tensor"
