@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -28,7 +29,7 @@ def per_token(
     inverse = inverse_temperature(temperature, hidden)
     counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return inverse, counted, reductions.token_weights(hidden, weight, dtype)
+    return inverse, counted, reductions.token_weights(hidden, weight, dtype, "token_weight")
 
 
 def inputs_of(
@@ -112,7 +113,7 @@ def _autocast(t: Any) -> Any:
 
 
 def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # a slice may hold no logits
 
 
 def _number(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import autograd, contents, distributed, reductions, reference, validation
+from . import autograd, contents, distributed, dtensors, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
@@ -114,7 +114,7 @@ def topk_divergence(
         reduction: "none", "sum", "mean" per counted row, "batchmean" = sum / size(0).
         return_mass: also return P and Q, as a `TopkDivergence`.
         group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
-            topk_ids are those of the whole vocabulary, the same on every rank.
+            topk_ids are those of the whole vocabulary, the same on every rank. DTensors as there.
         backend: None for the best, or a name from `backends()`.
 
     Returns:
@@ -131,6 +131,22 @@ def topk_divergence(
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015: the full sum.
     """
+    if dtensors.given(policy_logits):
+        out: Tensor | TopkDivergence = dtensors.reduced(
+            topk_divergence,
+            {"policy_logits": policy_logits},
+            reduction,
+            topk_ids=topk_ids,
+            topk_logprobs=topk_logprobs,
+            kind=kind,
+            tail=tail,
+            temperature=temperature,
+            mask=mask,
+            return_mass=return_mass,
+            group=group,
+            backend=backend,
+        )
+        return out
     validation.logits("policy_logits", policy_logits, sliced=group is not None)
     check(policy_logits, topk_ids, topk_logprobs, kind, tail)
     validation.reduction(reduction)
