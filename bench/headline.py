@@ -79,7 +79,8 @@ class Headline:
             f"**On one CPU core, with bfloat16 logits over {VOCABULARY} tokens, the loss takes "
             f"{compiled:.1f} times less time than under `torch.compile` and {eager:.0f} times less "
             f"than in eager PyTorch; with its gradient {less:.1f} and {more:.0f} times less, in "
-            f"memory for {held[2]:.0f} gradient instead of {held[1]:.0f} and {held[0]:.0f}.**\n"
+            f"the memory of {held[2]:.0f} gradient, where they take that of {held[1]:.0f} and "
+            f"{held[0]:.0f}.**\n"
         )
 
     def table(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, distributed, divergences, reductions, reference, validation
+from . import autograd, distributed, divergences, dtensors, reductions, reference, validation
 from .autograd import OPS, recorded
 from .backends import needs, resolve
 from .layout import inverse_temperature, row_parts, rows
@@ -58,7 +58,8 @@ def distillation_loss(
         label_smoothing: from 0 to 1: that share of each label is spread evenly over the V tokens,
             as in F.cross_entropy.
         group: a torch.distributed.ProcessGroup over which the vocabulary is sharded: the logits are
-            this rank's slice, labels are of the whole vocabulary; docs/sharding.md.
+            this rank's slice, labels are of the whole vocabulary; docs/sharding.md. DTensors as in
+            `divergence`.
 
     Returns:
         a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
@@ -72,6 +73,26 @@ def distillation_loss(
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015; Szegedy et al.,
     "Rethinking the Inception Architecture for Computer Vision", 2016, for label smoothing.
     """
+    if dtensors.given(student_logits, teacher_logits):
+        out: Tensor = dtensors.reduced(
+            distillation_loss,
+            {"student_logits": student_logits, "teacher_logits": teacher_logits},
+            reduction,
+            labels=labels,
+            kind=kind,
+            temperature=temperature,
+            beta=beta,
+            alpha=alpha,
+            ce_weight=ce_weight,
+            scale_t2=scale_t2,
+            label_smoothing=label_smoothing,
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            group=group,
+            backend=backend,
+        )
+        return out
     fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.pair(student_logits, teacher_logits, sliced=group is not None)
     validation.reduction(reduction)

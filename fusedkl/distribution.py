@@ -26,13 +26,14 @@ def _one_field(
 ) -> Tensor:
     if dtensors.given(logits):
         local = functools.partial(_one_field, field=field, backend=backend)
-        return dtensors.per_token(
+        out: Tensor = dtensors.per_token(
             local,
             {"logits": logits},
             index=index,
             temperature=temperature,
             group=group,
         )
+        return out
     validation.logits("logits", logits, sliced=group is not None)
     if index is not None:
         validation.token_index("index", index, logits)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autograd, reductions
+from . import autograd, reductions, validation
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-# What is one per token, by its name.
-_PER_TOKEN = ("temperature", "mask", "weight", "labels", "index", "token_ids")
+# What is one per token, or K, by its name.
+_PER_TOKEN = (
+    "temperature", "mask", "weight", "labels", "index", "token_ids", "topk_ids", "topk_logprobs",
+)  # fmt: skip
 
 
 def given(*values: Any) -> bool:
@@ -68,18 +70,22 @@ class Layout:
         return [Replicate()] * self.mesh.ndim
 
     def per_token(self, name: str, value: Any) -> Any:
-        """This rank's part of a tensor with one number per token; a plain tensor is the whole."""
+        """This rank's part of a tensor with numbers per token; a plain tensor is the whole."""
         from torch.distributed.tensor import DTensor
 
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
+        if value.shape[: len(self.shape) - 1] != self.shape[:-1]:
+            raise ValueError(
+                f"{name} must have the leading dims of the logits, {list(self.shape[:-1])}; "
+                f"got {list(value.shape)}"
+            )
         if not isinstance(value, DTensor):
-            if value.shape[: len(self.shape) - 1] != self.shape[:-1]:
-                raise ValueError(
-                    f"{name} must have shape logits.shape[:-1] = {list(self.shape[:-1])}; "
-                    f"got {list(value.shape)}"
-                )
             value = DTensor.from_local(value, self.mesh, self.everywhere(), run_check=False)
+        elif value.device_mesh != self.mesh:
+            raise ValueError(
+                f"{name} must be on the mesh of the logits, {self.mesh}; got {value.device_mesh}"
+            )
         return value.redistribute(self.mesh, self.placements).to_local()
 
     def wrapped(self, local: Tensor, tail: tuple[int, ...] = ()) -> Tensor:
@@ -109,11 +115,12 @@ def _rows(logits: dict[str, Tensor | None], options: dict[str, Any]) -> tuple[La
     """The layout, this rank's rows; per-token options become this rank's, and get the group."""
     from torch.distributed.tensor import DTensor
 
-    (name, first), *_ = logits.items()
+    (name, first), *others = logits.items()
     if not isinstance(first, DTensor):
-        raise TypeError(f"{name} must be a DTensor as the reference is; got {type(first).__name__}")
+        other = next(other for other, t in others if isinstance(t, DTensor))
+        raise TypeError(f"{name} must be a DTensor as {other} is; got {type(first).__name__}")
     layout = Layout(name, first)
-    for other, t in logits.items():
+    for other, t in others:
         if t is None:
             continue
         if not isinstance(t, DTensor):
@@ -134,35 +141,50 @@ def _rows(logits: dict[str, Tensor | None], options: dict[str, Any]) -> tuple[La
 
 
 def per_token(
-    function: Callable[..., Tensor], logits: dict[str, Tensor | None], **options: Any
-) -> Tensor:
-    """A function of rows that gives one number per token, or K."""
+    function: Callable[..., Any], logits: dict[str, Tensor | None], **options: Any
+) -> Any:
+    """A function of rows that gives one number per token, or K; or a NamedTuple of such."""
     layout, local = _rows(logits, options)
-    value = function(*local, **options)
-    return layout.wrapped(value, tuple(value.shape[len(layout.shape) - 1 :]))
+    found = function(*local, **options)
+    if isinstance(found, Tensor):
+        return _one_each(layout, found)
+    return type(found)(*(None if t is None else _one_each(layout, t) for t in found))
 
 
-def divergence(
-    function: Callable[..., Tensor],
-    policy: Tensor,
-    reference: Tensor,
-    kind: str,
+def _one_each(layout: Layout, local: Tensor) -> Tensor:
+    return layout.wrapped(local, tuple(local.shape[len(layout.shape) - 1 :]))
+
+
+def reduced(
+    function: Callable[..., Any],
+    logits: dict[str, Tensor | None],
     reduction: str,
     **options: Any,
+) -> Any:
+    """A function of rows with a `reduction`; it gives that, or that and numbers per token."""
+    validation.reduction(reduction)
+    layout, local = _rows(logits, options)
+    here = "sum" if layout.tokens and reduction != "none" else reduction
+    found = function(*local, reduction=here, **options)
+    if isinstance(found, Tensor):
+        return _over_ranks(layout, found, reduction, local[0], options)
+    value, *tokens = found
+    value = _over_ranks(layout, value, reduction, local[0], options)
+    return type(found)(value, *(_one_each(layout, t) for t in tokens))
+
+
+def _over_ranks(
+    layout: Layout, value: Tensor, reduction: str, policy: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """`fusedkl.divergence` of DTensors."""
-    logits = {"policy_logits": policy, "reference_logits": reference}
-    layout, local = _rows(dict(logits), options)
+    """This rank's value, reduced as asked, or summed where ranks have tokens of their own."""
     if reduction == "none":
-        return layout.wrapped(function(*local, kind, reduction="none", **options))
-    if not layout.tokens:
-        return layout.scalar(function(*local, kind, reduction=reduction, **options), False)
-    total = layout.scalar(function(*local, kind, reduction="sum", **options), True)
-    if reduction == "sum":
+        return layout.wrapped(value)
+    total = layout.scalar(value, True)
+    if not layout.tokens or reduction == "sum":
         return total
     if reduction == "batchmean":
         return total / max(layout.shape[0], 1)
-    return total / _count(layout, local[0], options)
+    return total / _count(layout, policy, options)
 
 
 def _count(layout: Layout, policy: Tensor, options: dict[str, Any]) -> Any:
@@ -170,7 +192,7 @@ def _count(layout: Layout, policy: Tensor, options: dict[str, Any]) -> Any:
     mask, labels, weight = (options.get(name) for name in ("mask", "labels", "weight"))
     if mask is None and labels is None and weight is None:
         return max(layout.shape[:-1].numel(), 1)
-    counted = reductions.counted_tokens(policy, mask, labels, options["ignore_index"])
+    counted = reductions.counted_tokens(policy, mask, labels, options.get("ignore_index", -100))
     ones = policy.new_ones(policy.shape[:-1].numel(), dtype=torch.float32)
     if weight is not None:
         ones = ones * weight.reshape(-1)

@@ -115,12 +115,11 @@ def divergence(
     sources of the other kinds.
     """
     if dtensors.given(policy_logits, reference_logits):
-        return dtensors.divergence(
+        out: Tensor = dtensors.reduced(
             divergence,
-            policy_logits,
-            reference_logits,
-            kind,
+            {"policy_logits": policy_logits, "reference_logits": reference_logits},
             reduction,
+            kind=kind,
             temperature=temperature,
             beta=beta,
             alpha=alpha,
@@ -135,6 +134,7 @@ def divergence(
             group=group,
             backend=backend,
         )
+        return out
     fields, parameter = divergences.resolve(kind, beta, alpha)
     validation.pair(policy_logits, reference_logits, valid_vocab, group is not None)
     softcap = validation.controls(softcap, logit_scale)

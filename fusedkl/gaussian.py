@@ -51,15 +51,18 @@ def gaussian_kl(
     validation.floating("mu", mu)
     validation.floating("logvar", logvar)
     validation.reduction(reduction)
-    given = [mu, logvar]
-    for name, prior in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
+    priors = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+    tensors = [t for t in priors.values() if isinstance(t, Tensor)]
+    for name, prior in priors.items():
         if isinstance(prior, Tensor):
             validation.floating(name, prior)
-        else:
-            prior = mu.new_tensor(validation.real(name, prior))
-        given.append(prior)
-    double = any(t.dtype == torch.float64 for t in given)
+    double = any(t.dtype == torch.float64 for t in (mu, logvar, *tensors))
     dtype = torch.float64 if double else torch.float32
+    given = [mu, logvar]
+    for name, prior in priors.items():
+        if not isinstance(prior, Tensor):
+            prior = mu.new_tensor(validation.real(name, prior), dtype=dtype)
+        given.append(prior)
     for name, t in zip(("logvar", "prior_mu", "prior_logvar"), given[1:], strict=True):
         if t.device != mu.device:
             raise ValueError(f"{name} must be on {mu.device} as mu; got {t.device}")

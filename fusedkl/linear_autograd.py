@@ -37,7 +37,7 @@ class _LinearStats(torch.autograd.Function):
         if recorded(*i.differentiable(), grad):
             found = _composed_gradients(grad, i, wanted)
         else:
-            got = OPS.linear_stats_backward(grad, *i, states, wanted)
+            got = OPS.linear_stats_backward(grad, *i, states, wanted, False)
             found = [g if ask else None for g, ask in zip(got, wanted, strict=True)]
         return *found, *[None] * (len(i) - DIFFERENTIABLE)
 

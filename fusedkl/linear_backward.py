@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
 from .linear_products import Products
 from .linear_tiles import Engine, Rows, Side
 from .linear_topk import add_gradient, put_back
@@ -30,6 +31,31 @@ class Gradients:
     weight: Tensor | None = None
     bias: Tensor | None = None
     given: Tensor | None = None
+
+
+class _Scale(NamedTuple):
+    """Powers of two, 0-d: what float16 gradients of tiles are multiplied by, and its inverse."""
+
+    up: Tensor
+    down: Tensor
+
+
+# The largest upstream gradient becomes 2^8: a float16 tile holds 2^-14 of 1 to 2^8 times 1 of it
+# with all digits. Gradients per upstream are at most 1 of forward_kl, log-ratios of the others.
+_LARGEST = 8
+
+
+def _scale_of(asked: list[Rows], grads: list[Tensor], sides: list[_Sums]) -> _Scale | None:
+    """So that float16 tiles neither underflow, as 1 / (N V) would, nor overflow; None without."""
+    if not any(side.products.narrow for side in sides):
+        return None
+    bounds = []
+    for one, grad in zip(asked, grads, strict=True):
+        size = torch.where(grad.isfinite(), grad.abs(), 0).to(reference.inside(grad.device))
+        bounds.append((size if one.inverse is None else size * one.inverse).amax())
+    most = torch.stack(bounds).amax() * max(1.0, *(abs(side.side.scale) for side in sides))
+    shift = (_LARGEST - torch.frexp(most).exponent).clamp(-120, 120).to(most.dtype)
+    return _Scale(torch.exp2(shift), torch.exp2(-shift))
 
 
 class _Sums:
@@ -59,6 +85,7 @@ class _Sums:
         self._weight: Tensor | None = None
         self._fresh = False  # nothing has been added to the tile of d weight yet
         self._bias: Tensor | None = None
+        self.scale: _Scale | None = None
 
     def _room(self, name: str, rows: int, columns: int) -> Tensor:
         total = self.products.total
@@ -88,27 +115,39 @@ class _Sums:
         if side.scale != 1:
             gradient = gradient * side.scale
         if self.out.given is not None:
+            if self.scale is not None:
+                gradient = gradient.to(self.products.total) * self.scale.down
             self.out.given[tokens, columns] = gradient
             return
-        gradient = gradient.to(self.products.tile)
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=self._bias.dtype)
+        gradient = gradient.to(self.products.gradient)
         if self.out.hidden is not None and side.weight is not None:
             self.products.add(self.out.hidden[tokens], gradient, side.weight[columns])
         if self._weight is not None and side.hidden is not None:
             owner = self if self.weight_of is None else self.weight_of
             self.products.add(self._weight, gradient.t(), side.hidden[tokens], owner._fresh)
             owner._fresh = False
-        if self._bias is not None:
-            self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
     def end(self, columns: slice) -> None:
         """After it: rounded once."""
         if self.out.weight is not None and self._weight is not None:
             if self._fresh:  # there are no tokens
                 self._weight.zero_()
-            if self._weight.dtype != self.out.weight.dtype:
-                self.out.weight[columns] = self._weight
+            total = self._unscaled(self._weight)
+            if total.dtype != self.out.weight.dtype:
+                self.out.weight[columns] = total
         if self.out.bias is not None and self._bias is not None:
-            self.out.bias[columns] = self._bias
+            self.out.bias[columns] = self._unscaled(self._bias)
+
+    def finish(self) -> Gradients:
+        """After the last tile."""
+        if self.out.hidden is not None:
+            self._unscaled(self.out.hidden)
+        return self.out
+
+    def _unscaled(self, t: Tensor) -> Tensor:
+        return t if self.scale is None else t.mul_(self.scale.down)
 
 
 def backward(
@@ -125,6 +164,11 @@ def backward(
         shared = policy if engine.other.weight is engine.policy.weight else None
         other = _Sums("reference", engine.other, engine.of_other, wanted[1], shared)
     sides = [side for side in (policy, other) if side is not None]
+    scale = _scale_of(asked, grads, sides)
+    if scale is not None:
+        grads = [grad * scale.up for grad in grads]
+        for side in sides:
+            side.scale = scale
     for columns in engine.columns() if any(side.wanted for side in sides) else ():
         for side in sides:
             side.begin(columns)
@@ -152,4 +196,4 @@ def backward(
                 policy.take(dx, x, tokens, columns)
         for side in sides:
             side.end(columns)
-    return policy.out, Gradients() if other is None else other.out
+    return policy.finish(), Gradients() if other is None else other.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -112,7 +113,7 @@ def _autocast(t: Any) -> Any:
 
 
 def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # a slice may hold no logits
 
 
 def _number(name: str, value: Any) -> None:

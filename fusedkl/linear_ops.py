@@ -9,9 +9,10 @@ fusedkl::linear_stats(hidden [N, H], weight [V, H], bias? [V], ref_hidden? [N, H
     -> values [R, N], float32 or float64: with topk_ids K rows of logits over T, in float64, and
        then logsumexp of the others; else one row per field; then log p[label] at temperature 1
        states [Q, N, S], float64: of the fields, then of the labels
-fusedkl::linear_stats_backward(grad, ..., states, ..., wanted) -> gradients of the first seven, in
-    their shapes and dtypes; one that was not asked for has shape [0]. Tokens whose grads are all 0
-    are not read.
+fusedkl::linear_stats_backward(grad, ..., states, wanted, of_slice) -> gradients of the first
+    seven, in their shapes and dtypes; one that was not asked for has shape [0]. Tokens whose grads
+    are all 0 are not read. of_slice: those to hidden states are parts of sums over the slices of a
+    vocabulary, not rounded yet: float32, of float64 float64.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _OPTIONS = (
     "float[] softcaps, bool fast, int[] tile, str backend"
 )
 DIFFERENTIABLE = 7
+OF_HIDDEN = ("hidden", "ref_hidden")
 
 
 class Inputs(NamedTuple):
@@ -169,7 +171,7 @@ def _linear_stats(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *given, states, wanted = args
+    *given, states, wanted, of_slice = args
     whole = i = Inputs(*given).detached()
     live = (grad != 0).any(0)
     index = None
@@ -188,7 +190,9 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
             made = linear_reference.gradients if i.backend == "reference" else _by_tiles
             found = made(grad, i, states, wanted)
         return tuple(
-            _as_given(name, like, gradient, index) if ask and like is not None else _none(whole)
+            _as_given(name, like, gradient, index, _gradient_dtype(name, like, of_slice))
+            if ask and like is not None
+            else _none(whole)
             for name, like, gradient, ask in zip(
                 whole._fields, whole.differentiable(), found, wanted, strict=False
             )
@@ -199,11 +203,18 @@ def _none(i: Inputs) -> Tensor:
     return i.hidden.new_empty(0)
 
 
-def _as_given(name: str, like: Tensor, gradient: Tensor | None, index: Tensor | None) -> Tensor:
-    """The gradient in the shape and dtype of its input; tokens that were left out get 0."""
+def _gradient_dtype(name: str, like: Tensor, of_slice: bool) -> torch.dtype:
+    part = of_slice and name in OF_HIDDEN
+    return reference.result_dtype(like, None) if part else like.dtype
+
+
+def _as_given(
+    name: str, like: Tensor, gradient: Tensor | None, index: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient in the shape of its input; tokens that were left out get 0."""
     if gradient is None:
-        return torch.zeros_like(like, memory_format=torch.contiguous_format)
-    gradient = gradient.to(like.dtype)
+        return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    gradient = gradient.to(dtype)
     if index is None or name not in ("hidden", "ref_hidden", "ref_logits"):
         return gradient
     return gradient.new_zeros(like.shape).index_copy_(0, index, gradient)
@@ -237,11 +248,13 @@ def _linear_stats_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _linear_stats_backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *given, _, wanted = args
+    *given, _, wanted, of_slice = args
     i = Inputs(*given)
     return tuple(
-        like.new_empty(like.shape) if ask and like is not None else _none(i)
-        for like, ask in zip(i.differentiable(), wanted, strict=True)
+        like.new_empty(like.shape, dtype=_gradient_dtype(name, like, of_slice))
+        if ask and like is not None
+        else _none(i)
+        for name, like, ask in zip(i._fields, i.differentiable(), wanted, strict=False)
     )
 
 
@@ -254,8 +267,8 @@ for _name, _schema, _kernel, _fake in (
     ),
     (
         "linear_stats_backward",
-        f"(Tensor grad, {_TENSORS}, {_OPTIONS}, Tensor states, bool[] wanted) -> "
-        f"({', '.join(['Tensor'] * DIFFERENTIABLE)})",
+        f"(Tensor grad, {_TENSORS}, {_OPTIONS}, Tensor states, bool[] wanted, "
+        f"bool of_slice) -> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
         _linear_stats_backward,
         _linear_stats_backward_fake,
     ),

@@ -62,8 +62,13 @@ class Products:
         self.tile = tile_dtype(like.dtype, fast)
         # the library stores what is wanted: one dtype throughout, or the accumulators on a GPU
         self.plain = self.tile == like.dtype
-        self.stores_wide = not self.plain and like.device.type == "cuda"
+        self.stores_wide = half and like.device.type == "cuda"
         self.total = torch.float32 if half else like.dtype
+        # of a tile of gradients: 16-bit where its product is summed in fp32, and stored so or, of
+        # bfloat16, "fast"; a float16 one would overflow
+        fast_one = fast and like.dtype == torch.bfloat16
+        self.gradient = like.dtype if self.stores_wide or fast_one else self.total
+        self.narrow = torch.float16 in (self.tile, self.gradient)
         exact = like.dtype == torch.bfloat16 and like.device.type == "cpu"
         self._multipliers = bf16_multipliers if exact else nullcontext
         self._rooms: dict[str, Tensor] = {}
@@ -76,7 +81,7 @@ class Products:
         return kept[: rows * columns].view(rows, columns)
 
     def _widened(self, name: str, t: Tensor) -> Tensor:
-        return self.room(name, t.shape[0], t.shape[1], self.tile).copy_(t)
+        return self.room(name, t.shape[0], t.shape[1], self.total).copy_(t)
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
         """out [n, v] = hidden [n, H] weight [v, H]^T."""
@@ -97,16 +102,16 @@ class Products:
     def add(self, total: Tensor, gradient: Tensor, other: Tensor, fresh: bool = False) -> None:
         """total [m, H] += gradient [m, k] other [k, H]; the gradient is a tile or its transpose.
 
-        fresh: the total is not read; it may hold anything.
+        The gradient's dtype is `self.gradient`. fresh: the total is not read; it may hold anything.
         """
         beta = 0 if fresh else 1
-        if self.plain and total.dtype == self.tile:
+        if self.operands == self.total:
             torch.addmm(total, gradient, other, beta=beta, out=total)
-        elif self.plain or self.stores_wide:
+        elif self.gradient == self.operands:
             product = (
-                torch.mm(gradient, other)
-                if self.plain
-                else torch.mm(gradient.to(self.operands), other, out_dtype=total.dtype)
+                torch.mm(gradient, other, out_dtype=self.total)
+                if self.stores_wide
+                else torch.mm(gradient, other)
             )
             total.copy_(product) if fresh else total.add_(product)
         else:

@@ -14,9 +14,7 @@ from torch import Tensor
 from . import reference, shard_states
 from .autograd import OPS, recorded
 from .distributed import Shards, gather, refuse, total
-from .linear_ops import DIFFERENTIABLE, Inputs
-
-_OF_TOKENS = ("hidden", "ref_hidden")
+from .linear_ops import DIFFERENTIABLE, OF_HIDDEN, Inputs
 
 
 class _ShardedLinearStats(torch.autograd.Function):
@@ -49,15 +47,15 @@ class _ShardedLinearStats(torch.autograd.Function):
         if recorded(*i.differentiable(), grad):
             refuse(ctx.shards, "double backward")
         if ctx.shards.size > 0:
-            got = OPS.linear_stats_backward(grad, *i, states, wanted)
+            got = OPS.linear_stats_backward(grad, *i, states, wanted, True)
         else:
             got = [None if t is None else torch.zeros_like(t) for t in i.differentiable()]
         found = [g if ask else None for g, ask in zip(got, wanted, strict=True)]
         for at, name in enumerate(i._fields[:DIFFERENTIABLE]):
             part = found[at]
-            if name in _OF_TOKENS and part is not None:
-                wide = part.to(reference.result_dtype(part, None))
-                found[at] = total(wide, ctx.shards).to(part.dtype)
+            if name in OF_HIDDEN and part is not None:
+                wide = part.to(reference.result_dtype(part, None))  # zeros of an empty slice
+                found[at] = total(wide, ctx.shards).to(getattr(i, name).dtype)
         return None, *found, *[None] * (len(i) - DIFFERENTIABLE)
 
 

@@ -27,7 +27,7 @@ class _DivergenceLoss(nn.Module):
         **parameter: Any,
     ) -> None:
         super().__init__()
-        validation.number_temperature(temperature)
+        validation.number_temperature(validation.real("temperature", temperature))
         validation.reduction(reduction)
         validation.flag("inplace_grad", inplace_grad)
         validation.controls(softcap, logit_scale)

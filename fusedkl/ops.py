@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import divergences, reference, validation
+from . import contents, divergences, reference, validation
 from ._library import LIB, NAMESPACE, OPERATORS
 from .backends import kernels
 
@@ -63,7 +63,7 @@ def check_contents(name: str, *args: Any) -> None:
     else:
         return
     if inverse is not None or ids is not None:
-        validation.row_stats_contents(policy, ids, inverse, mask, valid_vocab)
+        contents.row_stats(policy, ids, inverse, mask, valid_vocab)
 
 
 def run(name: str, *args: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, validation
+from . import contents, reference, validation
 from .autograd import intercepted
 from .layout import inverse_temperature, row_parts, rows
 
@@ -48,7 +48,7 @@ def fisher_vector_product(
     validation.alike("vector", vector, "logits", logits)
     inverse = inverse_temperature(temperature, logits)
     if inverse is not None and logits.device.type == "cpu" and not intercepted(inverse):
-        validation.temperatures(inverse, None)
+        contents.temperatures(inverse, None)
     dtype = reference.inside(logits.device)
     x, v = rows(logits), rows(vector)
     one_each = (*x.shape[:-1], 1)
@@ -56,7 +56,8 @@ def fisher_vector_product(
         inverse = torch.ones(1, dtype=dtype, device=x.device)
     scale = inverse.expand(one_each) if inverse.numel() == 1 else inverse.view(one_each)
     recorded = torch.is_grad_enabled() and (logits.requires_grad or vector.requires_grad)
-    if recorded or torch.compiler.is_compiling():  # a graph has no loop over unknown rows
+    # a graph has no loop over unknown rows, and a batch of torch.func no room in a plain result
+    if recorded or intercepted(logits, vector):
         return _product(x, v, scale).reshape(vector.shape)
     out = v.new_empty(v.shape)
     for _, to, block_x, block_v, block_scale in row_parts(out, x, v, scale):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from . import autograd, distributed, divergences, reductions, validation
+from . import autograd, distributed, divergences, dtensors, reductions, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .layout import token_ids as operator_ids
@@ -98,12 +98,13 @@ def token_stats(
         mask: bool, shape logits.shape[:-1], True = counted. Other rows are not read: they give
             exactly 0 and exactly zero gradient, and their token ids may be anything.
         valid_vocab, softcap, logit_scale, group: as in `divergence`; token_ids are those of the
-            whole vocabulary.
+            whole vocabulary. DTensors as there.
         backend: None, or a name from `backends()`.
 
     Returns:
-        TokenStats, float32, or float64 if either input is; its k1, k2 and k3 are estimates of
-        KL(p || q) from the given tokens. Any combination of fields is differentiated by one sweep.
+        TokenStats, float32, or float64 if either input is that the fields need; its k1, k2 and k3
+        are estimates of KL(p || q) from the given tokens. Any combination of fields is
+        differentiated by one sweep.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -111,6 +112,21 @@ def token_stats(
     Kullback and Leibler, 1951; Shannon, 1948; k1, k2, k3: Schulman, "Approximating KL Divergence",
     2020.
     """
+    if dtensors.given(policy_logits, reference_logits):
+        out: TokenStats = dtensors.per_token(
+            token_stats,
+            {"policy_logits": policy_logits, "reference_logits": reference_logits},
+            token_ids=token_ids,
+            fields=fields,
+            temperature=temperature,
+            mask=mask,
+            valid_vocab=valid_vocab,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            group=group,
+            backend=backend,
+        )
+        return out
     sliced = group is not None
     validation.logits("policy_logits", policy_logits, sliced)
     if reference_logits is not None:

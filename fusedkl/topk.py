@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import autograd, distributed, reductions, reference, validation
+from . import autograd, contents, distributed, dtensors, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
 from .sharded_topk import topk_logprobs as sharded_outcomes
@@ -114,13 +114,15 @@ def topk_divergence(
         reduction: "none", "sum", "mean" per counted row, "batchmean" = sum / size(0).
         return_mass: also return P and Q, as a `TopkDivergence`.
         group: a process group whose ranks each hold a slice of the vocabulary; see `divergence`.
-            topk_ids are those of the whole vocabulary, the same on every rank.
-        backend: None for the best, or "cpu" or "reference", which alone have this function.
+            topk_ids are those of the whole vocabulary, the same on every rank. DTensors as there.
+        backend: None for the best, or a name from `backends()`.
 
     Returns:
         shape [...] or a scalar; float32, or float64 if an input is. +inf where the supports say so,
         with p - q (over the outcomes) as the policy's gradient and 0 to the reference. A row whose
-        logits have NaN, +inf or nothing but -inf is NaN, and no other. log p is known to 1e-7, so
+        logits have NaN, +inf or nothing but -inf is NaN, and so is one of NaN log-probabilities;
+        "renormalize" sees only what stands at the K tokens, and is NaN for a row of padding alone,
+        where the others are 0. log p is known to 1e-7, so
         divergences below 1e-12 have no digits. 1 - Q is taken to be at least 1.2e-7 (2.2e-16 for
         float64): rounded log-probabilities may sum to 1 and more, and reverse_kl would be infinite.
 
@@ -129,6 +131,22 @@ def topk_divergence(
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015: the full sum.
     """
+    if dtensors.given(policy_logits):
+        out: Tensor | TopkDivergence = dtensors.reduced(
+            topk_divergence,
+            {"policy_logits": policy_logits},
+            reduction,
+            topk_ids=topk_ids,
+            topk_logprobs=topk_logprobs,
+            kind=kind,
+            tail=tail,
+            temperature=temperature,
+            mask=mask,
+            return_mass=return_mass,
+            group=group,
+            backend=backend,
+        )
+        return out
     validation.logits("policy_logits", policy_logits, sliced=group is not None)
     check(policy_logits, topk_ids, topk_logprobs, kind, tail)
     validation.reduction(reduction)
@@ -151,7 +169,7 @@ def topk_divergence(
     width = policy_logits.shape[-1] if shards is None else None
     ids, log_q = teacher_rows(topk_ids, topk_logprobs, counted, width)
     if inverse is not None and ids.device.type == "cpu" and not autograd.intercepted(inverse):
-        validation.temperatures(inverse, counted)
+        contents.temperatures(inverse, counted)
     x = rows(policy_logits)
     log_p: Tensor | None = None
     if shards is not None:
@@ -161,6 +179,8 @@ def topk_divergence(
     if tail == "renormalize" and shards is None:
         tokens = x.reshape(-1, x.shape[-1]).gather(-1, ids.clamp(min=0)).to(log_q.dtype)
         if inverse is not None:
+            if counted is not None:  # whatever temperature a masked row has
+                inverse = torch.where(counted, inverse, 1)
             tokens = tokens * inverse.unsqueeze(-1)
         rest = None
     else:
@@ -244,7 +264,7 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
     terms = torch.where(joint, weight, 0).exp() * torch.where(joint, weight - other, 0)
     value = torch.where(joint, terms, 0).sum(-1)
     infinite = ((weight > -torch.inf) & (other == -torch.inf)).any(-1)
-    bad = log_p.isnan().any(-1)
+    bad = (log_p.isnan() | log_q.isnan()).any(-1)
     value = torch.where(infinite, torch.inf, torch.where(bad, torch.nan, value))
     if torch.is_grad_enabled():
         slope = torch.where(infinite[:, None], log_p.exp() - log_q.exp(), 0)

@@ -179,17 +179,6 @@ def positive(name: str, value: object) -> float:
     return number
 
 
-def temperatures(inverse: Tensor, mask: Tensor | None) -> None:
-    """The contents of 1/T, one or one per row, where they are read."""
-    counted = inverse
-    if mask is not None and counted.shape == mask.shape:
-        counted = counted[mask]
-    valid = (counted > 0) & (counted < math.inf)
-    if not bool(valid.all()):
-        wrong = 1 / counted[~valid][0].item() if counted[~valid][0] != 0 else math.inf
-        raise ValueError(f"temperature must be positive and finite; got {wrong}")
-
-
 def number_temperature(value: object) -> None:
     """A finite number > 0."""
     number = isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt))
@@ -345,30 +334,6 @@ def row_stats_arguments(
         raise ValueError(f"one field of a second sweep at a time; got {swept}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite; got {softcap}")
-
-
-def row_stats_contents(
-    policy: Tensor,
-    token_ids: Tensor | None,
-    inv_temperature: Tensor | None,
-    mask: Tensor | None,
-    valid_vocab: int | None,
-) -> None:
-    """Of tensors on the CPU: temperatures, and ids within the vocabulary, of rows that count."""
-    if policy.device.type != "cpu":
-        return
-    if inv_temperature is not None:
-        temperatures(inv_temperature, mask)
-    if token_ids is not None and token_ids.numel() > 0:
-        ids = token_ids if mask is None else token_ids[mask]
-        last = (policy.shape[-1] if valid_vocab is None else valid_vocab) - 1
-        low, high = (int(v) for v in ids.aminmax()) if ids.numel() > 0 else (0, 0)
-        if low < -1 or high > last:
-            # users' negative ids arrive one lower: see layout.token_ids
-            low, high = (v + 1 if v < -1 else v for v in (low, high))
-            raise ValueError(
-                f"index or token_ids must hold ids from 0 to {last}; got {low} to {high}"
-            )
 
 
 def second_sweep(field: str, state: Tensor, policy: Tensor) -> None:

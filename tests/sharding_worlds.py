@@ -3,8 +3,8 @@
     python tests/sharding_worlds.py OUT [CASE ...]
 
 imports torch once and forks: 2 and 4 ranks that run every case of sharding_cases, _families,
-_calls, _groups and _megatron.py, and worlds that go wrong on purpose. OUT/<world>.<rank>.json: the
-name of a case -> None or what went wrong.
+_calls, _dtensors, _groups and _megatron.py, and worlds that go wrong on purpose.
+OUT/<world>.<rank>.json: the name of a case -> None or what went wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import sharding_calls
 import sharding_cases
+import sharding_dtensors  # noqa: F401 - its cases
 import sharding_families
-import sharding_groups  # noqa: F401 - its cases
+import sharding_groups  # noqa: F401
 import sharding_megatron  # noqa: F401
 import sharding_tools
 import torch

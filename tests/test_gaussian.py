@@ -68,6 +68,17 @@ def test_it_is_what_torch_distributions_computes() -> None:
     assert fusedkl.gaussian_kl(m.float(), v.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_number_is_not_rounded_to_the_type_of_a_tensor(dtype: torch.dtype) -> None:
+    mu, logvar = torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=torch.float64)
+    found = fusedkl.gaussian_kl(mu, logvar, prior_mu=0.1)
+    torch.testing.assert_close(
+        found, torch.full((3,), 0.005, dtype=torch.float64), rtol=1e-14, atol=0
+    )
+    narrow = fusedkl.gaussian_kl(mu, logvar.to(dtype), prior_mu=0.1)
+    torch.testing.assert_close(narrow, torch.full((3,), 0.005), rtol=1e-6, atol=0)
+
+
 def test_equal_gaussians_are_exactly_0_apart() -> None:
     m, v = 100 * torch.randn(2, 1000)
     assert not fusedkl.gaussian_kl(m, v, m.clone(), v.clone()).any()

@@ -145,7 +145,8 @@ def test_keeping_does_not_raise_the_peak() -> None:
     assert 25 < float(after) < 40 + 8  # a heap's worth of slack beside the largest
     assert int(seen) == 2
     # nobody asked for 4 and 8 MiB, nor for 40, in the last 16 requests
-    assert float(late) < 16 + 8
+    # (a heap's worth of slack, and a stack: some thread of torch's may have begun meanwhile)
+    assert float(late) < 16 + 8 + 9
 
 
 @pytest.mark.slow

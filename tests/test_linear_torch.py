@@ -102,7 +102,8 @@ def arguments(backend: str, **changed: Any) -> Inputs:
     return given._replace(**changed)
 
 
-def test_opcheck(backend: str) -> None:
+@pytest.mark.parametrize("of_slice", [False, True])
+def test_opcheck(of_slice: bool, backend: str) -> None:
     mask = torch.rand(linear_cases.T) < 0.5
     inverse = torch.rand(linear_cases.T, dtype=torch.float64) + 0.5
     given = arguments(backend, mask=mask, inv_temperature=inverse)
@@ -110,7 +111,8 @@ def test_opcheck(backend: str) -> None:
     values, states = OPS.linear_stats(*given)
     wanted = [True, True, False, True, False, False, False]
     torch.library.opcheck(
-        OPS.linear_stats_backward.default, (torch.ones_like(values), *given, states, wanted)
+        OPS.linear_stats_backward.default,
+        (torch.ones_like(values), *given, states, wanted, of_slice),
     )
 
 

@@ -137,3 +137,15 @@ def test_bad_input_is_named(case: str) -> None:
     function, error, text = BAD[case]
     with pytest.raises(error, match=text):
         function()
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_a_batch_of_either_argument(in_dims: tuple[int | None, int | None]) -> None:
+    logits, vector = torch.randn(3, N, V), torch.randn(3, N, V)
+    given = [t if dim == 0 else t[0] for t, dim in zip((logits, vector), in_dims, strict=True)]
+    found = torch.func.vmap(fusedkl.fisher_vector_product, in_dims)(*given)
+    alone = [
+        fusedkl.fisher_vector_product(*(t[i] if t.dim() == 3 else t for t in given))
+        for i in range(3)
+    ]
+    torch.testing.assert_close(found, torch.stack(alone))

@@ -199,15 +199,20 @@ def test_masked_rows_may_hold_anything(tail: str, backend: str) -> None:
     x, ids, log_q = case(2.0, 1.0, torch.float32)
     mask = torch.tensor([True, False, True])
     x[1], ids[1], log_q[1] = math.nan, 10**12, 7.0
+    t = torch.tensor([1.5, 0.0, 1.5])
     x.requires_grad_()
-    found = fusedkl.topk_divergence(x, ids, log_q, tail=tail, mask=mask, backend=backend)
+    found = fusedkl.topk_divergence(
+        x, ids, log_q, tail=tail, mask=mask, temperature=t, backend=backend
+    )
     assert isinstance(found, Tensor)
-    alone = fusedkl.topk_divergence(x[mask], ids[mask], log_q[mask], tail=tail, backend=backend)
+    alone = fusedkl.topk_divergence(
+        x[mask], ids[mask], log_q[mask], tail=tail, temperature=1.5, backend=backend
+    )
     assert found[1] == 0 and torch.equal(found[mask], alone)
     found.sum().backward()
     assert x.grad is not None and not x.grad[1].any() and bool(x.grad[::2].any(-1).all())
     mean = fusedkl.topk_divergence(
-        x, ids, log_q, tail=tail, mask=mask, reduction="mean", backend=backend
+        x, ids, log_q, tail=tail, mask=mask, temperature=t, reduction="mean", backend=backend
     )
     torch.testing.assert_close(mean, alone.mean())
     none = fusedkl.topk_divergence(
@@ -218,8 +223,9 @@ def test_masked_rows_may_hold_anything(tail: str, backend: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_bad_rows_keep_to_themselves(tail: str, backend: str) -> None:
-    x, ids, log_q = (t[:1].repeat(4, 1) for t in case(2.0, 1.0, torch.float32))
+    x, ids, log_q = (t[:1].repeat(5, 1) for t in case(2.0, 1.0, torch.float32))
     x[1, ids[1, 0]], x[2], x[3, ids[3, 1]] = math.nan, -math.inf, math.inf
+    log_q[4, 1] = math.nan
     x.requires_grad_()
     found = fusedkl.topk_divergence(x, ids, log_q, tail=tail, backend=backend)
     assert isinstance(found, Tensor) and found[0].isfinite() and bool(found[1:].isnan().all())

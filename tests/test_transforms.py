@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transform_cases import FORWARD_ONLY, FUNCTIONS, KINDS, K, N, V
 
 import fusedkl
-from fusedkl import deferred_kl
+from fusedkl import contents, deferred_kl
 
 pytestmark = [
     # torch's own tracing warns of its own deprecations.
@@ -241,6 +242,33 @@ def test_a_patched_loss_without_synchronisation(
         assert value is not None
         value = value.sum(-1) if reduction == "none" else value
         assert fused == [1] and value.device.type == "cuda" and value.requires_grad
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_contents_are_asserted_by_the_device_if_asked(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSEDKL_CHECK=1; the assertions themselves are run on a CPU, where they raise."""
+    monkeypatch.setenv(contents.ENVIRONMENT, str(int(asked)))
+    monkeypatch.setattr(
+        torch, "_assert_async", lambda holds, text: raised.append((holds.device.type, text))
+    )
+    raised: list[Any] = []
+    with FakeTensorMode():
+        x = torch.empty(N, V, device="cuda")
+        ids = torch.zeros(N, 1, dtype=torch.int64, device="cuda")
+        contents.row_stats(x, ids, torch.ones(N, device="cuda"), None, None)
+    assert [device for device, _ in raised] == (["cuda", "cuda"] if asked else [])
+
+
+def test_what_the_device_would_assert() -> None:
+    ids, mask = torch.tensor([[3], [9], [-2]]), torch.tensor([True, False, False])
+    inverse = torch.tensor([1.0, 0.0, math.nan])
+    contents._assert_on_device(3, ids, inverse, mask)
+    with pytest.raises(RuntimeError, match="a token id is not from 0 to 2"):
+        contents._assert_on_device(2, ids, inverse, mask)
+    with pytest.raises(RuntimeError, match="a temperature is not positive and finite"):
+        contents._assert_on_device(3, ids, inverse, None)
 
 
 def test_a_host_synchronisation_would_be_seen() -> None:

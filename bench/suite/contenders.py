@@ -134,8 +134,6 @@ def makers(case: Case, device: str) -> dict[str, Maker]:
     operation = OPERATIONS[case.operation]
     found: dict[str, Maker] = {}
     for backend in backends(device):
-        if case.operation == "topk" and backend not in ("cpu", "reference"):
-            continue
         found[f"fusedkl {backend}"] = functools.partial(ours, backend=backend)
         if operation.is_kl and case.backward:
             found[f"fusedkl {backend} inplace_grad"] = functools.partial(

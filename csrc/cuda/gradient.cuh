@@ -10,6 +10,12 @@ namespace fusedkl {
 namespace gpu {
 
 constexpr int kGradientThreads = 256;
+// Blocks of a multiprocessor: what the registers of the general sweep allow, where fp32 is computed in pairs and where it is not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kGeneralBlocks = 2;
+#else
+constexpr int kGeneralBlocks = 3;
+#endif
 
 // What is to be done with a row in the sweep: nothing where it is left to the exact path, or to that of family.cuh.
 constexpr int kSweep = 0, kExact = 1, kFamily = 2;
@@ -150,7 +156,7 @@ FUSEDKL_DEVICE void store_tokens(const GradientArgs& a, int64_t r, const double*
 
 // PLAIN: the policy's gradient of forward KL alone. Blocks share a row; what a block reads it reads before it writes there.
 template <bool PLAIN, DType X, DType Y, bool SHIFTED>
-__global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : 3) gradient_kernel(GradientArgs a) {
+__global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : kGeneralBlocks) gradient_kernel(GradientArgs a) {
   const int64_t pieces = a.in.pieces(), r = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece;
   const bool last = begin + kPiece >= a.in.length;
   const int64_t end = last ? a.in.length : begin + kPiece;
