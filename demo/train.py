@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
 def training_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description="fine-tune under a KL penalty")
     options.add_argument("--model", choices=models.SPECS, default="smollm2")
-    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--steps", type=int, default=16)
     options.add_argument("--beta", type=float, default=1.0, help="weight of the KL penalty")
     options.add_argument("--learning-rate", type=float, help="default: by model")
     options.add_argument("--seed", type=int, default=0, help="of the order of the texts")

@@ -29,7 +29,7 @@ def per_token(
     inverse = inverse_temperature(temperature, hidden)
     counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return inverse, counted, reductions.token_weights(hidden, weight, dtype)
+    return inverse, counted, reductions.token_weights(hidden, weight, dtype, "token_weight")
 
 
 def inputs_of(

@@ -54,8 +54,8 @@ def kl_estimate(
 
     Schulman, "Approximating KL Divergence", 2020; the gradient of k2: docs/estimators.md.
     """
-    validation.floating("logprob", logprob)
-    validation.floating("ref_logprob", ref_logprob)
+    validation.floating("logprob", logprob, ref_logprob)
+    validation.floating("ref_logprob", ref_logprob, logprob)
     validation.alike("ref_logprob", ref_logprob, "logprob", logprob)
     validation.one_of("kind", kind, ESTIMATES)
     dtype = reference.result_dtype(logprob, ref_logprob)
@@ -121,7 +121,7 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
         raise TypeError(f"mask must be a bool tensor, True = counted; got {mask.dtype}")
     validation.alike("mask", mask, "kl", kl)
     if isinstance(coef, Tensor):
-        if coef.dim() != 0:
+        if validation.tensor("coef", coef).dim() != 0:
             raise ValueError(f"coef must be a number or a 0-d tensor; got shape {list(coef.shape)}")
     else:
         validation.not_negative("coef", coef)
@@ -199,7 +199,7 @@ class AdaptiveKLController(_KLController):
 
         Reads a tensor's value: on a GPU, call it where the step waits for the device anyway.
         """
-        if isinstance(kl, Tensor) and kl.numel() != 1:
+        if isinstance(kl, Tensor) and validation.tensor("kl", kl).numel() != 1:
             raise ValueError(f"kl must be a number or a 0-d tensor; got shape {list(kl.shape)}")
         measured = validation.real("kl", kl.item() if isinstance(kl, Tensor) else kl)
         if math.isnan(measured):

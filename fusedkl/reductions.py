@@ -39,13 +39,15 @@ def counted_tokens(
     return None if counted is None else counted.reshape(-1).contiguous()
 
 
-def token_weights(policy: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def token_weights(
+    policy: Tensor, weight: Tensor | None, dtype: torch.dtype, name: str = "weight"
+) -> Tensor | None:
     """The weight as [N] of the results' dtype."""
     if weight is None:
         return None
-    weight = validation.per_row("weight", weight, policy)
+    weight = validation.per_row(name, weight, policy)
     if not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating-point tensor; got {weight.dtype}")
+        raise TypeError(f"{name} must be a floating-point tensor; got {weight.dtype}")
     return weight.reshape(-1).to(dtype)
 
 

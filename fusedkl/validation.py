@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -25,11 +26,32 @@ def _said(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor(name: str, value: object) -> Tensor:
-    """`value`, or a TypeError if it is not a tensor."""
+def tensor(name: str, value: object, beside: object = None) -> Tensor:
+    """`value`, or a TypeError if it is not a tensor, or a DTensor and `beside` is none.
+
+    What takes DTensors has replaced them by local tensors before it comes here (dtensors.py).
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value) is not Tensor:
+        found: Any = sys.modules.get("torch.distributed.tensor")  # not imported for this
+        given = found is not None and isinstance(value, found.DTensor)
+        if given and not isinstance(beside, found.DTensor):
+            _refuse_dtensor(name, value)
     return value
+
+
+def _refuse_dtensor(name: str, value: Any) -> None:
+    instead = "its full_tensor()"
+    if not any(placement.is_partial() for placement in value.placements):
+        instead += (
+            ", or its to_local(): of whole rows as it is, of slices of a vocabulary with group=, "
+            "where the function has that"
+        )
+    raise TypeError(
+        f"{name} must be a plain tensor here; got a DTensor with placements {value.placements}. "
+        f"Pass {instead}. What takes DTensors: docs/sharding.md"
+    )
 
 
 def logits(name: str, value: object, sliced: bool = False) -> None:
@@ -131,9 +153,9 @@ def reduction(value: object) -> None:
     one_of("reduction", value, REDUCTIONS)
 
 
-def floating(name: str, value: object) -> None:
-    """A floating-point tensor of any shape."""
-    t = tensor(name, value)
+def floating(name: str, value: object, beside: object = None) -> None:
+    """A floating-point tensor of any shape; a DTensor only beside another one."""
+    t = tensor(name, value, beside)
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor; got {_said(t.dtype)}")
 
@@ -203,6 +225,7 @@ def token_range(name: str, ids: Tensor, width: int, besides: str = "") -> None:
 
 def tensor_temperature(value: Tensor, policy: Tensor) -> None:
     """A floating-point tensor, 0-d or one per row, that asks for no gradient."""
+    tensor("temperature", value)
     if value.requires_grad:
         raise TypeError("temperature requires grad, but no gradient to it exists; detach() it")
     if value.dtype not in DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import oracle
 import torch
 import torch.distributed as dist
-from sharding_tools import KINDS, Traffic, case, cut, grad_error, leaf
+from sharding_tools import EVERY_KIND, KINDS, SECOND_SWEEP, Traffic, case, cut, grad_error, leaf
 from torch import Tensor
 
 import fusedkl
@@ -123,23 +124,41 @@ def linear_references(group: dist.ProcessGroup) -> None:
 
 @case
 def traffic(group: dist.ProcessGroup) -> None:
-    x, y = torch.randn(10, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
-    gathered = "all_gather_into_tensor"
-    for kind, calls in {
-        "forward_kl": [(gathered, 6)],
-        "reverse_kl": [(gathered, 6)],
-        "jeffreys": [(gathered, 8)],
-        "tvd": [(gathered, 4), ("all_reduce", 6)],
-    }.items():
+    """Collectives of a call, and float32 numbers per token in each: docs/sharding.md's table."""
+    n, width, k = 10, 6, 3
+    x, y = (torch.randn(n, 16, requires_grad=True) for _ in range(2))
+    hidden, other = (torch.randn(n, width, requires_grad=True) for _ in range(2))
+    weight, ids = torch.randn(16, width), torch.randint(16, (n, k))
+    known = torch.arange(k).expand(n, k), torch.full((n, k), -2.0)
+    on: dict[str, Any] = {"group": group}
+    sends: dict[str, tuple[Callable[[], Any], int, int]] = {  # gathered; reduced
+        "logsumexp": (lambda: fusedkl.logsumexp(x, **on), 2, 0),
+        "entropy": (lambda: fusedkl.entropy(x, **on), 3, 0),
+        "selective": (lambda: fusedkl.selective_log_softmax(x, ids, **on), 2 + k, 0),
+        "topk": (lambda: fusedkl.topk_divergence(x, *known, **on), 2 + k, 0),
+        "stats": (lambda: fusedkl.token_stats(x, y, **on).reverse_kl, 12, 0),
+        "stats of tokens": (lambda: fusedkl.token_stats(x, y, ids, **on).logprob, 12 + 2 * k, 0),
+        "distillation": (lambda: fusedkl.distillation_loss(x, y, ids[:, 0], **on), 9, 0),
+    }
+    gathered = {"jeffreys": 8, "forward_kl": 6, "reverse_kl": 6, "renyi": 6}
+    for kind, parameter in EVERY_KIND.items():
+        made = functools.partial(fusedkl.divergence, x, y, kind, **parameter, **on)
+        sends[kind] = made, gathered.get(kind, 4), 6 if kind in SECOND_SWEEP else 0
+    for kind in KINDS:
+        made = functools.partial(fusedkl.linear_divergence, hidden, weight, other, kind=kind, **on)
+        sends[f"linear {kind}"] = made, gathered[kind], 0
+    by_ids = ("selective", "topk", "stats of tokens", "distillation")
+    for name, (call, numbers, reduced) in sends.items():
         with Traffic() as forward:
-            value = fusedkl.divergence(x, y, kind, group=group)
+            value = call()
         with Traffic() as backward:
             value.sum().backward()
-        assert forward.calls == [(name, 10 * 4 * floats) for name, floats in calls], kind
-        assert backward.calls == []
-    with Traffic() as forward:
-        fusedkl.entropy(x, group=group)
-    assert forward.calls == [(gathered, 10 * 4 * 3)]
+        rows = n + (name in by_ids)  # one more says by what cut the ids were taken
+        expected = [("all_gather_into_tensor", rows * 4 * numbers)]
+        expected += [("all_reduce", n * 4 * reduced)] if reduced else []
+        assert forward.calls == expected, f"{name}: {forward.calls}"
+        back = [("all_reduce", n * 4 * width)] * 2 if name.startswith("linear") else []
+        assert backward.calls == back, f"{name}: {backward.calls}"
 
 
 @case

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import oracle
+import test_errors_everywhere as surface
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -219,3 +222,96 @@ def what_loss_parallel_gets_wrong(group: dist.ProcessGroup) -> None:
     value.backward()
     assert abs(float(value.full_tensor().detach() / truth.detach()) - 1) < 1e-5
     assert oracle.relative_l2(x.grad.full_tensor(), full.grad) < 3e-6
+
+
+LINEAR = {"bias": torch.zeros(surface.V), "ref_bias": torch.zeros(surface.V)}
+TENSORS = {
+    "mask": surface.LABELS >= 0,
+    "weight": torch.ones(surface.N),
+    "token_weight": torch.ones(surface.N),
+    "temperature": torch.ones(surface.N),
+    "labels": surface.LABELS,
+}
+MORE: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
+    "log_softmax": (fusedkl.log_softmax, (surface.X,), {}),
+    "gaussian_kl": (
+        fusedkl.gaussian_kl, (surface.X, surface.Y),
+        {"prior_mu": surface.Y, "prior_logvar": surface.X},
+    ),
+    "kl_estimate": (fusedkl.kl_estimate, (surface.X, surface.Y), {}),
+    "kl_penalized_rewards": (
+        fusedkl.kl_penalized_rewards,
+        (surface.X[:, 0], surface.X, surface.X > 0, torch.tensor(0.1)), {},
+    ),
+    "controller": (fusedkl.AdaptiveKLController(0.1, 1.0).update, (torch.tensor(2.0), 1), {}),
+    "linear, logits": (
+        fusedkl.linear_divergence, (surface.HIDDEN, surface.WEIGHT), {"ref_logits": surface.Y},
+    ),
+    "linear, two heads": (
+        fusedkl.linear_divergence, (surface.HIDDEN, surface.WEIGHT, surface.HIDDEN),
+        {"ref_weight": surface.WEIGHT.clone(), **LINEAR},
+    ),
+    "linear_token_stats, two heads": (
+        fusedkl.linear_token_stats, (surface.HIDDEN, surface.WEIGHT, surface.HIDDEN),
+        {"ref_weight": surface.WEIGHT.clone(), **LINEAR},
+    ),
+}  # fmt: skip
+# One DTensor among plain tensors is enough for these: (function, argument).
+ALONE = {(name, "logits") for name in ("entropy", "logsumexp", "selective_log_softmax")}
+ALONE |= {("topk_divergence", "policy_logits")}
+# torch's own operators on DTensors, or no tensors
+NOT_HERE = {"kl_div", "nats_to_bits", "backends", "explain", "inductor", "patch", "unpatch"}
+
+
+@case
+def a_dtensor_among_plain_tensors(group: dist.ProcessGroup) -> None:
+    """Of every tensor of every public function: taken, or a TypeError that names it."""
+    calls = {**surface.CALLS, **MORE}
+    public = {name for name in fusedkl.__all__ if name[0].islower()}
+    reached = {call[0].__name__ for call in calls.values()}
+    assert public - NOT_HERE <= reached, public - NOT_HERE - reached
+    mesh = init_device_mesh("cpu", (group.size(),))
+    for name, (function, given, options) in calls.items():
+        accepted = inspect.signature(function)
+        bound = dict(accepted.bind(*given, **options).arguments)
+        bound |= bound.pop("options", {})
+        optional = set(accepted.parameters)
+        if "options" in optional:  # the named kinds
+            optional = {"mask", "weight", "temperature", "labels"}
+        for option, t in TENSORS.items():
+            if option in optional:
+                bound.setdefault(option, t)
+        for option, t in bound.items():
+            pair = isinstance(t, tuple)
+            first = t[0] if pair else t
+            if not isinstance(first, Tensor):
+                continue
+            places = [Replicate() if first.dim() == 0 else Shard(first.dim() - 1)]
+            sharded = spread(first, mesh, places)
+            changed = bound | {option: (sharded, t[1]) if pair else sharded}
+            what = f"{name}, {option}"
+            try:
+                value = function(**changed)
+            except TypeError as error:
+                said = str(error)
+                assert (name, option) not in ALONE, f"{what}: {said}"
+                named = "must be a DTensor as" in said or "got a DTensor with placements" in said
+                assert named and re.search(rf"\b{option}\b", said), f"{what}: {said}"
+            else:
+                assert (name, option) in ALONE and isinstance(value, DTensor), what
+    pair = surface.X.log_softmax(-1), surface.Y.log_softmax(-1)
+    estimate = fusedkl.kl_estimate(*(spread(t, mesh, [Shard(0)]) for t in pair))
+    torch.testing.assert_close(estimate.full_tensor(), fusedkl.kl_estimate(*pair))
+    ours = [t.clone().requires_grad_() for t in pair]
+    theirs = [spread(t, mesh, [Shard(-1)]).requires_grad_() for t in pair]
+    for leaves in (ours, theirs):
+        fusedkl.kl_div(*leaves, reduction="sum", log_target=True).backward()
+    for a, e in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), e.grad)
+    partial = DTensor.from_local(surface.X, mesh, [Partial()])
+    try:
+        fusedkl.log_softmax(partial)
+    except TypeError as error:
+        assert "full_tensor" in str(error) and "to_local" not in str(error)
+    else:
+        raise AssertionError("a Partial went through")
