@@ -43,7 +43,7 @@ def row_stats(
         low, high = (int(v) for v in ids.aminmax()) if ids.numel() > 0 else (0, 0)
         if low < -1 or high > last:
             # users' negative ids arrive one lower: see layout.token_ids
-            low = low + 1 if low < -1 else low
+            low, high = (v + 1 if v < -1 else v for v in (low, high))
             raise ValueError(
                 f"index or token_ids must hold ids from 0 to {last}; got {low} to {high}"
             )

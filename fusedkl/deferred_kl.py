@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, kl_div_ops, scalar_loss
-from .backends import resolve
+from .backends import needs, resolve
 from .deferred import SPECIAL, Plan, plan_of
 from .layout import rows
 
@@ -34,8 +34,8 @@ def _result_dtype(
         return compute(torch.empty(1, dtype=given, device=device)).dtype
 
 
-def _compiled(device: torch.device) -> bool:
-    return resolve(None, device) != "reference"
+def _backend(*logits: Tensor) -> str:
+    return resolve(None, logits[0].device, needs(*logits, *_FIELDS))
 
 
 def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
@@ -50,7 +50,7 @@ def _deferrable(x: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
         and x.layout == torch.strided
         and not x.is_inference()
         and not torch.is_inference_mode_enabled()
-        and _compiled(x.device)
+        and _backend(x) != "reference"
     )
 
 
@@ -110,7 +110,7 @@ def fused_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool
 def _sources(plan: Plan) -> tuple[Tensor, Tensor, str]:
     plan.check_unchanged()
     x, y = plan.sources()
-    return rows(x), rows(y), resolve(None, x.device)
+    return rows(x), rows(y), _backend(x, y)
 
 
 def _total(plan: Plan, divisor: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd, distributed, divergences, dtensors, reductions, reference, validation
 from .autograd import OPS, recorded
 from .backends import needs, resolve
-from .layout import inverse_temperature, row_parts, rows
+from .layout import inverse_temperature, row_parts, rows, token_ids
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,6 +112,7 @@ def distillation_loss(
     ids = torch.where(counted, labels.reshape(-1), 0)
     if group is None:
         validation.token_range("labels", ids, student_logits.shape[-1], ", or ignore_index")
+    ids = token_ids(ids.view(shape), student_logits)
 
     soft = fields if ce_weight < 1 else ()
     hard: tuple[str, ...] = ()
@@ -128,7 +129,7 @@ def distillation_loss(
         dtype=" ".join(wanted[:2]),
         temperature=temperature,
     )
-    call = _Call(soft, hard, parameter, inverse, read, ids.unsqueeze(-1), name, shards)
+    call = _Call(soft, hard, parameter, inverse, read, ids, name, shards)
     values = _values(rows(student_logits), rows(teacher_logits) if soft else None, call)
 
     squared: float | Tensor = 1.0

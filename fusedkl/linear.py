@@ -126,7 +126,8 @@ def linear_divergence(
     if known is not None:
         inputs = inputs._replace(topk_ids=known.ids)
     if ce_weight is not None:
-        inputs = inputs._replace(labels=_hard(ce_weight, labels, counted, hidden, weight))
+        hard = _hard(ce_weight, labels, counted, hidden, weight)
+        inputs = inputs._replace(labels=hard if ce_weight > 0 else None)
     if group is None:
         values = linear_stats(inputs)
     else:
@@ -143,8 +144,9 @@ def linear_divergence(
         tokens = values[0]
         for i in range(1, len(fields)):
             tokens = tokens + values[i]
-    if ce_weight is not None:
-        tokens = (1 - ce_weight) * tokens - ce_weight * values[-1]
+    if ce_weight is not None and ce_weight > 0:  # 0 times an infinite term is no number
+        soft = (1 - ce_weight) * tokens if ce_weight < 1 else 0
+        tokens = soft - ce_weight * values[-1]
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=inputs.backend)
 
 

@@ -179,6 +179,11 @@ class _Running:
             at, of_tile = at + size, of_tile + size
         if self.swept:  # which supports there are, for what is infinite
             self._first.append("forward_kl")
+        # ids of no tile, where nobody could look at them: [K, n]
+        self._nowhere: Tensor | None = None
+        if asked.token_ids is not None:
+            ids = asked.token_ids.t()
+            self._nowhere = (ids < 0) | (ids >= engine.vocabulary)
         self._outcomes: Tensor | None = None
         if asked.apart is not None:
             shape = asked.apart.shape[1], n
@@ -238,7 +243,9 @@ class _Running:
         if self.swept:  # NaN where a row is no distribution
             self._values[self.swept[1]] = torch.where(merged[-1].isnan(), torch.nan, 0)
         for here, _, side in self._tokens:
-            self._values[here] -= _normaliser(state, side, self.asked.inverse)
+            assert self._nowhere is not None
+            values = self._values[here] - _normaliser(state, side, self.asked.inverse)
+            self._values[here] = torch.where(self._nowhere, torch.nan, values)
         if self._outcomes is not None:  # from the state: -inf, not NaN, where nothing else is
             rest = _normaliser(state, "policy", self.asked.inverse)
             return torch.cat([self._outcomes, rest[None]]), state

@@ -74,7 +74,8 @@ def linear_token_stats(
     if any(divergences.FIELDS[name].needs_token_ids for name in wanted):
         assert token_ids is not None
         validation.token_index("token_ids", token_ids, hidden)
-        ids = token_ids.reshape(inputs.hidden.shape[0], -1)
+        per_row = token_ids.shape[-1] if token_ids.dim() == hidden.dim() else 1
+        ids = token_ids.reshape(inputs.hidden.shape[0], per_row)
         if counted is not None:
             ids = torch.where(counted[:, None], ids, 0)
         validation.token_range("token_ids", ids, weight.shape[0])

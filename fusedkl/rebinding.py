@@ -175,9 +175,9 @@ def _described(owner: Any, function: Any) -> str | None:
     if isinstance(owner, FunctionType):
         module, name = owner.__module__, f"{owner.__qualname__}"
         kept = (*(owner.__defaults__ or ()), *(owner.__kwdefaults__ or {}).values())
-        cells = [c for c in owner.__closure__ or () if c.cell_contents is function]
-        place = "the closure of " if cells else "the defaults of "
-        found = bool(cells) or any(value is function for value in kept)
+        closed = any(_holds(cell, function) for cell in owner.__closure__ or ())
+        place = "the closure of " if closed else "the defaults of "
+        found = closed or any(value is function for value in kept)
     elif isinstance(owner, type):
         module, name, place = owner.__module__, owner.__qualname__, "the class "
         kept = tuple(getattr(v, "__func__", v) for v in vars(owner).values())
@@ -195,6 +195,13 @@ def _described(owner: Any, function: Any) -> str | None:
     if not found or module is None or _internal(module):
         return None
     return f"{name_of(function)} in {place}{name} ({module})"
+
+
+def _holds(cell: CellType, function: Any) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # empty: a variable of the enclosing function that is not set yet
+        return False
 
 
 def name_of(function: Any) -> str:

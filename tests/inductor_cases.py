@@ -1,4 +1,4 @@
-"""The product of ways in which a KL between rows of logits is written, as functions."""
+"""The product of ways in which a KL between rows of logits is written, as functions; the pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedkl.inductor.passes import rewrite
+
 FORMS = ("log_softmax", "softmax().log()", "x - logsumexp")
 CASTS = ("none", ".float()", "dtype=")
 TEMPERATURES = ("none", "before", "before, T**2 after")
@@ -18,6 +20,7 @@ TERMS = ("kl_div log_target", "kl_div", "sum q (log q - log p)", "sum p (log p -
 REDUCTIONS = ("none, sum(-1)", "sum", "mean", "batchmean", "masked mean")
 DTYPES = (torch.float32, torch.bfloat16)
 T = 2.5
+N, V = 5, 129
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,27 @@ def gradients(
     value = function(*leaves)
     value.sum().backward()
     return value.detach(), [t.grad for t in leaves]
+
+
+def compiled(
+    function: Callable[..., Tensor], seen: Callable[[torch.fx.Graph], object] = id, **options: Any
+) -> Callable[..., Tensor]:
+    """torch.compile by a compiler that is nothing but the pass; `seen` gets the graphs it makes."""
+
+    def rewriting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        rewrite(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        seen(graph.graph)
+        return graph
+
+    result: Callable[..., Tensor] = torch.compile(
+        function, fullgraph=True, backend=rewriting, **options
+    )
+    return result
+
+
+def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = torch.randn(2, *(shape or (N, V))).to(dtype)
+    mask = torch.arange(x.shape[:-1].numel()).reshape(x.shape[:-1]) % 3 != 1
+    return x.clone().requires_grad_(), y.clone(), mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from test_memory import peak
 from torch import Tensor
 
 import fusedkl
+from fusedkl.backends import BACKENDS
 
 pytestmark = needs_kernel
 
@@ -133,3 +135,17 @@ def test_memory_is_the_gradient(name: str) -> None:
     with fusedkl.patch():
         patched = peak(step)
     assert plain >= 3 * gradient and gradient <= patched < gradient + 16_384
+
+
+def test_what_the_kernels_do_not_take_is_not_deferred(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton has no float64: where it is the only one, such logits stay torch's."""
+    limited = dataclasses.replace(BACKENDS["cpu"], takes=BACKENDS["triton"].takes)
+    monkeypatch.setitem(BACKENDS, "cpu", limited)
+    x, y = logits(torch.float64)
+    for given in ((x, y), (x.detach().float().requires_grad_(), y)):
+        agree(both(LOSSES["batchmean"], *given), 1e-5)
+    with fusedkl.patch():
+        assert type(F.softmax(y, -1)) is Tensor and type(F.softmax(y.float(), -1)) is not Tensor
+    assert calls.fused == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import warnings
@@ -11,20 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inductor_cases import Written, gradients, product
+from inductor_cases import N, V, Written, compiled, gradients, inputs, product
 from kl_div_cases import needs_kernel
 from torch import Tensor
 
 import fusedkl
 from fusedkl import autograd
-from fusedkl.inductor.passes import rewrite
+from fusedkl.backends import BACKENDS
 
 pytestmark = [
     needs_kernel,
     # torch's own tracing warns of its own deprecations.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-N, V = 5, 129
 ALL = list(product())
 
 
@@ -39,27 +39,6 @@ def fresh() -> Iterator[None]:
     fusedkl.inductor.report(clear=True)
     yield
     torch.compiler.reset()
-
-
-def rewriting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-    """A compiler that is nothing but the pass."""
-    rewrite(graph.graph)
-    graph.graph.lint()
-    graph.recompile()
-    return graph
-
-
-def compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    result: Callable[..., Tensor] = torch.compile(
-        function, fullgraph=True, backend=rewriting, **options
-    )
-    return result
-
-
-def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, y = torch.randn(2, *(shape or (N, V))).to(dtype)
-    mask = torch.arange(x.shape[:-1].numel()).reshape(x.shape[:-1]) % 3 != 1
-    return x.clone().requires_grad_(), y.clone(), mask
 
 
 def agree(
@@ -383,3 +362,19 @@ def test_autocast() -> None:
     wanted = fusedkl.forward_kl(x, y, reduction="mean")
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     assert len(fusedkl.inductor.report().rewritten) == 1
+
+
+def test_what_the_kernels_do_not_take_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has no float64: where it is the only one, such logits stay torch's."""
+    limited = dataclasses.replace(BACKENDS["cpu"], takes=BACKENDS["triton"].takes)
+    monkeypatch.setitem(BACKENDS, "cpu", limited)
+    x, y, _ = inputs()
+    for given in ((x.double().detach(), y.double()), (x.detach(), y.double())):
+        torch.compiler.reset()
+        found = compiled(row_loss)(*given, y)
+        torch.testing.assert_close(found, row_loss(*given, y), rtol=1e-6, atol=0)
+        report = fusedkl.inductor.report(clear=True)
+        assert report.rewritten == () and len(report.missed) == 1
+        assert "no compiled kernel for torch.float" in report.missed[0].reason
+        assert "torch.float64 on cpu" in report.missed[0].reason
+    assert len(agree(row_loss, inputs()).rewritten) == 1

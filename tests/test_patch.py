@@ -139,6 +139,19 @@ def test_what_is_out_of_reach_is_listed() -> None:
     assert "log_softmax in an object of class " in listed and "Holder" in listed
 
 
+def test_an_empty_cell_holds_nothing() -> None:
+    """A closure over a variable that is not set yet, of a function that holds torch's elsewhere."""
+
+    def early(function: Any = ORIGINAL) -> Any:
+        return later, function
+
+    with fusedkl.patch() as handle:
+        listed = repr(handle)
+    assert "test_an_empty_cell_holds_nothing.<locals>.early" in listed
+    later = early
+    assert early()[0] is later
+
+
 def test_numbers_through_the_patch() -> None:
     """F.kl_div, nn.KLDivLoss and a name bound earlier: the same values and warnings."""
     x, t = pair((4, 50), torch.float32, False)

@@ -99,26 +99,6 @@ def example(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
-def mutates(node: Node) -> bool:
-    """Whether the node may write to its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    return (
-        node.target is operator.setitem
-        or name in _IN_PLACE
-        or name.endswith("_")
-        or node.kwargs.get("out") is not None
-        or node.kwargs.get("inplace") is True
-    )
-
-
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor"}
-
-
 def where(node: Node) -> str:
     """file:line and source of the user's line, as far as the graph knows it."""
     trace = node.meta.get("stack_trace") or node.stack_trace or ""

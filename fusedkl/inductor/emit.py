@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +11,13 @@ from torch.fx import Graph, Node
 
 from .. import autograd
 from ..backends import needs, resolve
-from ..layout import inverse_temperature, rows
-from .calls import example, where
-from .found import Reading, Single, Sum, mutations, same
-from .values import Mixture, Row
+from ..layout import inverse_temperature, rows, token_ids
+from .calls import example, read, where
+from .found import Reading, Single, Sum, same
+from .sharing import Call, Member, calls_of
+from .terms import Number, numbers
+from .values import Row, Scaled
+from .writes import Writes
 
 
 def row_numbers(
@@ -31,10 +33,9 @@ def row_numbers(
         temperature = temperature.squeeze(-1)
     inverse = inverse_temperature(1.0 if temperature is None else temperature, policy)
     shape = policy.shape[:-1]
-    ids = None
-    if index is not None:
-        ids = index.reshape(shape.numel(), index.shape[-1]).contiguous()
-    backend = resolve(None, policy.device, needs(*kinds))
+    # To torch's gather a negative index is an error, as to all users of ours.
+    ids = None if index is None else token_ids(index.to(torch.int64), policy)
+    backend = resolve(None, policy.device, needs(policy, reference, *kinds))
     y = None if reference is None else rows(reference)
     values = autograd.row_stats(rows(policy), y, ids, kinds, parameter, inverse, backend=backend)
     found, at = [], 0
@@ -48,167 +49,134 @@ def row_numbers(
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class _Number:
-    """coefficient * kind(policy, reference) or kind(policy)."""
-
-    coefficient: float
-    kind: str
-    policy: Row
-    reference: Row | None = None
-    parameter: float | None = None
-
-
-def _requires_grad(row: Row) -> bool:
-    return not row.detached and bool(getattr(example(row.logits), "requires_grad", True))
-
-
-def _kl(coefficient: float, a: Row, b: Row) -> _Number:
-    """coefficient * KL(a || b), with the row that is trained as the policy."""
-    if _requires_grad(a) and not _requires_grad(b):
-        return _Number(coefficient, "reverse_kl", a, b)
-    return _Number(coefficient, "forward_kl", b, a)
-
-
-def numbers(found: Sum | Single) -> list[_Number] | str:
-    """What a node is the sum of, or why it cannot be computed."""
-    if isinstance(found, Single):
-        kind = "entropy" if found.index is None else "logprob"
-        return [_Number(1.0, kind, found.row)]
-    terms = dict(found.products.terms)
-    result: list[_Number] = []
-    for mixture in {b for _, b in terms if isinstance(b, Mixture)}:
-        (a, wa), (b, wb) = mixture.parts
-        factors = [-terms.pop((row, mixture), 0.0) / w for row, w in mixture.parts]
-        if abs(factors[0] - factors[1]) > 1e-6 * abs(factors[0]):
-            return "the two KLs of a Jensen-Shannon divergence are not weighted as its mixture is"
-        for row, w in mixture.parts:
-            terms[row, row] = terms.get((row, row), 0.0) - factors[0] * w
-        if _requires_grad(b) and not _requires_grad(a):
-            a, b, wb = b, a, wa
-        result.append(_Number(factors[0], "jsd", a, b, wb))
-    entropies: dict[Row, float] = defaultdict(float)
-    for (a, b_), c in terms.items():
-        assert isinstance(b_, Row)
-        entropies[a] += c
-        if a != b_:
-            result.append(_kl(-c, a, b_))
-    result += [_Number(-c, "entropy", a) for a, c in entropies.items() if abs(c) > 1e-9]
-    return result
-
-
 class Emitter:
     """Rewrites one graph; `rewritten` says what and where."""
 
-    def __init__(self, graph: Graph, reading: Reading) -> None:
-        self.graph, self.reading = graph, reading
+    def __init__(self, graph: Graph, reading: Reading, writes: Writes) -> None:
+        self.graph, self.reading, self.writes = graph, reading, writes
         self.rewritten: list[tuple[str, str]] = []
-        self._position = {node: i for i, node in enumerate(graph.nodes)}
-        self._writes = list(mutations(graph))
-        self._made: dict[Any, list[Node]] = {}
 
     def run(self) -> None:
         """Rewrite everything that can be; the reasons of the rest go to `reading.missed`."""
-        wanted = []
+        wanted, members = [], []
         for found in self.reading.found:
-            parts = numbers(found)
-            reason = parts if isinstance(parts, str) else self._obstacle(found.node, parts)
-            if reason is not None:
-                self.reading.missed[found.node] = reason
-            else:
-                assert isinstance(parts, list)
-                wanted.append((found, [self._aligned(part) for part in parts]))
-        groups: dict[Any, list[tuple[Node, _Number, Any]]] = defaultdict(list)
+            parts = self._computable(found)
+            if isinstance(parts, str):
+                self.reading.missed[found.node] = parts
+                continue
+            wanted.append((found, parts))
+            index = found.index if isinstance(found, Single) else None
+            grad = self.reading.grad[found.node]
+            members += [Member(found.node, part, index, grad) for part in parts]
+        values: dict[Any, Node] = {}
+        for call in calls_of(members, self.writes):
+            values.update(self._call(call))
         for found, parts in wanted:
-            for part in parts:
-                index = found.index if isinstance(found, Single) else None
-                groups[self._key(found.node, part)].append((found.node, part, index))
-        for key in list(groups):
-            self._adopt_singles(groups, key)
-        calls = {}
-        for members in groups.values():
-            calls.update(self._call(members))
-        for found, parts in wanted:
-            self._replace(found, [(p, calls[found.node, p]) for p in parts])
-        for node in reversed([found.node for found, _ in wanted]):
-            self.graph.erase_node(node)
+            self._replace(found, [(p, values[found.node, p]) for p in parts])
+        self._remove([found.node for found, _ in wanted])
 
-    def _obstacle(self, node: Node, parts: list[_Number]) -> str | None:
+    def _computable(self, found: Sum | Single) -> list[Number] | str:
+        """What to compute for a node, or why that cannot be done."""
+        parts = numbers(found)
+        if isinstance(parts, str):
+            return parts
+        made_of = self._made_of(found.node)
+        parts = [self._aligned(part, made_of) for part in parts]
+        return (
+            self._without_kernel(parts)
+            or self._changed(found.node, made_of)
+            or self._changed_for_backward(found.node, parts)
+            or parts
+        )
+
+    def _made_of(self, node: Node) -> list[Node]:
+        """The nodes that were read to know what a node is, in order."""
+        found, waiting = {node}, [node]
+        while waiting:
+            given = [n for n in waiting.pop().all_input_nodes if n in self.reading.known]
+            waiting += [n for n in given if n not in found]
+            found.update(given)
+        return sorted(found, key=self.writes.position.__getitem__)
+
+    def _without_kernel(self, parts: list[Number]) -> str | None:
         for part in parts:
-            both = [r for r in (part.policy, part.reference) if r is not None]
-            shapes = [example(row.logits) for row in both]
-            if len(shapes) == 2 and not same(shapes[0].shape, shapes[1].shape):
+            given = [example(r.logits) for r in (part.policy, part.reference) if r is not None]
+            if len(given) == 2 and not same(given[0].shape, given[1].shape):
                 return "the two rows are broadcast against each other"
-            for tensor in shapes:
-                chosen = resolve(None, tensor.device, needs(part.kind))
-                if chosen == "reference" and tensor.device.type != "meta":
-                    return f"there is no compiled kernel for {tensor.device.type}"
-                storage = tensor.untyped_storage()._cdata
-                first = min(self._position[row.logits] for row in both)
-                for position, written in self._writes:
-                    if first < position < self._position[node] and written in (None, storage):
-                        return "the logits are changed in place between softmax and sum"
+            device = given[0].device
+            chosen = resolve(None, device, needs(*given, part.kind))
+            if chosen == "reference" and device.type != "meta":
+                dtypes = " and ".join(dict.fromkeys(str(t.dtype) for t in given))
+                return f"there is no compiled kernel for {dtypes} on {device.type}"
         return None
 
-    def _aligned(self, part: _Number) -> _Number:
+    def _changed(self, node: Node, made_of: list[Node]) -> str | None:
+        """Why what a node is made of cannot be read as late as at the node."""
+        for reader in made_of:
+            start, end = (self.writes.position[n] for n in (reader, node))
+            for given in reader.all_input_nodes:
+                if self.writes.between(given, start, end):
+                    return f"{given.name} is changed in place between its use and the result"
+        return None
+
+    def _changed_for_backward(self, node: Node, parts: list[Number]) -> str | None:
+        """Backward reads logits, where torch's keeps probabilities."""
+        if not example(node).requires_grad:
+            return None
+        start, end = self.writes.position[node], len(self.writes.position)
+        for part in parts:
+            for row in (part.policy, part.reference):
+                if row is not None and self.writes.between(row.logits, start, end):
+                    return f"{row.logits.name} is changed in place before backward would read it"
+        return None
+
+    def _aligned(self, part: Number, made_of: list[Node]) -> Number:
         """Both rows at one temperature, by dividing them beforehand where theirs differ."""
         a, b = part.policy, part.reference
         if b is None or a.temperature == b.temperature:
             return part
-        found = [
-            row if row.temperature is None else Row(self.reading.quotients[row], None, row.detached)
-            for row in (a, b)
-        ]
-        return _Number(part.coefficient, part.kind, found[0], found[1], part.parameter)
+        return replace(
+            part, policy=self._quotient(a, made_of), reference=self._quotient(b, made_of)
+        )
 
-    def _key(self, node: Node, part: _Number) -> Any:
-        return (part.policy, part.reference, part.parameter, self.reading.grad[node])
+    def _quotient(self, row: Row, made_of: list[Node]) -> Row:
+        """A row whose logits are those of `row`, divided by its temperature."""
+        if row.temperature is None:
+            return row
+        for node in made_of:
+            value = self.reading.known.get(node)
+            if isinstance(value, Scaled) and replace(value.row, detached=row.detached) == row:
+                return Row(node, None, row.detached)
+        raise AssertionError(f"{row} is made of none of {made_of}")
 
-    def _adopt_singles(self, groups: Any, key: Any) -> None:
-        """Numbers of the policy alone join a read of the pair, if that comes no earlier."""
-        policy, reference, parameter, grad = key
-        if reference is None or parameter is not None:
-            return
-        alone = groups.get((policy, None, None, grad), [])
-        start = min(self._position[node] for node, _, _ in groups[key])
-        for member in list(alone):
-            index = member[2]
-            kinds = [m[2] for m in groups[key] if m[1].kind == "logprob"]
-            if index is not None and (self._position[index] > start or kinds):
-                continue
-            alone.remove(member)
-            groups[key].append(member)
-
-    def _call(self, members: list[tuple[Node, _Number, Any]]) -> dict[Any, Node]:
-        if not members:
-            return {}
-        separate: dict[Any, list[tuple[Node, _Number, Any]]] = defaultdict(list)
-        indices = list(dict.fromkeys(index for _, _, index in members if index is not None))
-        for member in members:
-            # One index per call; more of them are calls of their own.
-            separate[member[2] if member[2] in indices[1:] else None].append(member)
-        found = {}
-        for part in separate.values():
-            found.update(self._one_call(part))
-        return found
-
-    def _one_call(self, members: list[tuple[Node, _Number, Any]]) -> dict[Any, Node]:
-        first = min((node for node, _, _ in members), key=self._position.__getitem__)
-        index = next((i for _, _, i in members if i is not None), None)
-        kinds = tuple(dict.fromkeys(part.kind for _, part, _ in members))
-        some = members[0][1] if members[0][1].reference else members[-1][1]
-        some = next((p for _, p, _ in members if p.reference is not None), some)
+    def _call(self, call: Call) -> dict[Any, Node]:
+        first = min((m.node for m in call.members), key=self.writes.position.__getitem__)
+        kinds = tuple(dict.fromkeys(m.number.kind for m in call.members))
         with self.graph.inserting_before(first):
-            logits = [None if r is None else self._logits(r) for r in (some.policy, some.reference)]
-            arguments = (*logits, index, kinds, some.parameter, some.policy.temperature)
-            call = self.graph.call_function(row_numbers, arguments)
-            items = {k: self.graph.call_function(_item, (call, i)) for i, k in enumerate(kinds)}
-        return {(node, part): items[part.kind] for node, part, _ in members}
+            logits = [None if r is None else self._logits(r) for r in (call.policy, call.reference)]
+            parameter = call.members[0].number.parameter
+            arguments = (*logits, call.index, kinds, parameter, call.policy.temperature)
+            values = self.graph.call_function(row_numbers, arguments)
+            items = {k: self.graph.call_function(_item, (values, i)) for i, k in enumerate(kinds)}
+        return {(m.node, m.number): items[m.number.kind] for m in call.members}
+
+    def _remove(self, waiting: list[Node]) -> None:
+        """Erase nodes, and what only they needed of what is known to do nothing but compute.
+
+        Everything else stays: a write, an unknown operator, or what nothing needed before.
+        """
+        erased = set()
+        while waiting:
+            node = waiting.pop()
+            if not node.users and node not in erased:
+                waiting += [given for given in node.all_input_nodes if read(given) is not None]
+                self.graph.erase_node(node)
+                erased.add(node)
 
     def _logits(self, row: Row) -> Node:
         return self.graph.call_method("detach", (row.logits,)) if row.detached else row.logits
 
-    def _replace(self, found: Sum | Single, parts: list[tuple[_Number, Node]]) -> None:
+    def _replace(self, found: Sum | Single, parts: list[tuple[Number, Node]]) -> None:
         node, tensor = found.node, example(found.node)
         with self.graph.inserting_before(node):
             total = None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import calls
 from .values import Products, Row
 
 
@@ -44,8 +42,7 @@ class Reading:
 
     found: list[Sum | Single] = field(default_factory=list)
     missed: dict[Node, str] = field(default_factory=dict)
-    # A node that is the logits of a row divided by its temperature.
-    quotients: dict[Row, Node] = field(default_factory=dict)
+    known: dict[Node, Any] = field(default_factory=dict)  # what nodes are when they are made
     grad: dict[Node, bool] = field(default_factory=dict)  # the grad mode at each of `found`
 
 
@@ -61,12 +58,3 @@ def last(dim: Any, tensor: Any) -> bool:
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
     return isinstance(dim, int) and tensor.dim() > 0 and dim in (-1, tensor.dim() - 1)
-
-
-def mutations(graph: Graph) -> Iterator[tuple[int, Any]]:
-    """(position, storage) of every write in the graph; storage None where it is not known."""
-    for position, node in enumerate(graph.nodes):
-        if calls.mutates(node):
-            tensor: Any = calls.example(node.args[0]) if node.args else None
-            known = isinstance(tensor, torch.Tensor)
-            yield position, tensor.untyped_storage()._cdata if known else None

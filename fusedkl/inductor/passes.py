@@ -14,6 +14,7 @@ from .calls import where
 from .emit import Emitter
 from .reader import Reader
 from .report import record
+from .writes import Writes
 
 
 @functools.cache
@@ -27,13 +28,12 @@ def _sources() -> tuple[str, ...]:
 
 def rewrite(graph: Graph) -> None:
     """Rewrite one graph of torch calls, and put it on record."""
-    reader = Reader(graph)
-    emitter = Emitter(graph, reader.reading)
+    writes = Writes(graph)
+    reader = Reader(graph, writes)
+    emitter = Emitter(graph, reader.reading, writes)
     emitter.run()
     missed = [(reason, where(node)) for node, reason in reader.reading.missed.items()]
     record(emitter.rewritten, missed)
-    if emitter.rewritten:
-        graph.eliminate_dead_code()
 
 
 class _Pass(CustomGraphPass):

@@ -113,11 +113,6 @@ class Reader(Rows):
             self._record(Sum(node, products, (), divisor=divisor))
         return None
 
-    def _reason(self, node: Any) -> str:
-        if node in self._why:
-            return f"{node.name}, which {self._why[node]}"
-        return f"is {node}, not a softmax of logits over their last dim in the form that is needed"
-
     # -- picked tokens -------------------------------------------------------------------------
 
     def _gather(self, node: Node, x: Any, dim: Any, index: Any) -> Value:

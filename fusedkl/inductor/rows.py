@@ -27,6 +27,7 @@ from .values import (
     Stacked,
     Value,
 )
+from .writes import Writes
 
 _HALF = (torch.bfloat16, torch.float16)
 _FLOAT = (*_HALF, torch.float32, torch.float64)
@@ -36,8 +37,9 @@ _GRAD_MODE = torch._C._set_grad_enabled
 class Rows(ABC):
     """One walk over a graph; `reading` is its result."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, writes: Writes) -> None:
         self.reading = Reading()
+        self._writes = writes
         self._values: dict[Node, Value] = {}
         self._why: dict[Node, str] = {}
         self._grad = True
@@ -46,8 +48,10 @@ class Rows(ABC):
                 self._grad = bool(node.args[0])
                 continue
             call = calls.read(node)
-            if call is not None:
-                self._values[node] = self._interpret(node, *call)
+            found = None if call is None else self._interpret(node, *call)
+            if found is not None:
+                self._values[node] = self.reading.known[node] = found
+            self._forget(node)
         self._explain()
 
     def value(self, node: Any) -> Value:
@@ -70,10 +74,16 @@ class Rows(ABC):
     def _interpret(self, node: Node, name: str, given: dict[str, Any]) -> Value:
         method: Any = getattr(self, f"_{name}", None)
         known = method is not None
-        found = method(node, **given) if known else self._arithmetic(node, name, given)
-        if isinstance(found, Scaled):
-            self.reading.quotients.setdefault(found.row, node)
-        return found
+        return method(node, **given) if known else self._arithmetic(node, name, given)
+
+    def _forget(self, writer: Node) -> None:
+        """What a node writes to is not what it was made as any more; logits are others."""
+        for node in self._writes.touched(writer, self._values):
+            value = self._values.pop(node)
+            if isinstance(value, Products):
+                self.reading.missed[writer] = "p (log p - log q) is changed in place"
+            elif not isinstance(value, Scaled):
+                self._why[node] = "is changed in place"
 
     def _explain(self) -> None:
         """Say where p log p terms end that are not summed."""
@@ -245,13 +255,19 @@ class Rows(ABC):
             if isinstance(x, Scaled) and isinstance(right, float) and right > 0:
                 return self._divided(x.row, 1 / right)
             found = values.multiply(x, y)
-            return self._weighted(x, left, y, right) if found is None else found
-        if name == "sub":
-            special = self._difference(node, x, y)
-            if special is not None:
-                return special
-            y = values.scale(y, -1.0)
-        return values.add(x, y)
+            found = self._weighted(x, left, y, right) if found is None else found
+        else:
+            special = self._difference(node, x, y) if name == "sub" else None
+            found = special or values.add(x, values.scale(y, -1.0) if name == "sub" else y)
+        for one, other in ((left, y), (right, x)):
+            if found is None and one in self._why and isinstance(other, (Log, Prob)):
+                self.reading.missed[node] = f"{name}: one side {self._reason(one)}"
+        return found
+
+    def _reason(self, node: Any) -> str:
+        if node in self._why:
+            return f"{node.name}, which {self._why[node]}"
+        return f"is {node}, not a softmax of logits over their last dim in the form that is needed"
 
     def _difference(self, node: Node, x: Value, y: Value) -> Value:
         if isinstance(x, Scaled) and isinstance(y, LogSumExp) and x.row == y.row and y.kept:

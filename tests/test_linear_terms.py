@@ -1,0 +1,82 @@
+"""linear_divergence at the ends of ce_weight, ids of no token, and no tokens at all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedkl
+from fusedkl import validation
+
+N, H, V = 5, 8, 37
+
+
+def heads() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(2, N, H, generator=generator)
+    w, u = torch.randn(2, V, H, generator=generator)
+    return x, w, y, u
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 1.0])
+def test_a_term_that_does_not_count_may_be_infinite(ce_weight: float, backend: str) -> None:
+    x, w, y, u = heads()
+    labels, bias = torch.arange(N), torch.zeros(V)
+    # no policy on the label of row 0: an infinite cross-entropy; and on token 9: an infinite KL
+    bias[0 if ce_weight == 0 else 9] = -math.inf
+    ref_bias = bias.clone()
+    if ce_weight == 1:
+        ref_bias[9] = 0
+    x.requires_grad_()
+    found = fusedkl.linear_divergence(
+        x, w, y, u, bias=bias, ref_bias=ref_bias, labels=labels, ce_weight=ce_weight,
+        backend=backend,
+    )  # fmt: skip
+    logits, other = (x @ w.t() + bias).double(), (y @ u.t() + ref_bias).double()
+    log_p, log_q = logits.log_softmax(-1), other.log_softmax(-1)
+    terms = torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_p), 0).sum(-1)
+    wanted = -log_p[torch.arange(N), labels] if ce_weight == 1 else terms
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert bool(slope.isfinite().all())
+
+
+def test_an_id_of_no_token_is_nan_where_nobody_may_look(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose contents the host does not wait for."""
+    if backend == "reference":
+        pytest.skip("it looks at all contents")
+    monkeypatch.setattr(validation, "token_range", lambda *_: None)
+    x, w, y, u = heads()
+    ids = torch.tensor([0, -1, V - 1, V, 4])
+    stats = fusedkl.linear_token_stats(
+        x, w, ref_hidden=y, ref_weight=u, token_ids=ids, backend=backend
+    )
+    for name in ("logprob", "ref_logprob", "k3"):
+        assert getattr(stats, name).isnan().tolist() == [False, True, False, True, False], name
+    assert stats.entropy is not None and bool(stats.entropy.isfinite().all())
+    loss = fusedkl.linear_divergence(
+        x, w, y, u, labels=ids, ignore_index=-100, ce_weight=0.5, backend=backend
+    )
+    assert loss.isnan().tolist() == [False, True, False, True, False]
+
+
+def test_labels_of_distillation_are_no_other_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "token_range", lambda *_: None)
+    x, y = torch.randn(2, 3, V)
+    with pytest.raises(ValueError, match="-1"):
+        fusedkl.distillation_loss(x, y, torch.tensor([0, -1, 2]), ce_weight=1.0)
+
+
+def test_no_tokens_with_ids(backend: str) -> None:
+    _, w, _, u = heads()
+    none = torch.empty(0, H)
+    for ids in (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64)):
+        stats = fusedkl.linear_token_stats(
+            none, w, ref_hidden=none, ref_weight=u, token_ids=ids, backend=backend
+        )
+        assert stats.logprob is not None and stats.logprob.shape == ids.shape
