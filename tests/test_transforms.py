@@ -226,7 +226,7 @@ def test_a_patched_loss_without_synchronisation(
 ) -> None:
     """patch() leaves traced code and subclasses to torch; fake tensors are here to see a look."""
     monkeypatch.setattr(deferred_kl.kl_div_ops, "observed", lambda: False)
-    monkeypatch.setattr(deferred_kl, "_compiled", lambda device: True)
+    monkeypatch.setattr(deferred_kl, "_backend", lambda *logits: "triton")
     fused: list[Any] = []
     sources = deferred_kl._sources
     monkeypatch.setattr(deferred_kl, "_sources", lambda plan: fused.append(1) or sources(plan))
