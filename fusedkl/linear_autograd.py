@@ -54,7 +54,11 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     names = [name for name, ask in zip(i._fields, wanted, strict=False) if ask]
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     fresh = {n: t.view_as(t) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
-    values = composed(i.changed(dict(fresh)))
+    given = dict(fresh)
+    if i.mask is not None:  # what masked tokens hold would reach the weights as 0 * NaN
+        for name in {"hidden", "ref_hidden", "ref_logits"} & given.keys():
+            given[name] = torch.where(i.mask[:, None], given[name], 0)
+    values = composed(i.changed(given))
     found = torch.autograd.grad(
         values, [fresh[n] for n in names], grad.to(values.dtype), create_graph=True
     )

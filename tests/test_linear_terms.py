@@ -80,3 +80,24 @@ def test_no_tokens_with_ids(backend: str) -> None:
             none, w, ref_hidden=none, ref_weight=u, token_ids=ids, backend=backend
         )
         assert stats.logprob is not None and stats.logprob.shape == ids.shape
+
+
+@pytest.mark.parametrize("given", ["ref_hidden", "ref_logits"])
+def test_a_masked_token_of_nan_under_create_graph(given: str, backend: str) -> None:
+    x, w, y, u = heads()
+    mask = torch.arange(N) != 2
+    other = y @ u.t() if given == "ref_logits" else y
+    x[2], other[2] = math.nan, math.nan
+    x.requires_grad_()
+    w.requires_grad_()
+    reference = {"ref_logits": other} if given == "ref_logits" else {given: other, "ref_weight": u}
+    loss = fusedkl.linear_divergence(
+        x, w, mask=mask, reduction="sum", backend=backend, **reference
+    )  # fmt: skip
+    once = torch.autograd.grad(loss, (x, w), create_graph=True)
+    plain = torch.autograd.grad(loss, (x, w))
+    for found, wanted in zip(once, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert bool(found.isfinite().all())
+    (again,) = torch.autograd.grad(sum(g.square().sum() for g in once), w)
+    assert bool(again.isfinite().all()) and bool(again.any())
