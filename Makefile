@@ -85,10 +85,15 @@ $(VENV)/.sanitizer: $(VENV)/.installed
 	$(PIP) --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
-$(VENV)/.static: $(VENV)/.sanitizer
+# nvcc and the CUDA headers: a toolkit's where the tests find one.
+$(VENV)/.nvcc: $(VENV)/.installed
+	PYTHONPATH=bench $(BIN)/python -c 'import nvcc, sys; sys.exit(not nvcc.toolkit("bin/nvcc", "include/cuda_bf16.h"))' \
+		|| $(PIP) --quiet $(CUDA_PACKAGES)
+	@touch $@
+
+$(VENV)/.static: $(VENV)/.sanitizer $(VENV)/.nvcc
 	@echo "== $(VENV): installing what counting and checking GPU kernels without a GPU needs"
 	$(PIP) --quiet 'fusedkl[static]'
-	command -v nvcc || test -x /usr/local/cuda/bin/nvcc || $(PIP) --quiet $(CUDA_PACKAGES)
 	@touch $@
 
 cuda-tools: $(VENV)/.installed ## nvcc and the CUDA headers from PyPI, where there is no toolkit
@@ -108,7 +113,7 @@ demo: $(VENV)/.demo-$(MODEL) ## fine-tune a language model three ways and compar
 # Two test processes, each with torch on one thread; whoever is idle takes over from the other.
 WORKERS := -n 2 --dist worksteal
 
-test: $(VENV)/.trainers $(VENV)/.sanitizer ## all tests but the longest (25 minutes on 2 cores at most)
+test: $(VENV)/.trainers $(VENV)/.sanitizer $(VENV)/.nvcc ## all tests but the longest (25 minutes on 2 cores at most)
 	$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
