@@ -12,6 +12,7 @@ import test_controls
 import test_edges
 import test_family
 import test_gradients
+import test_offsets64
 import test_token_stats
 import test_topk
 import test_values
@@ -24,6 +25,7 @@ MODULES = (
     test_edges,
     test_family,
     test_gradients,
+    test_offsets64,
     test_token_stats,
     test_topk,
     test_values,

@@ -128,6 +128,46 @@ def test_leading_dims_beyond_32_bits() -> None:
     assert torch.equal(found, expected[:, None].expand(2, 3))
 
 
+def test_far_rows_on_each_backend(backend: str) -> None:
+    """Short rows, for kernels that are interpreted or run thread by thread: the offsets are those
+    of any length. Aligned rows and others, which have sweeps of their own."""
+    width = 1043
+    policy = 2 * torch.randn(2, width)
+    near = policy.bfloat16(), (policy + 0.5 * torch.randn(2, width)).bfloat16()
+    ids, given = torch.tensor([[0, width - 1], [width // 2, 7]]), torch.full((2, 2), -2.0)
+    reads = {
+        "forward_kl": lambda x, y: fusedkl.forward_kl(x, y, backend=backend),
+        "jsd": lambda x, y: fusedkl.divergence(x, y, "jsd", backend=backend),
+        "mean": lambda x, y: fusedkl.forward_kl(x, y.detach(), reduction="mean", backend=backend),
+        "logprob": lambda x, y: fusedkl.selective_log_softmax(x, ids, backend=backend),
+        "log_softmax": lambda x, y: fusedkl.log_softmax(x, backend=backend),
+        "topk": lambda x, y: fusedkl.topk_divergence(x, ids, given, backend=backend),
+        # in the end: its gradient goes where the policy is
+        "in place": lambda x, y: fusedkl.forward_kl(x, y, inplace_grad=True, backend=backend),
+    }
+
+    def everything(x: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
+        found = {}
+        for name, function in reads.items():
+            leaf = x.detach().requires_grad_()
+            value = function(leaf, y)
+            found[name] = [value.detach(), *torch.autograd.grad(value.sum(), leaf)]
+        return {**found, "policy": [x]}
+
+    expected = everything(near[0].clone(), near[1])
+    before = resident()
+    for stride in (2**32 + 8, 2**32 + 5):
+        x, y = far_apart(near[0], stride), far_apart(near[1], stride)
+        for name, tensors in everything(x, y).items():
+            for a, b in zip(tensors, expected[name], strict=True):
+                assert bool(a.isfinite().all()), name
+                torch.testing.assert_close(a, b, msg=name)
+        for i in range(2):  # nothing beside the rows was written
+            around = x[i].as_strided((width + 6,), (1,), x[i].storage_offset() - 3)
+            assert bool(around[:3].isnan().all()) and bool(around[-3:].isnan().all())
+    assert resident() - before < LIMIT
+
+
 @pytest.mark.full
 def test_a_dense_gradient_of_more_than_32_bits() -> None:
     """2^31 elements and more, for real: 4.3 GB."""

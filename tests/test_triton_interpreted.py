@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
 SUITE = (
-    ("test_triton.py", "test_values.py"),
+    ("test_triton.py", "test_values.py", "test_offsets64.py"),
     ("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
     ("test_family.py", "test_controls.py", "test_topk.py"),
 )
