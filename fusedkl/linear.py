@@ -85,7 +85,8 @@ def linear_divergence(
         token_weight: the `weight` of `divergence`.
         ce_weight: from 0 to 1: the result is (1 - ce_weight) times the divergence plus ce_weight
             times the cross-entropy of labels (int64, from 0 to V - 1 where they count) at
-            temperature 1, from the same tiles. No T^2 factor.
+            temperature 1, from the same tiles. No T^2 factor. At 0 the labels only mask, at 1 the
+            reference is not read.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
             rounding is an error of the divergence; docs/linear.md shows its size.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
@@ -128,6 +129,12 @@ def linear_divergence(
     if ce_weight is not None:
         hard = _hard(ce_weight, labels, counted, hidden, weight)
         inputs = inputs._replace(labels=hard if ce_weight > 0 else None)
+    if ce_weight == 1:  # the reference is not read
+        known, fields = None, ()
+        inputs = inputs._replace(
+            fields=[], topk_ids=None, ref_hidden=None, ref_weight=None, ref_bias=None,
+            ref_logits=None,
+        )  # fmt: skip
     if group is None:
         values = linear_stats(inputs)
     else:
@@ -141,12 +148,9 @@ def linear_divergence(
         tokens = known.divergence(outcomes, inputs.mask, inputs.backend)
         values = values.to(known.dtype)
     else:
-        tokens = values[0]
-        for i in range(1, len(fields)):
-            tokens = tokens + values[i]
+        tokens = values[: len(fields)].sum(0)
     if ce_weight is not None and ce_weight > 0:  # 0 times an infinite term is no number
-        soft = (1 - ce_weight) * tokens if ce_weight < 1 else 0
-        tokens = soft - ce_weight * values[-1]
+        tokens = (1 - ce_weight) * tokens - ce_weight * values[-1]
     return reductions.reduce(tokens, counted, weights, reduction, shape, backend=inputs.backend)
 
 

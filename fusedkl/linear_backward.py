@@ -81,7 +81,8 @@ class _Sums:
         if wanted.bias and side.bias is not None:
             self.out.bias = torch.empty_like(side.bias)
         if wanted.given and side.given is not None:
-            self.out.given = torch.empty_like(side.given, memory_format=torch.contiguous_format)
+            made = torch.empty_like if side.live is None else torch.zeros_like
+            self.out.given = made(side.given, memory_format=torch.contiguous_format)
         self._weight: Tensor | None = None
         self._fresh = False  # nothing has been added to the tile of d weight yet
         self._bias: Tensor | None = None
@@ -117,7 +118,8 @@ class _Sums:
         if self.out.given is not None:
             if self.scale is not None:
                 gradient = gradient.to(self.products.total) * self.scale.down
-            self.out.given[tokens, columns] = gradient
+            rows = tokens if side.live is None else side.live[tokens]
+            self.out.given[rows, columns] = gradient.to(self.out.given.dtype)
             return
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)

@@ -38,6 +38,7 @@ _OPTIONS = (
 )
 DIFFERENTIABLE = 7
 OF_HIDDEN = ("hidden", "ref_hidden")
+OF_TOKENS = (*OF_HIDDEN, "ref_logits")
 
 
 class Inputs(NamedTuple):
@@ -91,6 +92,11 @@ class Inputs(NamedTuple):
             some["inv_temperature"] = inverse[index]
         return self._replace(**some)
 
+    def counted(self, index: Tensor) -> Inputs:
+        """Likewise, but for ref_logits: whole, for a Side's `live` to point into."""
+        some = self._replace(ref_logits=None).tokens(index)
+        return some._replace(ref_logits=self.ref_logits)
+
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """Those that have gradients."""
         return (
@@ -117,7 +123,8 @@ class Inputs(NamedTuple):
         return reference.result_dtype(self.hidden, other)
 
 
-def engine_of(i: Inputs) -> Engine:
+def engine_of(i: Inputs, live: Tensor | None = None) -> Engine:
+    """live: the rows of ref_logits, where they are more than the tokens."""
     policy = Side(i.hidden, i.weight, i.bias, i.scales[0], i.softcaps[0] or None)
     other: Side | None = None
     if i.paired:
@@ -129,34 +136,48 @@ def engine_of(i: Inputs) -> Engine:
             i.scales[1],
             i.softcaps[1] or None,
             i.ref_logits,
+            live,
         )
     return Engine(policy, other, i.fast, (i.tile[0], i.tile[1]) if i.tile else None)
 
 
 def _questions(i: Inputs) -> list[Rows]:
-    asked = [
-        Rows(
-            i.fields, i.parameter, i.token_ids, i.inv_temperature, i.backend, i.paired, i.topk_ids
-        )
-    ]  # fmt: skip
+    asked = []
+    if i.fields:
+        asked.append(
+            Rows(
+                i.fields, i.parameter, i.token_ids, i.inv_temperature, i.backend, i.paired,
+                i.topk_ids,
+            )
+        )  # fmt: skip
     if i.labels is not None:
         asked.append(Rows(["logprob"], None, i.labels[:, None], None, i.backend, paired=False))
     return asked
 
 
+def _places(counted: Tensor | None) -> Tensor | None:
+    """Of the tokens that count; None: all are taken, as on a GPU, where the host would wait."""
+    if counted is None or counted.device.type != "cpu" or bool(counted.all()):
+        return None
+    return counted.nonzero().squeeze(1)
+
+
+def _of(i: Inputs, index: Tensor) -> Inputs:
+    return i.tokens(index) if i.backend == "reference" else i.counted(index)
+
+
 def _linear_stats(*args: Any) -> tuple[Tensor, Tensor]:
     i = Inputs(*args).detached()
-    whole, mask, index = i, i.mask, None
-    if mask is not None and mask.device.type == "cpu":  # elsewhere it would wait for the device
-        index = mask.nonzero().squeeze(1)
-        i = i.tokens(index)
+    whole, mask, index = i, i.mask, _places(i.mask)
+    if index is not None:
+        i = _of(i, index)
     with torch.no_grad():
         if i.hidden.shape[0] == 0:
             values, states = (t.zero_() for t in _linear_stats_fake(*i))
         elif i.backend == "reference":
             values, states = linear_reference.values(i), _linear_stats_fake(*i)[1].zero_()
         else:
-            answers = forward(engine_of(i), _questions(i))
+            answers = forward(engine_of(i, index), _questions(i))
             values = torch.cat([v for v, _ in answers])
             states = torch.stack([s for _, s in answers])
         values = values.to(whole.result_dtype())
@@ -174,12 +195,10 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *given, states, wanted, of_slice = args
     whole = i = Inputs(*given).detached()
     live = (grad != 0).any(0)
-    index = None
-    if live.device.type == "cpu":
-        if not bool(live.all()):
-            index = live.nonzero().squeeze(1)
-            i, grad, states = i.tokens(index), grad[:, index], states[:, index]
-    else:  # 0 times the NaN of a token that does not count would be NaN in d weight
+    index = _places(live)
+    if index is not None:
+        i, grad, states = _of(i, index), grad[:, index], states[:, index]
+    elif live.device.type != "cpu":  # 0 times a masked token's NaN would be NaN in d weight
         clean: dict[str, Any] = {"hidden": torch.where(live[:, None], i.hidden, 0)}
         if i.ref_hidden is not None:
             clean["ref_hidden"] = torch.where(live[:, None], i.ref_hidden, 0)
@@ -187,8 +206,10 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     found: list[Tensor | None] = [None] * DIFFERENTIABLE
     with torch.no_grad():
         if i.hidden.shape[0] != 0:
-            made = linear_reference.gradients if i.backend == "reference" else _by_tiles
-            found = made(grad, i, states, wanted)
+            if i.backend == "reference":
+                found = linear_reference.gradients(grad, i, states, wanted)
+            else:
+                found = _by_tiles(grad, i, states, wanted, index)
         return tuple(
             _as_given(name, like, gradient, index, _gradient_dtype(name, like, of_slice))
             if ask and like is not None
@@ -215,20 +236,22 @@ def _as_given(
     if gradient is None:
         return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     gradient = gradient.to(dtype)
-    if index is None or name not in ("hidden", "ref_hidden", "ref_logits"):
+    if index is None or name not in OF_TOKENS or gradient.shape == like.shape:
         return gradient
     return gradient.new_zeros(like.shape).index_copy_(0, index, gradient)
 
 
-def _by_tiles(grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+def _by_tiles(
+    grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool], live: Tensor | None
+) -> list[Tensor | None]:
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits = wanted
     shared = i.ref_weight is None and i.ref_hidden is not None
     asked = _questions(i)
     last = grad.shape[0] - (i.labels is not None)
     x, y = backward(
-        engine_of(i),
+        engine_of(i, live),
         asked,
-        [grad[:last], grad[last:]][: len(asked)],
+        [part for part in (grad[:last], grad[last:]) if part.shape[0]],
         list(states),
         (
             Wanted(hidden, weight, bias),
@@ -241,7 +264,7 @@ def _by_tiles(grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool]) -> li
 def _linear_stats_fake(*args: Any) -> tuple[Tensor, Tensor]:
     i = Inputs(*args)
     n = i.hidden.shape[0]
-    questions = 1 + (i.labels is not None)
+    questions = bool(i.fields) + (i.labels is not None)
     values = i.hidden.new_empty((i.value_rows(), n), dtype=i.result_dtype())
     inner = reference.inside(i.hidden.device)
     return values, i.hidden.new_empty((questions, n, len(reference.STATE)), dtype=inner)

@@ -43,18 +43,17 @@ def composed(i: Any) -> Tensor:
         weight = i.weight if i.ref_weight is None else i.ref_weight
         y = _logits(i.ref_hidden, weight, i.ref_bias, i.scales[1], i.softcaps[1])
     inverse = i.inv_temperature
+    found = []
     if i.topk_ids is not None:
-        values = _outcomes(x, i.topk_ids, inverse, i.mask)
-    else:
-        values, _ = reference.rows(
-            x, y, i.token_ids, i.fields, i.parameter, inverse, i.mask, None, None
+        found.append(_outcomes(x, i.topk_ids, inverse, i.mask))
+    elif i.fields:
+        found.append(
+            reference.rows(x, y, i.token_ids, i.fields, i.parameter, inverse, i.mask, None, None)[0]
         )
-    if i.labels is None:
-        return values
-    log_p, _ = reference.rows(
-        x, None, i.labels[:, None], ["logprob"], None, None, i.mask, None, None
-    )
-    return torch.cat([values, log_p])
+    if i.labels is not None:
+        hard = (x, None, i.labels[:, None], ["logprob"], None, None, i.mask, None, None)
+        found.append(reference.rows(*hard)[0])
+    return torch.cat(found)
 
 
 def _outcomes(x: Tensor, ids: Tensor, inverse: Tensor | None, mask: Tensor | None) -> Tensor:

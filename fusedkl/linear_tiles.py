@@ -44,6 +44,7 @@ class Side:
     scale: float = 1.0
     softcap: float | None = None
     given: Tensor | None = None
+    live: Tensor | None = None  # int64 [n]: rows of a longer `given`; None: all of them, in order
 
     @property
     def operand(self) -> Tensor:
@@ -124,7 +125,13 @@ class Engine:
 
 def _logits(side: Side, products: Products, name: str, tokens: slice, columns: slice) -> Tensor:
     if side.given is not None:
-        out = side.given[tokens, columns]
+        out = side.given[:, columns]
+        if side.live is None:
+            out = out[tokens]
+        else:
+            live = side.live[tokens]
+            room = products.room(f"{name} given", live.shape[0], out.shape[1], out.dtype)
+            out = torch.index_select(out, 0, live, out=room)
         if side.scale == 1 and side.softcap is None:
             return out
         wide = reference.result_dtype(out, None)

@@ -159,6 +159,25 @@ def test_a_masked_token_may_hold_anything(backend: str) -> None:
     assert loss < clean
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_mask_over_given_logits(cap: float | None, backend: str) -> None:
+    """Which rows of them a tile takes, and where their gradients go."""
+    full = heads(torch.float32)
+    given = torch.randn(linear_cases.T, linear_cases.V)
+    h = Heads({n: full.tensors[n] for n in ("hidden", "weight")} | {"ref_logits": given})
+    h.options["ref_softcap"] = cap
+    exact, mask = h.double(), torch.rand(linear_cases.T) < 0.4
+    given[~mask] = math.nan
+    names = ("hidden", "weight", "ref_logits")
+    leaves, exact_leaves = h.leaves(*names), exact.leaves(*names)
+    want = torch.where(mask, expected(exact, "reverse_kl"), 0)
+    got = call(h, kind="reverse_kl", mask=mask, tile=TILE, backend=backend)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    truth = torch.autograd.grad(want.sum(), exact_leaves)
+    for a, e in zip(torch.autograd.grad(got.sum(), leaves), truth, strict=True):
+        assert oracle.relative_l2(a.reshape(1, -1), e.reshape(1, -1)) < 1e-5
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_token_stays_alone(backend: str, bad: float) -> None:
     h = heads(torch.float32)

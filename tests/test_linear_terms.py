@@ -21,6 +21,20 @@ def heads() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, w, y, u
 
 
+def test_labels_alone_read_no_reference(backend: str) -> None:
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    other = torch.full((5, 8), math.nan, requires_grad=True)
+    labels = torch.arange(5)
+    options = {"labels": labels, "ce_weight": 1.0, "tile": (2, 7), "backend": backend}
+    loss = fusedkl.linear_divergence(hidden, weight, other, reduction="mean", **options)
+    found = torch.autograd.grad(loss, (hidden, weight, other), allow_unused=True)
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
+    torch.testing.assert_close(loss, wanted)
+    truth = torch.autograd.grad(wanted, (hidden, weight))
+    torch.testing.assert_close(found[:2], truth, rtol=1e-5, atol=1e-6)
+    assert found[2] is None
+
+
 @pytest.mark.parametrize("ce_weight", [0.0, 1.0])
 def test_a_term_that_does_not_count_may_be_infinite(ce_weight: float, backend: str) -> None:
     x, w, y, u = heads()

@@ -167,6 +167,28 @@ def test_masked_tokens_make_no_products() -> None:
     assert peak(forward) < 1 << 20
 
 
+@pytest.mark.parametrize("counted", [TOKENS, TOKENS // 2])
+def test_given_logits_are_not_copied(counted: int) -> None:
+    h = large(torch.float32)
+    leaves, given = h.leaves("hidden", "weight"), torch.randn(TOKENS, VOCABULARY)
+    mask = torch.arange(TOKENS) < counted
+
+    def forward() -> Tensor:
+        return fusedkl.linear_divergence(
+            *leaves, ref_logits=given, mask=mask, reduction="mean", backend="cpu"
+        )
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), leaves)
+
+    both()
+    kept = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    copied = counted * VOCABULARY * 4
+    with torch.no_grad():
+        assert peak(forward) < 6 << 20 < copied
+    assert kept <= peak(both) < kept + (8 << 20) < kept + copied
+
+
 def cuda_shapes(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The list of what torch.empty is asked for on a GPU from now on."""
     shapes: list[tuple[int, ...]] = []
