@@ -64,7 +64,8 @@ def targets(library: Path) -> dict[str, list[str]]:
         said = subprocess.run(
             [sass.tool("cuobjdump"), option, library], capture_output=True, text=True, check=True
         )
-        found[kind] = sorted(set(re.findall(r"sm_\d+a?", said.stdout)), key=lambda n: (len(n), n))
+        names = set(re.findall(r"sm_\d+a?", said.stdout))
+        found[kind] = sorted(names, key=lambda name: int(name[3:].rstrip("a")))
     return found
 
 

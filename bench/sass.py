@@ -1,7 +1,8 @@
 """Reads the machine code of a compiled kernel: registers, spills, and what its hot loop issues.
 
-A trip through a loop is the shortest way from its head back to it that does not shuffle: the
-sweeps reduce across a warp only where they move their centre, which is the cold rest of the loop.
+A trip through a loop is the shortest way from its head back to it that makes all of the loop's
+stores of whole vectors and does not shuffle: the sweeps reduce across a warp only where they move
+their centre, which is the cold rest of the loop.
 Its range of addresses says nothing, cold blocks stand inside and outside of it. Uses cuobjdump and
 nvdisasm as they come with Triton. Nothing here needs a driver.
 """
@@ -12,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,22 +195,33 @@ def _body(before: list[list[int]], head: int, tails: list[int]) -> set[int]:
     return inside
 
 
-def _trip(after: list[list[int]], head: int, allowed: set[int]) -> list[int]:
-    """The shortest way from the head back to it; [] if there is none."""
+def _way(after: list[list[int]], start: int, end: int, allowed: set[int]) -> list[int]:
+    """The shortest way from one instruction to another, without the latter; [] if there is none."""
     came: dict[int, int] = {}
-    queue = deque([head])
+    queue = deque([start])
     while queue:
         at = queue.popleft()
         for to in after[at]:
-            if to == head:
+            if to == end:
                 path = [at]
-                while path[-1] != head:
+                while path[-1] != start:
                     path.append(came[path[-1]])
                 return path[::-1]
             if to in allowed and to not in came:
                 came[to] = at
                 queue.append(to)
     return []
+
+
+def _trip(
+    after: list[list[int]], head: int, allowed: set[int], through: Sequence[int] = ()
+) -> list[int]:
+    """The shortest way from the head back to it by way of some; [] if there is none."""
+    ends = [*through, head]
+    parts = [
+        _way(after, start, end, allowed) for start, end in zip([head, *through], ends, strict=True)
+    ]
+    return [at for part in parts for at in part] if all(parts) else []
 
 
 @dataclass(frozen=True)
@@ -240,7 +252,12 @@ def hot_loops(
     for head, ends in tails.items():
         body = _body(before, head, ends)
         quiet = {at for at in body if code[at].base not in SHUFFLES}
-        trip = _trip(after, head, quiet) or _trip(after, head, body)
+        stores = [at for at in sorted(quiet) if code[at].base in STORES and code[at].bytes >= 16]
+        trip = (
+            _trip(after, head, quiet, stores)
+            or _trip(after, head, quiet)
+            or _trip(after, head, body)
+        )
         rest = body.difference(trip)
         loop = HotLoop(
             head,

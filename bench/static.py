@@ -81,6 +81,9 @@ class Row:
     def of(cls, case: Case, architecture: int, found: Found) -> Row:
         hot = found.loop.hot
         pairs = hot.loaded / case.load_bytes
+        moved = case.read_bytes + hot.stored / pairs
+        if moved < case.ideal:
+            raise ValueError(f"{case.name}, sm_{architecture}: the trip counted leaves out stores")
         return cls(
             case.name,
             architecture,
@@ -96,7 +99,7 @@ class Row:
             hot.barriers,
             hot.float64,
             CENTRES * found.loop.cold.instructions / case.per_lane if case.per_lane else 0.0,
-            case.read_bytes + hot.stored / pairs,
+            moved,
             case.ideal,
         )
 

@@ -124,6 +124,27 @@ def test_loops_and_their_cold_blocks_are_told_apart() -> None:
     assert loop.cold.instructions == 2
 
 
+def test_a_trip_makes_the_stores_that_a_shorter_way_skips() -> None:
+    text = """
+.L_x_0:
+        /*0000*/                   LDG.E.128 R4, [R2] ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+        /*0020*/                   STG.E.128 [R6], R4 ;
+.L_x_1:
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/                   STG.E.128 [R8], R4 ;
+.L_x_2:
+        /*0050*/               @P2 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+    (loop,) = sass.hot_loops(*sass.parse(text))
+    assert loop.hot.stored == 32
+    case = static_cases.Case("a gradient", lambda at: found, 4, 4, ideal=6)
+    found = static_cases.Found(64, 0, sass.HotLoop(0, sass.Counts(loaded=16), loop.cold, []))
+    with pytest.raises(ValueError, match="leaves out stores"):
+        static.count([case], 90)
+
+
 @pytest.mark.parametrize(
     ("field", "parameters", "kernels"),
     [("forward_kl", (None,), 3), pytest.param("renyi", (0.5, 2.0), 6, marks=pytest.mark.full)],
