@@ -56,8 +56,9 @@ def fisher_vector_product(
         inverse = torch.ones(1, dtype=dtype, device=x.device)
     scale = inverse.expand(one_each) if inverse.numel() == 1 else inverse.view(one_each)
     recorded = torch.is_grad_enabled() and (logits.requires_grad or vector.requires_grad)
-    # a graph has no loop over unknown rows, and a batch of torch.func no room in a plain result
-    if recorded or intercepted(logits, vector):
+    # a batch of torch.func has no room in a plain result, and a graph no loop over unknown rows
+    transformed = torch._C._are_functorch_transforms_active()
+    if recorded or transformed or torch.compiler.is_compiling():
         return _product(x, v, scale).reshape(vector.shape)
     out = v.new_empty(v.shape)
     for _, to, block_x, block_v, block_scale in row_parts(out, x, v, scale):

@@ -120,11 +120,11 @@ def topk_divergence(
     Returns:
         shape [...] or a scalar; float32, or float64 if an input is. +inf where the supports say so,
         with p - q (over the outcomes) as the policy's gradient and 0 to the reference. A row whose
-        logits have NaN, +inf or nothing but -inf is NaN, and so is one of NaN log-probabilities;
-        "renormalize" sees only what stands at the K tokens, and is NaN for a row of padding alone,
-        where the others are 0. log p is known to 1e-7, so
-        divergences below 1e-12 have no digits. 1 - Q is taken to be at least 1.2e-7 (2.2e-16 for
-        float64): rounded log-probabilities may sum to 1 and more, and reverse_kl would be infinite.
+        logits have NaN, +inf or nothing but -inf is NaN, and no other, but for one of NaN
+        log-probabilities; "renormalize" sees only what stands at the K tokens, and is NaN for a row
+        of padding alone, where the others are 0. log p is known to 1e-7, so divergences below 1e-12
+        have no digits. 1 - Q is taken to be at least 1.2e-7 (2.2e-16 for float64): rounded
+        log-probabilities may sum to 1 and more, and reverse_kl would be infinite.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.

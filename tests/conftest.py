@@ -85,9 +85,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """torch.compile as in a new process, and as users have it: see poisoned_memory."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN: an output element that a kernel forgot is seen."""
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch.empty gives NaN: an output element that a kernel forgot is seen.
+
+    Not beside `compiler`, as deterministic mode changes what the compiler does.
+    """
+    if "compiler" in request.fixturenames:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield

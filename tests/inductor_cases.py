@@ -7,11 +7,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from kl_div_cases import needs_kernel
 from torch import Tensor
 
 from fusedkl.inductor.passes import rewrite
+
+# Of every file that compiles.
+MARKS = [
+    needs_kernel,
+    pytest.mark.usefixtures("compiler"),
+    # torch's own tracing warns of its own deprecations.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 FORMS = ("log_softmax", "softmax().log()", "x - logsumexp")
 CASTS = ("none", ".float()", "dtype=")

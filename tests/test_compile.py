@@ -19,20 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: deterministic mode would change what the compiler does."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
+def fresh_compiler(compiler: None) -> Iterator[None]:
     # The caches on disk know an operator by its name, not by what its fake says today.
     with (
         torch._inductor.config.patch(fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         yield
-    torch.compiler.reset()
 
 
 def op_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:

@@ -23,6 +23,7 @@ FUSED = {"compiled": 0, "hand_written": 0}
 
 pytestmark = [
     needs_kernel,
+    pytest.mark.usefixtures("compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     # Dynamo's own look at the .grad of logits that come from a module.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
@@ -30,14 +31,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: deterministic mode would change what the compiler does."""
-
-
-@pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(FOLDER))
-    torch.compiler.reset()
     yield
     for name in ("toy", *NAMES):
         sys.modules.pop(name, None)

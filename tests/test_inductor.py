@@ -14,29 +14,18 @@ import torch
 import torch._functorch.config
 import torch._inductor.config as config
 import torch.nn.functional as F
-from inductor_cases import gradients
-from kl_div_cases import needs_kernel
+from inductor_cases import MARKS, gradients
 from test_memory import peak
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedkl
 
-pytestmark = [
-    needs_kernel,
-    # torch's own tracing warns of its own deprecations.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: deterministic mode would change what the compiler does."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
+def fresh(compiler: None) -> Iterator[None]:
     fusedkl.inductor.report(clear=True)
     with (
         config.patch(fx_graph_cache=False),
@@ -44,7 +33,6 @@ def fresh() -> Iterator[None]:
     ):
         yield
     assert not fusedkl.inductor.disable() and config.pre_grad_custom_pass is None
-    torch.compiler.reset()
 
 
 def distil(x: Tensor, y: Tensor) -> Tensor:

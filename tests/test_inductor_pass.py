@@ -6,39 +6,26 @@ import dataclasses
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from inductor_cases import N, V, Written, compiled, gradients, inputs, product
-from kl_div_cases import needs_kernel
+from inductor_cases import MARKS, N, V, Written, compiled, gradients, inputs, product
 from torch import Tensor
 
 import fusedkl
 from fusedkl import autograd
 from fusedkl.backends import BACKENDS
 
-pytestmark = [
-    needs_kernel,
-    # torch's own tracing warns of its own deprecations.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = MARKS
 ALL = list(product())
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: deterministic mode would change what the compiler does."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
+def nothing_reported() -> None:
     fusedkl.inductor.report(clear=True)
-    yield
-    torch.compiler.reset()
 
 
 def agree(

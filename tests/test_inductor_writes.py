@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from inductor_cases import N, V, compiled, inputs
-from kl_div_cases import needs_kernel
+from inductor_cases import MARKS, N, V, compiled, inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fusedkl
 
-pytestmark = [
-    needs_kernel,
-    # torch's own tracing warns of its own deprecations.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = MARKS
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: deterministic mode would change what the compiler does."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
+def nothing_reported() -> None:
     fusedkl.inductor.report(clear=True)
-    yield
-    torch.compiler.reset()
 
 
 @torch.library.custom_op("fusedkl_tests::triple", mutates_args={"w"})
