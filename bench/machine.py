@@ -93,7 +93,9 @@ def commit() -> str:
     revision = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD").strip()
     if not revision:
         return "unknown"
-    changed = _output("git", "-C", str(_ROOT), "status", "--porcelain", "--", ".", ":!bench/results").strip()
+    changed = _output(
+        "git", "-C", str(_ROOT), "status", "--porcelain", "--", ".", ":!bench/results"
+    ).strip()
     return revision + (" with changes" if changed else "")
 
 

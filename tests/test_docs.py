@@ -91,7 +91,8 @@ if not named:  # only while there is nothing to show
     kept = [file.name for file in found if sys.argv[2] in page.kinds(json.loads(file.read_text()))]
     assert text == page.NOTHING and not kept, f"{kept} not shown"
     sys.exit()
-assert text == page.section(shown.parents[1] / named[0], sys.argv[2]), f"python bench/page.py {named[0]}"
+wanted = page.section(shown.parents[1] / named[0], sys.argv[2])
+assert text == wanted, f"python bench/page.py {named[0]}"
 """
 
 
