@@ -205,3 +205,14 @@ def ids_of_no_token(group: dist.ProcessGroup) -> None:
         assert fusedkl.linear_divergence(**mine, **labels).isnan().tolist() == lost
         value = fusedkl.distillation_loss(x, y, **labels, reduction="none")
         assert value.isnan().tolist() == lost
+    for call in (
+        lambda: fusedkl.linear_token_stats(**mine, **on),
+        lambda: fusedkl.token_stats(x, y, **on),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said = f"token_ids must hold token ids of the whole vocabulary, from 0 to {V - 1}; got"
+            assert f"{said} -1 to {V}" in str(error), error
+        else:
+            raise AssertionError("ids of no token went through where they are looked at")
