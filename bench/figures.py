@@ -2,7 +2,7 @@
 
     python bench/figures.py
 
-draws docs/img/speed.png from bench/results/cpu-avx512.json, and docs/img/error.png from
+draws docs/img/speed.png from bench/results/cpu-avx2.json, and docs/img/error.png from
 bench/results/error-by-kl.json. Nothing is measured here.
 """
 
@@ -114,7 +114,7 @@ def error(source: Path, path: Path) -> None:
 
 def main() -> None:
     results = ROOT / "bench" / "results"
-    speed(Headline.of(results / "cpu-avx512.json"), IMAGES / "speed.png")
+    speed(Headline.of(results / "cpu-avx2.json"), IMAGES / "speed.png")
     error(results / "error-by-kl.json", IMAGES / "error.png")
 
 

@@ -26,7 +26,8 @@ from timing import Step
 from torch import Tensor
 
 import fusedkl
-from fusedkl.linear_ops import Inputs, engine_of
+from fusedkl.linear_arguments import Inputs
+from fusedkl.linear_ops import engine_of
 from fusedkl.linear_products import bf16_multipliers
 
 MIB = 1 << 20

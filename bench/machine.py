@@ -89,11 +89,13 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked when the tree has changes of its own."""
+    """The commit of the working tree, marked when what is measured or measures is not its."""
     revision = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD").strip()
     if not revision:
         return "unknown"
-    changed = _output("git", "-C", str(_ROOT), "status", "--porcelain").strip()
+    changed = _output(
+        "git", "-C", str(_ROOT), "status", "--porcelain", "--", ".", ":!bench/results"
+    ).strip()
     return revision + (" with changes" if changed else "")
 
 

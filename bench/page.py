@@ -2,10 +2,10 @@
 
     python bench/page.py bench/results/NAME.json
 
-replaces what stands there between the two marks of its kind (a run of bench/run.py, or of
-bench/memory_model.py; a run of bench/run.py --only linear, or of bench/linear_tables.py; of
-bench/dropin.py; of bench/trainers.py; of bench/sharding.py), so that no number on these pages is
-typed by hand.
+replaces what stands there between the two marks of its kind (a run of bench/run.py, whose results
+of the lm_head have a page of their own, of bench/memory_model.py, bench/linear_tables.py,
+bench/dropin.py, bench/trainers.py or bench/sharding.py), so that no number on these pages is typed
+by hand.
 """
 
 from __future__ import annotations
@@ -47,26 +47,32 @@ def marks(kind: str) -> tuple[str, str]:
     return f"<!-- {kind}:begin -->\n", f"<!-- {kind}:end -->\n"
 
 
-def kind(content: dict[str, Any]) -> str:
-    """Which marks a file's section belongs between: a run has those of its instruction set."""
+def kinds(content: dict[str, Any]) -> list[str]:
+    """Which marks a file's sections belong between: a run has those of its instruction set."""
     if "products" in content:
-        return "linear-tables"
+        return ["linear-tables"]
     if "memory_model" in content:
-        return "memory-model"
+        return ["memory-model"]
     if "goals" not in content:
         suite = content.get("suite", "")  # none: a figure's
-        return suite if suite in SCRIPTS else ""
-    only = all(entry["goal"].startswith("linear_") for entry in content["results"])
-    return "linear-results" if only else f"results-{content['isa']}"
+        return [suite] if suite in SCRIPTS else []
+    linear = {_of_linear(entry) for entry in content["results"]}
+    return [f"results-{content['isa']}"] * (False in linear) + ["linear-results"] * (True in linear)
 
 
-def section(path: Path) -> str:
-    """The Markdown between the marks of one JSON file."""
+def _of_linear(entry: dict[str, Any]) -> bool:
+    return str(entry["goal"]).startswith("linear_")
+
+
+def section(path: Path, of: str) -> str:
+    """The Markdown between the marks of one kind, of one JSON file."""
     content = json.loads(path.read_text())
-    of = kind(content)
     if of in SCRIPTS:
         return _of_script(path, content, SCRIPTS[of])
-    return (_memory_model if of == "memory-model" else _results)(path, content)
+    if of == "memory-model":
+        return _memory_model(path, content)
+    linear = of == "linear-results"
+    return _results(path, content, [e for e in content["results"] if _of_linear(e) == linear])
 
 
 def _of_script(path: Path, content: dict[str, Any], script: str) -> str:
@@ -96,12 +102,12 @@ def _memory_model(path: Path, content: dict[str, Any]) -> str:
     )
 
 
-def _results(path: Path, content: dict[str, Any]) -> str:
+def _results(path: Path, content: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     """What was measured on what, and the table of all results."""
     names = Result.__dataclass_fields__
     results = [
         Result(**{name: value for name, value in entry.items() if name in names})
-        for entry in content["results"]
+        for entry in entries
     ]
     judged = content["suite"] == "full"
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
@@ -121,12 +127,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    of = kind(json.loads(path.read_text()))
-    begin, end = marks(of)
-    page = PAGES[of]
-    before, rest = page.read_text().split(begin)
-    after = rest.split(end)[1]
-    page.write_text(before + begin + section(path) + end + after)
+    for of in kinds(json.loads(path.read_text())):
+        begin, end = marks(of)
+        page = PAGES[of]
+        before, rest = page.read_text().split(begin)
+        after = rest.split(end)[1]
+        page.write_text(before + begin + section(path, of) + end + after)
     return 0
 
 

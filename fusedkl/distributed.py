@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import divergences, reference, shard_agreement, shard_states
+from . import reference, shard_agreement, shard_states
+from .sliced_rows import local_fields, put_sums, second_sweep, token_logits, token_sides
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,13 +55,20 @@ class Shards(NamedTuple):
         return min(max(valid_vocab - self.begin, 0), self.size)
 
     def local_ids(self, ids: Tensor) -> Tensor:
-        """Ids [N, K] of the whole vocabulary as those of this slice; -1 outside of it."""
+        """Ids [N, K] of the whole vocabulary as those of this slice.
+
+        -1 for those of other slices, -2 for those of none, where nobody looks at them: see
+        `sliced_rows.token_logits`.
+        """
         begin: int | Tensor = self.begin
+        total: int | Tensor = self.total
         if not _looked_at(ids):  # nobody would notice that the cut is another one by now
             here = torch.full((1,), self.size, dtype=torch.int64, device=ids.device)
-            begin = _gather(here, self)[: self.rank].sum()
+            sizes = _gather(here, self)
+            begin, total = sizes[: self.rank].sum(), sizes.sum()
         held = (ids >= begin) & (ids < begin + self.size)
-        return torch.where(held, ids - begin, -1)
+        elsewhere = torch.where((ids >= 0) & (ids < total), -1, -2)
+        return torch.where(held, ids - begin, elsewhere)
 
     def check_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
         """A ValueError for ids outside of the vocabulary; on CPU. After the call: see `placed`."""
@@ -68,6 +76,7 @@ class Shards(NamedTuple):
             counted = ids if mask is None else ids[mask]
             low, high = (int(v) for v in counted.aminmax()) if counted.numel() else (0, 0)
             if low < 0 or high >= self.total:
+                low += low < 0  # as it was given: layout.of_no_slice
                 raise ValueError(
                     f"{self.ids_name} must hold token ids of the whole vocabulary, from 0 to "
                     f"{self.total - 1}; got {low} to {high}"
@@ -195,33 +204,45 @@ def _unmarked(parts: Tensor, shards: Shards) -> Tensor:
     return torch.where((marks == marks[:1]).all(), parts[:, :-1], torch.nan)
 
 
-def gather(
-    payload: Tensor,
-    fields: tuple[str, ...] | list[str],
-    inv_temperature: Tensor | None,
-    shards: Shards,
-    backend: str,
-) -> Tensor:
-    """[P, N, C] of all ranks' payloads [N, C] of shard_states; or [1, N, C], of whole rows.
+class Payload(NamedTuple):
+    """What a rank says of its slice of some rows: numbers [N, C] of shard_states, and of what."""
+
+    numbers: Tensor
+    fields: tuple[str, ...] | list[str]
+    inv_temperature: Tensor | None
+
+
+def gather(payloads: list[Payload], shards: Shards, backend: str) -> list[Tensor]:
+    """[P, N, C] of all ranks' payloads, each; or [1, N, C], of whole rows. All in one message.
 
     A gather's buffer is P times the payload. Where that is much, ranks first exchange rows, each
     merges its share of them, and what it made is gathered: two collectives, three payloads.
     """
     ranks = shards.ranks
+    payload = torch.cat([p.numbers for p in payloads], -1)
+    widths = [p.numbers.shape[1] for p in payloads]
     if ranks <= _GATHERED_BY:
         everything = _gather(_marked(payload[None], shards)[0], shards)
-        return _unmarked(everything, shards)
+        return list(_unmarked(everything, shards).split(widths, -1))
     n, width = payload.shape
     share = (n + ranks - 1) // ranks
     parts = torch.nn.functional.pad(payload, (0, 0, 0, share * ranks - n))
     parts = _marked(parts.view(ranks, share, width), shards)
-    mine = _unmarked(_exchange(parts, shards), shards)
-    if inv_temperature is not None and inv_temperature.shape[0] != 1:
+    mine = _unmarked(_exchange(parts, shards), shards).split(widths, -1)
+
+    def of_share(inv_temperature: Tensor | None) -> Tensor | None:
+        if inv_temperature is None or inv_temperature.shape[0] == 1:
+            return inv_temperature
         begin = shards.rank * share
         padded = torch.nn.functional.pad(inv_temperature, (0, share * ranks - n), value=1.0)
-        inv_temperature = padded[begin : begin + share]
-    whole = torch.ops.fusedkl.merge_payload(mine, list(fields), inv_temperature, backend)
-    return _gather(whole, shards).view(1, ranks * share, width)[:, :n]
+        return padded[begin : begin + share]
+
+    whole = [
+        torch.ops.fusedkl.merge_payload(part, list(p.fields), of_share(p.inv_temperature), backend)
+        for part, p in zip(mine, payloads, strict=True)
+    ]
+    merged = _gather(torch.cat(whole, -1), shards).view(1, ranks * share, width)[:, :n]
+    return list(merged.split(widths, -1))
 
 
 def total(payload: Tensor, shards: Shards) -> Tensor:
@@ -246,35 +267,33 @@ def row_stats(
     # whose accuracy the gradients need beyond that of the values
     asked = policy.requires_grad, reference_ is not None and reference_.requires_grad
     means = (asked[0] and "reverse_kl" in fields) or (asked[1] and "forward_kl" in fields)
-    second = any(divergences.FIELDS[name].second_sweep for name in fields)
-    local = shard_states.local_fields(fields)
+    second = second_sweep(fields)
     state = torch.ops.fusedkl.slice_state(
-        policy, reference_, local, inv_temperature, mask, valid_vocab, softcap, means, second,
-        backend,
+        policy, reference_, local_fields(fields), inv_temperature, mask, valid_vocab, softcap,
+        means, second is not None, backend,
     )  # fmt: skip
     dtype = reference.result_dtype(policy, reference_)
     tokens = []
     if token_ids is not None:
         rows = {"policy": policy, "reference": reference_}
-        wanted = (rows[side] for side in shard_states.token_sides(fields))
+        wanted = (rows[side] for side in token_sides(fields))
         tokens = [token_logits(t, token_ids) for t in wanted if t is not None]
     payload = shard_states.pack(state, tokens, fields, inv_temperature, dtype)
+    (gathered,) = gather([Payload(payload, fields, inv_temperature)], shards, backend)
     values, state = torch.ops.fusedkl.merge_shards(
-        gather(payload, fields, inv_temperature, shards, backend),
-        list(fields), inv_temperature, mask, softcap, backend,
-    )  # fmt: skip
-    for i, name in enumerate(fields):
-        if divergences.FIELDS[name].second_sweep:
-            assert reference_ is not None and not tokens
-            sums = state.new_zeros((state.shape[0], 3))
-            if shards.holds(valid_vocab) > 0:
-                sums = torch.ops.fusedkl.row_sums(
-                    policy, reference_, state, name, parameter, inv_temperature, mask,
-                    valid_vocab, softcap, backend,
-                )  # fmt: skip
-            state = reference.with_sums(state, total(sums, shards), name, parameter)
-            value = state[:, reference.STATE.index("divergence")]
-            values[i] = value if mask is None else torch.where(mask, value, 0)
+        gathered, list(fields), inv_temperature, mask, softcap, backend
+    )
+    if second is not None:
+        assert reference_ is not None
+        sums = state.new_zeros((state.shape[0], 3))
+        if shards.holds(valid_vocab) > 0:
+            sums = torch.ops.fusedkl.row_sums(
+                policy, reference_, state, second, parameter, inv_temperature, mask, valid_vocab,
+                softcap, backend,
+            )  # fmt: skip
+        state = put_sums(values, state, total(sums, shards), fields, parameter)
+        if mask is not None:
+            values.masked_fill_(~mask, 0)
     return values.to(dtype), state
 
 
@@ -282,12 +301,3 @@ def refuse(shards: Shards | None, what: str) -> None:
     """A RuntimeError where a group has no such thing."""
     if shards is not None:
         raise RuntimeError(f"{what} is not supported with group=, whose ranks each hold a slice")
-
-
-def token_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """[N, K]: logits [..., V] at ids [N, K]; 0 at ids of -1."""
-    at = ids.view(*logits.shape[:-1], ids.shape[-1])
-    if logits.shape[-1] == 0:
-        return torch.zeros_like(at, dtype=logits.dtype).view(ids.shape)
-    found = logits.gather(-1, at.clamp(min=0))
-    return torch.where(at >= 0, found, 0).reshape(ids.shape)

@@ -79,10 +79,11 @@ def inverse_temperature(
 
 
 def token_ids(ids: Tensor, logits: Tensor) -> Tensor:
-    """[...] or [..., K] as the operators take it, [N, K].
-
-    To operators -1 is a token of another slice; to users it is none, so it goes one lower.
-    """
+    """[...] or [..., K] as the operators take it, [N, K]."""
     per_row = ids.shape[-1] if ids.dim() == logits.dim() else 1
-    flat = ids.reshape(math.prod(logits.shape[:-1]), per_row).contiguous()
-    return flat - (flat < 0).to(flat.dtype)
+    return of_no_slice(ids.reshape(math.prod(logits.shape[:-1]), per_row).contiguous())
+
+
+def of_no_slice(ids: Tensor) -> Tensor:
+    """To operators -1 is a token of another slice; to users it is none, so it goes one lower."""
+    return ids - (ids < 0).to(ids.dtype)

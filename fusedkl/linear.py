@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import distributed, divergences, reductions, validation
-from .backends import needs
+from . import divergences, reductions, validation
+from .layout import of_no_slice
 from .linear_autograd import linear_stats
 from .linear_inputs import inputs_of, per_token
-from .linear_ops import Inputs
-from .linear_shards import linear_stats as sharded_linear_stats
+from .linear_shards import shards_of
 from .linear_topk import one_reference, teacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_Shards = distributed.Shards
 
 
 def linear_divergence(
@@ -92,7 +89,8 @@ def linear_divergence(
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
         group: a process group whose ranks each hold the rows of weight, ref_weight, bias, ref_bias
             and the columns of ref_logits of a slice of the vocabulary; hidden states are the same
-            on every rank, and their gradients are summed over them. docs/sharding.md.
+            on every rank, and their gradients are summed over them. labels and ref_topk have ids of
+            the whole vocabulary. No double backward. docs/sharding.md.
 
     Returns:
         shape hidden.shape[:-1], or a scalar; float32, or float64 for float64 inputs; nats.
@@ -123,11 +121,13 @@ def linear_divergence(
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, weights),
     )  # fmt: skip
-    known = teacher(ref_topk, tail, kind, hidden, inputs.weight, counted)
+    # of slices, what the whole vocabulary has is looked at when the call is made
+    width = None if group is not None else weight.shape[0]
+    known = teacher(ref_topk, tail, kind, hidden, width, counted)
     if known is not None:
         inputs = inputs._replace(topk_ids=known.ids)
     if ce_weight is not None:
-        hard = _hard(ce_weight, labels, counted, hidden, weight)
+        hard = _hard(ce_weight, labels, counted, width)
         inputs = inputs._replace(labels=hard if ce_weight > 0 else None)
     if ce_weight == 1:  # the reference is not read
         known, fields = None, ()
@@ -135,14 +135,11 @@ def linear_divergence(
             fields=[], topk_ids=None, ref_hidden=None, ref_weight=None, ref_bias=None,
             ref_logits=None,
         )  # fmt: skip
-    if group is None:
-        values = linear_stats(inputs)
-    else:
-        again = any(divergences.FIELDS[name].second_sweep for name in fields)
-        if ce_weight is not None or known is not None or again:
-            what = f"kind={kind!r}" if again else "ce_weight" if known is None else "ref_topk"
-            raise ValueError(f"{what} is not available over slices of a vocabulary (group=)")
-        values = sharded_linear_stats(inputs, _shards(group, inputs, kind, temperature))
+    shards = None
+    if group is not None:
+        said = f"{kind} {parameter} {tail} {len(fields)}"
+        shards = shards_of(group, inputs, f"linear_divergence {said}", temperature)
+    values = linear_stats(inputs, shards)
     if known is not None:
         outcomes = values[: known.ids.shape[1] + 1]
         tokens = known.divergence(outcomes, inputs.mask, inputs.backend)
@@ -155,7 +152,7 @@ def linear_divergence(
 
 
 def _hard(
-    ce_weight: float, labels: Tensor | None, counted: Tensor | None, hidden: Tensor, weight: Tensor
+    ce_weight: float, labels: Tensor | None, counted: Tensor | None, width: int | None
 ) -> Tensor:
     """The labels as [N], 0 where they do not count."""
     validation.share("ce_weight", ce_weight)
@@ -164,19 +161,6 @@ def _hard(
         raise TypeError(f"ce_weight needs labels, an int64 tensor; got {got}")
     assert counted is not None
     ids = torch.where(counted, labels.reshape(-1), 0)
-    validation.token_range("labels", ids, weight.shape[0], ", or ignore_index")
-    return ids
-
-
-def _shards(group: ProcessGroup, i: Inputs, kind: str, temperature: float | Tensor) -> _Shards:
-    weights = (i.weight, i.ref_weight, i.ref_hidden, i.ref_logits)
-    found = distributed.shards(
-        group,
-        i.hidden.new_empty(i.hidden.shape[0], i.weight.shape[0], device="meta"),
-        kind=f"linear {kind}",
-        dtype=" ".join(needs(*(t for t in weights if t is not None))),
-        temperature=temperature,
-        softcap=f"{i.softcaps} {i.scales}",
-    )
-    assert found is not None
-    return found
+    if width is not None:
+        validation.token_range("labels", ids, width, ", or ignore_index")
+    return of_no_slice(ids)

@@ -1,4 +1,7 @@
-"""The derivative of operator linear_stats: an autograd.Function, double backward by composition."""
+"""The derivative of operator linear_stats: an autograd.Function, double backward by composition.
+
+With shards the vocabulary is cut over a group: linear_shards.py.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import linear_shards
 from .autograd import OPS, recorded
+from .distributed import Shards, placed, refuse
 from .forward_mode import applied
-from .linear_ops import DIFFERENTIABLE, Inputs
+from .linear_arguments import DIFFERENTIABLE, Inputs
 from .linear_reference import composed
+from .linear_topk import NAMES
 
 
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = OPS.linear_stats(*args)
+        *given, shards = args
+        if shards is not None:
+            return linear_shards.stats(Inputs(*given), shards)
+        out: tuple[Tensor, Tensor] = OPS.linear_stats(*given)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        i = Inputs(*inputs)
+        *given, ctx.shards = inputs
+        i = Inputs(*given)
         ctx.mark_non_differentiable(output[1])
         ctx.names = [name for name, _ in i.tensors()]
         ctx.rest = i.changed(dict.fromkeys(ctx.names))
@@ -35,11 +45,15 @@ class _LinearStats(torch.autograd.Function):
         grad = grads[0].contiguous() if i.mask is None else torch.where(i.mask, grads[0], 0)
         found: list[Tensor | None]
         if recorded(*i.differentiable(), grad):
+            refuse(ctx.shards, "double backward")
             found = _composed_gradients(grad, i, wanted)
         else:
-            got = OPS.linear_stats_backward(grad, *i, states, wanted, False)
+            of_slice = ctx.shards is not None
+            got = OPS.linear_stats_backward(grad, *i, states, wanted, of_slice)
             found = [g if ask else None for g, ask in zip(got, wanted, strict=True)]
-        return *found, *[None] * (len(i) - DIFFERENTIABLE)
+            if of_slice:
+                found = linear_shards.summed(found, i, ctx.shards)
+        return *found, *[None] * (len(i) + 1 - DIFFERENTIABLE)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -66,8 +80,29 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     return [got.get(name) for name in i._fields[:DIFFERENTIABLE]]
 
 
-def linear_stats(inputs: Inputs) -> Tensor:
-    """Values [R, N] of operator linear_stats, differentiable in its first seven arguments."""
-    values, _ = applied(_LinearStats, *inputs)
-    out: Tensor = values
-    return out
+def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:
+    """Values [R, N] of operator linear_stats, differentiable in its first seven arguments.
+
+    With shards the weights are slices, and ids are of the whole vocabulary.
+    """
+    if shards is None:
+        values: Tensor = applied(_LinearStats, *inputs, None)[0]
+        return values
+    if inputs.backend == "reference":
+        raise ValueError("backend='reference' has no lm_head of slices (group=)")
+
+    def of(place: Shards) -> Tensor:
+        local = linear_shards.of_slice(inputs, place)
+        out: Tensor = applied(_LinearStats, *local, place)[0]
+        return out
+
+    values, shards = placed(shards, of)
+    ids = {
+        "token_ids": inputs.token_ids,
+        "labels": inputs.labels,
+        NAMES[0]: None if inputs.topk_ids is None else inputs.topk_ids.clamp(min=0),  # -1: padding
+    }
+    for name, t in ids.items():
+        if t is not None:
+            shards._replace(ids_name=name).check_ids(t, inputs.mask)
+    return values

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import reductions, validation
 from .backends import needs, resolve
 from .layout import dense, inverse_temperature
-from .linear_ops import Inputs
+from .linear_arguments import Inputs
 
 PRECISIONS = (None, "fast")
 

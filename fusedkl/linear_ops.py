@@ -9,6 +9,11 @@ fusedkl::linear_stats(hidden [N, H], weight [V, H], bias? [V], ref_hidden? [N, H
     -> values [R, N], float32 or float64: with topk_ids K rows of logits over T, in float64, and
        then logsumexp of the others; else one row per field; then log p[label] at temperature 1
        states [Q, N, S], float64: of the fields, then of the labels
+fusedkl::linear_slice(...) -> tokens [L, N], states [Q, N, S], float64: likewise of a slice of the
+    vocabulary, without a second sweep; tokens: logits, before the temperature, of each question's
+    sides (`Rows.token_sides`), 0 for an id of -1, NaN for a lower one, of no token
+fusedkl::linear_sums(..., state [N, S]) -> [N, 3], float64: the second sweep over a slice, given
+    the state of the whole rows
 fusedkl::linear_stats_backward(grad, ..., states, wanted, of_slice) -> gradients of the first
     seven, in their shapes and dtypes; one that was not asked for has shape [0]. Tokens whose grads
     are all 0 are not read. of_slice: those to hidden states are parts of sums over the slices of a
@@ -17,15 +22,16 @@ fusedkl::linear_stats_backward(grad, ..., states, wanted, of_slice) -> gradients
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import divergences, linear_reference, reference
+from . import linear_reference, reference, shard_states
 from ._library import LIB, NAMESPACE, TAGS
+from .linear_arguments import DIFFERENTIABLE, OF_HIDDEN, OF_TOKENS, Inputs
 from .linear_backward import Wanted, backward
-from .linear_tiles import Engine, Rows, Side, forward
+from .linear_tiles import Engine, Rows, Side, first_sweep, forward, sums
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, "
@@ -36,91 +42,6 @@ _OPTIONS = (
     "str[] fields, float? parameter, Tensor? inv_temperature, Tensor? mask, float[] scales, "
     "float[] softcaps, bool fast, int[] tile, str backend"
 )
-DIFFERENTIABLE = 7
-OF_HIDDEN = ("hidden", "ref_hidden")
-OF_TOKENS = (*OF_HIDDEN, "ref_logits")
-
-
-class Inputs(NamedTuple):
-    """The operator's arguments."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    ref_logits: Tensor | None
-    token_ids: Tensor | None
-    labels: Tensor | None
-    topk_ids: Tensor | None
-    fields: list[str]
-    parameter: float | None
-    inv_temperature: Tensor | None
-    mask: Tensor | None
-    scales: list[float]
-    softcaps: list[float]
-    fast: bool
-    tile: list[int]
-    backend: str
-
-    @property
-    def paired(self) -> bool:
-        return self.ref_hidden is not None or self.ref_logits is not None
-
-    def detached(self) -> Inputs:
-        return self.changed({name: t.detach() for name, t in self.tensors()})
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Names and values of all arguments that are tensors."""
-        named = zip(self._fields, self, strict=True)
-        return [(name, t) for name, t in named if isinstance(t, Tensor)]
-
-    def changed(self, arguments: dict[str, Any]) -> Inputs:
-        """These with some arguments replaced."""
-        return self._replace(**arguments)
-
-    def tokens(self, index: Tensor) -> Inputs:
-        """Of some of the tokens only."""
-        per_token = ("ref_hidden", "ref_logits", "token_ids", "labels", "topk_ids")
-        some: dict[str, Any] = {"hidden": self.hidden[index], "mask": None}
-        for name in per_token:
-            given = getattr(self, name)
-            some[name] = None if given is None else given[index]
-        inverse = self.inv_temperature
-        if inverse is not None and inverse.shape[0] != 1:
-            some["inv_temperature"] = inverse[index]
-        return self._replace(**some)
-
-    def counted(self, index: Tensor) -> Inputs:
-        """Likewise, but for ref_logits: whole, for a Side's `live` to point into."""
-        some = self._replace(ref_logits=None).tokens(index)
-        return some._replace(ref_logits=self.ref_logits)
-
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        """Those that have gradients."""
-        return (
-            self.hidden,
-            self.weight,
-            self.bias,
-            self.ref_hidden,
-            self.ref_weight,
-            self.ref_bias,
-            self.ref_logits,
-        )
-
-    def value_rows(self) -> int:
-        per_row = 0 if self.token_ids is None else self.token_ids.shape[1]
-        outcomes = 0 if self.topk_ids is None else self.topk_ids.shape[1]
-        rows = outcomes + divergences.value_rows(self.fields, per_row)
-        return rows + (self.labels is not None)
-
-    def result_dtype(self) -> torch.dtype:
-        others = (self.ref_hidden, self.ref_logits)
-        other = next((t for t in others if t is not None), None)
-        if self.topk_ids is not None:  # differences of these are what counts
-            return reference.inside(self.hidden.device)
-        return reference.result_dtype(self.hidden, other)
 
 
 def engine_of(i: Inputs, live: Tensor | None = None) -> Engine:
@@ -141,7 +62,7 @@ def engine_of(i: Inputs, live: Tensor | None = None) -> Engine:
     return Engine(policy, other, i.fast, (i.tile[0], i.tile[1]) if i.tile else None)
 
 
-def _questions(i: Inputs) -> list[Rows]:
+def questions(i: Inputs) -> list[Rows]:
     asked = []
     if i.fields:
         asked.append(
@@ -166,29 +87,66 @@ def _of(i: Inputs, index: Tensor) -> Inputs:
     return i.tokens(index) if i.backend == "reference" else i.counted(index)
 
 
+def _read(args: tuple[Any, ...]) -> tuple[Inputs, Inputs, Tensor | None]:
+    """The arguments; those about the tokens that are read; which tokens these are, or None."""
+    whole = Inputs(*args).detached()
+    index = _places(whole.mask)
+    return whole, whole if index is None else _of(whole, index), index
+
+
+def _spread(t: Tensor, dim: int, n: int, index: Tensor | None) -> Tensor:
+    """Numbers of the tokens that were read as those of all n, 0 elsewhere."""
+    if index is None:
+        return t
+    shape = list(t.shape)
+    shape[dim] = n
+    return t.new_zeros(shape).index_copy_(dim, index, t)
+
+
 def _linear_stats(*args: Any) -> tuple[Tensor, Tensor]:
-    i = Inputs(*args).detached()
-    whole, mask, index = i, i.mask, _places(i.mask)
-    if index is not None:
-        i = _of(i, index)
+    whole, i, index = _read(args)
     with torch.no_grad():
         if i.hidden.shape[0] == 0:
             values, states = (t.zero_() for t in _linear_stats_fake(*i))
         elif i.backend == "reference":
             values, states = linear_reference.values(i), _linear_stats_fake(*i)[1].zero_()
         else:
-            answers = forward(engine_of(i, index), _questions(i))
+            answers = forward(engine_of(i, index), questions(i))
             values = torch.cat([v for v, _ in answers])
             states = torch.stack([s for _, s in answers])
-        values = values.to(whole.result_dtype())
+        n = whole.hidden.shape[0]
+        values = _spread(values.to(whole.result_dtype()), 1, n, index)
+        if whole.mask is not None and index is None:
+            values = torch.where(whole.mask, values, 0)
+        return values, _spread(states, 1, n, index)
+
+
+def _linear_slice(*args: Any) -> tuple[Tensor, Tensor]:
+    whole, i, index = _read(args)
+    with torch.no_grad():
+        if i.hidden.shape[0] == 0 or i.weight.shape[0] == 0:
+            tokens, states = (t.zero_() for t in _linear_slice_fake(*i))
+            states.copy_(shard_states.empty_state(i.hidden))
+        else:
+            found = first_sweep(engine_of(i, index), questions(i))
+            sides = [t for one in found for t in one.tokens.values()]
+            tokens = torch.cat(sides) if sides else _linear_slice_fake(*i)[0]
+            states = torch.stack([one.state() for one in found])
+        n = whole.hidden.shape[0]
+        return _spread(tokens, 1, n, index), _spread(states, 1, n, index)
+
+
+def _linear_sums(*args: Any) -> Tensor:
+    *given, state = args
+    whole, i, index = _read(tuple(given))
+    with torch.no_grad():
         if index is not None:
-            n = whole.hidden.shape[0]
-            values = values.new_zeros((values.shape[0], n)).index_copy_(1, index, values)
-            shape = (states.shape[0], n, states.shape[2])
-            states = states.new_zeros(shape).index_copy_(1, index, states)
-        elif mask is not None:
-            values = torch.where(mask, values, 0)
-    return values, states
+            state = state[index]
+        if i.hidden.shape[0] == 0 or i.weight.shape[0] == 0:
+            found = _linear_sums_fake(*given, state).zero_()
+        else:
+            found = sums(engine_of(i, index), questions(i)[0], state)
+        return _spread(found, 0, whole.hidden.shape[0], index)
 
 
 def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -205,7 +163,7 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         i = i._replace(**clean)
     found: list[Tensor | None] = [None] * DIFFERENTIABLE
     with torch.no_grad():
-        if i.hidden.shape[0] != 0:
+        if i.hidden.shape[0] != 0 and i.weight.shape[0] != 0:
             if i.backend == "reference":
                 found = linear_reference.gradients(grad, i, states, wanted)
             else:
@@ -246,7 +204,7 @@ def _by_tiles(
 ) -> list[Tensor | None]:
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits = wanted
     shared = i.ref_weight is None and i.ref_hidden is not None
-    asked = _questions(i)
+    asked = questions(i)
     last = grad.shape[0] - (i.labels is not None)
     x, y = backward(
         engine_of(i, live),
@@ -264,10 +222,21 @@ def _by_tiles(
 def _linear_stats_fake(*args: Any) -> tuple[Tensor, Tensor]:
     i = Inputs(*args)
     n = i.hidden.shape[0]
-    questions = bool(i.fields) + (i.labels is not None)
     values = i.hidden.new_empty((i.value_rows(), n), dtype=i.result_dtype())
     inner = reference.inside(i.hidden.device)
-    return values, i.hidden.new_empty((questions, n, len(reference.STATE)), dtype=inner)
+    return values, i.hidden.new_empty((len(questions(i)), n, len(reference.STATE)), dtype=inner)
+
+
+def _linear_slice_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    i = Inputs(*args)
+    rows = sum(len(one.token_sides()) * one.per_row() for one in questions(i))
+    _, states = _linear_stats_fake(*args)
+    return states.new_empty((rows, i.hidden.shape[0])), states
+
+
+def _linear_sums_fake(*args: Any) -> Tensor:
+    state: Tensor = args[-1]
+    return state.new_empty((state.shape[0], 3))
 
 
 def _linear_stats_backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -287,6 +256,18 @@ for _name, _schema, _kernel, _fake in (
         f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
         _linear_stats,
         _linear_stats_fake,
+    ),
+    (
+        "linear_slice",
+        f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
+        _linear_slice,
+        _linear_slice_fake,
+    ),
+    (
+        "linear_sums",
+        f"({_TENSORS}, {_OPTIONS}, Tensor state) -> Tensor",
+        _linear_sums,
+        _linear_sums_fake,
     ),
     (
         "linear_stats_backward",

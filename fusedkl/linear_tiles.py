@@ -1,9 +1,11 @@
 """The schedule of a fused lm_head: tiles of tokens x vocabulary, the vocabulary outermost.
 
 Forward: a tile's logits, one row kernel over them, whose state of each token is merged into the
-token's running state; the tile is overwritten by the next. Backward: the tiles again, a row kernel
-that turns them into gradients given the state of the whole row, and two products that add them up:
-d hidden over all tiles, d weight tile by tile, each finished and rounded before the next begins.
+token's running state; the tile is overwritten by the next. What takes a second sweep makes the
+tiles again, and sums given that state; where ranks hold slices of the vocabulary, theirs are merged
+in between. Backward: the tiles again, a row kernel that turns them into gradients given the state
+of the whole row, and two products that add them up: d hidden over all tiles, d weight tile by tile,
+each finished and rounded before the next begins.
 """
 
 from __future__ import annotations
@@ -14,21 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import divergences, reference, reference_family
+from . import reference
 from .linear_plan import Tiles, tiles
 from .linear_products import Products, tile_dtype
-from .linear_topk import Apart, put_back, take_out
+from .linear_topk import Apart, outcomes, put_back, take_out
+from .sliced_rows import local_fields, of_parts, put_sums, second_sweep, token_logits, token_sides
 
 # States of so many tiles wait before they are merged.
 _WAITING = 8
-_NORMALISER = {
-    side: tuple(reference.STATE.index(name) for name in names)
-    for side, names in {
-        "policy": ("policy_max", "policy_log_sum"),
-        "reference": ("reference_max", "reference_log_sum"),
-        "both": ("centre", "residual"),
-    }.items()
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,15 @@ class Rows:
     backend: str
     paired: bool  # about both sides
     apart: Tensor | None = None  # [n, K] outcomes of their own: not in the rows (linear_topk)
+
+    def token_sides(self) -> tuple[str, ...]:
+        """The sides of which logits of single tokens are needed: at token_ids, or apart."""
+        return ("policy",) if self.apart is not None else token_sides(self.fields)
+
+    def per_row(self) -> int:
+        """How many tokens these are."""
+        ids = self.token_ids if self.apart is None else self.apart
+        return 0 if ids is None else ids.shape[1]
 
     def part(self, tokens: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
         """token_ids, counted from the start of a tile and -1 outside of it, and 1/T."""
@@ -152,8 +156,8 @@ def _logits(side: Side, products: Products, name: str, tokens: slice, columns: s
     return out
 
 
-class _Running:
-    """One question's numbers of all tokens, as the tiles of the vocabulary go by."""
+class Sweep:
+    """What a sweep over the tiles finds of one question: states, and logits of single tokens."""
 
     def __init__(self, asked: Rows, engine: Engine) -> None:
         self.asked = asked
@@ -161,113 +165,93 @@ class _Running:
         width, n = len(reference.STATE), engine.tokens
         self._parts = torch.empty(1 + _WAITING, n, width, dtype=inner, device=device)
         self._waiting = 0
-        per_row = 0 if asked.token_ids is None else asked.token_ids.shape[1]
-        rows = divergences.value_rows(asked.fields, per_row)
-        self._values = torch.zeros(rows, n, dtype=inner, device=device)
-        self._tokens: list[tuple[slice, slice, str]] = []  # of all values, of a tile's; side
-        self._rows: list[tuple[str, int]] = []
-        self.swept: tuple[str, int] | None = None  # a field of a second sweep
-        self._sums = torch.zeros(n, 3, dtype=inner, device=device)
-        self._first: list[str] = []
-        at = of_tile = 0
-        for name in asked.fields:
-            field = divergences.FIELDS[name]
-            size = divergences.value_rows([name], per_row)
-            if field.second_sweep:
-                self.swept = (name, at)
-                at += 1
-                continue
-            if field.needs_token_ids:
-                here = slice(at, at + size), slice(of_tile, of_tile + size)
-                self._tokens.append((*here, field.side))
-            else:
-                self._rows.append((name, at))
-            self._first.append(name)
-            at, of_tile = at + size, of_tile + size
-        if self.swept:  # which supports there are, for what is infinite
-            self._first.append("forward_kl")
-        # ids of no tile, where nobody could look at them: [K, n]
-        self._nowhere: Tensor | None = None
-        if asked.token_ids is not None:
+        self._fields = local_fields(asked.fields)
+        # [K, n], before the temperature
+        self.tokens = {
+            side: torch.zeros(asked.per_row(), n, dtype=inner, device=device)
+            for side in asked.token_sides()
+        }
+        if asked.token_ids is not None:  # -1 is elsewhere; no token, where nobody has looked
             ids = asked.token_ids.t()
-            self._nowhere = (ids < 0) | (ids >= engine.vocabulary)
-        self._outcomes: Tensor | None = None
-        if asked.apart is not None:
-            shape = asked.apart.shape[1], n
-            self._outcomes = torch.zeros(shape, dtype=inner, device=device)
+            nowhere = (ids < -1) | (ids >= engine.vocabulary)
+            for logits in self.tokens.values():
+                logits.masked_fill_(nowhere, torch.nan)
 
     def take(self, x: Tensor, y: Tensor | None, tokens: slice, columns: slice) -> None:
         """A tile of logits."""
         asked = self.asked
         ids, inverse = asked.part(tokens, columns)
         apart = asked.take_out(x, tokens, columns)
-        got, state = torch.ops.fusedkl.row_stats(
-            x, y if asked.paired else None, ids, self._first, None, inverse, None, None, None,
+        _, state = torch.ops.fusedkl.row_stats(
+            x, y if asked.paired else None, None, self._fields, None, inverse, None, None, None,
             asked.backend,
         )  # fmt: skip
         self._parts[self._waiting, tokens] = state
-        if apart is not None and self._outcomes is not None:
-            self._outcomes[:, tokens] += apart.numbers(inverse)
+        if apart is not None:
+            self.tokens["policy"][:, tokens] += apart.numbers()
             put_back(x, apart)
-        for at, of_tile, side in self._tokens:
-            assert ids is not None
-            # relative to the tile: added up as logits, less the whole row's normaliser at the end
-            absolute = got[of_tile] + _normaliser(state, side, inverse)
-            self._values[at, tokens] += torch.where(ids.t() >= 0, absolute, 0)
-
-    def take_again(
-        self, x: Tensor, y: Tensor | None, state: Tensor, tokens: slice, columns: slice
-    ) -> None:
-        """The second sweep over a tile, given the state of the whole rows."""
-        asked = self.asked
-        assert self.swept is not None and y is not None
-        _, inverse = asked.part(tokens, columns)
-        self._sums[tokens] += torch.ops.fusedkl.row_sums(
-            x, y, state[tokens], self.swept[0], asked.parameter, inverse, None, None, None,
-            asked.backend,
-        )  # fmt: skip
+            return
+        for side, logits in self.tokens.items():
+            tile = x if side == "policy" else y
+            assert tile is not None and ids is not None
+            logits[:, tokens] += token_logits(tile, ids).t()
 
     def end(self) -> None:
         """The tile's tokens are all there."""
         self._waiting += 1
         if self._waiting > _WAITING:
-            self._parts[0] = self._merged([])[1]
+            self._parts[0] = self.state()
             self._waiting = 1
 
-    def _merged(self, fields: list[str]) -> tuple[Tensor, Tensor]:
-        parts, asked = self._parts[: self._waiting], self.asked
-        out: tuple[Tensor, Tensor] = torch.ops.fusedkl.merge_states(
-            parts, fields, asked.inverse, asked.backend
-        )
+    def state(self) -> Tensor:
+        """[n, S], of all tiles together."""
+        asked, parts = self.asked, self._parts[: self._waiting]
+        out: Tensor = torch.ops.fusedkl.merge_states(parts, [], asked.inverse, asked.backend)[1]
         return out
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Values [R, n] and state [n, S] of the whole rows."""
-        names = [name for name, _ in self._rows]
-        merged, state = self._merged([*names, "forward_kl"] if self.swept else names)
-        for row, (_, at) in zip(merged, self._rows, strict=False):
-            self._values[at] = row
-        if self.swept:  # NaN where a row is no distribution
-            self._values[self.swept[1]] = torch.where(merged[-1].isnan(), torch.nan, 0)
-        for here, _, side in self._tokens:
-            assert self._nowhere is not None
-            values = self._values[here] - _normaliser(state, side, self.asked.inverse)
-            self._values[here] = torch.where(self._nowhere, torch.nan, values)
-        if self._outcomes is not None:  # from the state: -inf, not NaN, where nothing else is
-            rest = _normaliser(state, "policy", self.asked.inverse)
-            return torch.cat([self._outcomes, rest[None]]), state
-        return self._values, state
+        """Values [R, n] and state [n, S] of whole rows, without a second sweep."""
+        asked = self.asked
+        if asked.apart is not None:
+            state = self.state()
+            return outcomes(self.tokens["policy"], state, asked.inverse), state
+        parts = self._parts[: self._waiting]
+        return of_parts(parts, self.tokens, asked.fields, asked.inverse, asked.backend)
 
-    def end_again(self, values: Tensor, state: Tensor) -> None:
-        """What the second sweep adds to a result."""
-        assert self.swept is not None
-        name, at = self.swept
-        values[at] += reference_family.value_of_sums(name, self.asked.parameter, self._sums)
-        found = values[at], self._sums[:, 1], self._sums[:, 2]
-        for column, numbers in zip(
-            ("divergence", "policy_slope", "reference_slope"), found, strict=True
-        ):
-            state[:, reference.STATE.index(column)] = numbers
+
+def first_sweep(
+    engine: Engine,
+    asked: list[Rows],
+    watch: Callable[[Tensor, slice, slice], None] | None = None,
+) -> list[Sweep]:
+    """Over tiles of the whole vocabulary or of a slice. `watch`: see `forward`."""
+    found = [Sweep(one, engine) for one in asked]
+    for columns in engine.columns():
+        for tokens in engine.blocks():
+            x, y = engine.logits(tokens, columns)
+            if watch is not None:
+                watch(x, tokens, columns)
+            for one in found:
+                one.take(x, y, tokens, columns)
+        for one in found:
+            one.end()
+    return found
+
+
+def sums(engine: Engine, asked: Rows, state: Tensor) -> Tensor:
+    """[n, 3] of the second sweep, given the state of the whole rows."""
+    name = second_sweep(asked.fields)
+    assert name is not None
+    out = torch.zeros(engine.tokens, 3, dtype=state.dtype, device=state.device)
+    for columns in engine.columns():
+        for tokens in engine.blocks():
+            x, y = engine.logits(tokens, columns)
+            _, inverse = asked.part(tokens, columns)
+            out[tokens] += torch.ops.fusedkl.row_sums(
+                x, y, state[tokens], name, asked.parameter, inverse, None, None, None,
+                asked.backend,
+            )  # fmt: skip
+    return out
 
 
 def forward(
@@ -279,31 +263,12 @@ def forward(
 
     `watch` is called with each tile of the policy's logits, its tokens and its columns.
     """
-    running = [_Running(one, engine) for one in asked]
-    for columns in engine.columns():
-        for tokens in engine.blocks():
-            x, y = engine.logits(tokens, columns)
-            if watch is not None:
-                watch(x, tokens, columns)
-            for one in running:
-                one.take(x, y, tokens, columns)
-        for one in running:
-            one.end()
-    results = [one.result() for one in running]
-    again = [pair for pair in zip(running, results, strict=True) if pair[0].swept]
-    for columns in engine.columns() if again else ():
-        for tokens in engine.blocks():
-            x, y = engine.logits(tokens, columns)
-            for one, (_, state) in again:
-                one.take_again(x, y, state, tokens, columns)
-    for one, result in again:
-        one.end_again(*result)
-    return results
-
-
-def _normaliser(state: Tensor, side: str, inverse: Tensor | None) -> Tensor:
-    """logsumexp of a side, or of both the log-ratio of theirs."""
-    first, second = (state[:, i] for i in _NORMALISER[side])
-    if side == "both" and inverse is not None:
-        first = first * inverse
-    return first + second
+    found = []
+    for one in first_sweep(engine, asked, watch):
+        values, state = one.result()
+        rows = one.asked
+        if second_sweep(rows.fields):
+            more = sums(engine, rows, state)
+            state = put_sums(values, state, more, rows.fields, rows.parameter)
+        found.append((values, state))
+    return found

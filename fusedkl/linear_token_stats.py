@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import divergences, reductions, validation
+from .layout import of_no_slice
 from .linear_autograd import linear_stats
 from .linear_inputs import inputs_of, per_token
+from .linear_shards import shards_of
 from .stats import TokenStats, packed, wanted_fields
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_token_stats(
@@ -32,6 +38,7 @@ def linear_token_stats(
     mask: Tensor | None = None,
     precision: str | None = None,
     tile: tuple[int, int] | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """`token_stats` of language-model heads, from hidden states; no logits in memory.
@@ -43,9 +50,10 @@ def linear_token_stats(
 
     Args:
         hidden, weight, ref_hidden, ref_weight, ref_logits, bias, ref_bias, softcap, ref_softcap,
-            logit_scale, ref_logit_scale, temperature, mask, precision, tile, backend: as for
+            logit_scale, ref_logit_scale, temperature, mask, precision, tile, group, backend: as for
             `linear_divergence`; without ref_hidden and ref_logits the policy's half.
-        token_ids: int64, shape hidden.shape[:-1] or that and one dim K more, from 0 to V - 1.
+        token_ids: int64, shape hidden.shape[:-1] or that and one dim K more, from 0 to V - 1; over
+            a group those of the whole vocabulary.
         fields: as for `token_stats`.
 
     Returns:
@@ -66,7 +74,7 @@ def linear_token_stats(
     inverse, counted, _ = per_token(hidden, temperature, mask, None, -100, None)
     inputs = inputs_of(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, wanted, precision, tile,
-        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend,
+        (logit_scale, ref_logit_scale), (softcap, ref_softcap), backend, group is not None,
     )._replace(
         inv_temperature=inverse,
         mask=reductions.rows_to_read(counted, None),
@@ -78,6 +86,11 @@ def linear_token_stats(
         ids = token_ids.reshape(inputs.hidden.shape[0], per_row)
         if counted is not None:
             ids = torch.where(counted[:, None], ids, 0)
-        validation.token_range("token_ids", ids, weight.shape[0])
-        inputs = inputs._replace(token_ids=ids)
-    return packed(linear_stats(inputs), wanted, token_ids, hidden)
+        if group is None:
+            validation.token_range("token_ids", ids, weight.shape[0])
+        inputs = inputs._replace(token_ids=of_no_slice(ids))
+    shards = None
+    if group is not None:
+        kind = f"linear_token_stats {' '.join(wanted)}"
+        shards = shards_of(group, inputs, kind, temperature)
+    return packed(linear_stats(inputs, shards), wanted, token_ids, hidden)

@@ -66,10 +66,10 @@ def one_reference(
 
 
 def teacher(
-    ref_topk: Any, tail: str | None, kind: str, hidden: Tensor, weight: Tensor,
+    ref_topk: Any, tail: str | None, kind: str, hidden: Tensor, width: int | None,
     counted: Tensor | None,
 ) -> Teacher | None:  # fmt: skip
-    """The reference, or None if it is given otherwise."""
+    """The reference, or None if it is given otherwise. width: of the vocabulary, if it is known."""
     if ref_topk is None:
         if tail is not None:
             raise ValueError(f"tail={tail!r} has no effect without ref_topk")
@@ -85,7 +85,7 @@ def teacher(
     ids, log_q = ref_topk
     topk.check(hidden, ids, log_q, kind, tail, NAMES)
     dtype = reference.result_dtype(hidden, log_q)
-    rows = topk.teacher_rows(ids, log_q, counted, weight.shape[0], NAMES)
+    rows = topk.teacher_rows(ids, log_q, counted, width, NAMES)
     return Teacher(*rows, kind, tail, dtype)
 
 
@@ -96,10 +96,16 @@ class Apart(NamedTuple):
     inside: Tensor
     logits: Tensor
 
-    def numbers(self, inverse: Tensor | None) -> Tensor:
-        """Logits over T [K, n] in the accumulators' dtype of states, 0 where not inside."""
-        scaled = self.logits.to(torch.float64 if inverse is None else inverse.dtype).t()
-        return torch.where(self.inside.t(), scaled if inverse is None else scaled * inverse, 0)
+    def numbers(self) -> Tensor:
+        """Logits [K, n], 0 where not inside."""
+        return torch.where(self.inside, self.logits, 0).t()
+
+
+def outcomes(logits: Tensor, state: Tensor, inverse: Tensor | None) -> Tensor:
+    """[K + 1, n]: the tokens' logits [K, n] over T, and logsumexp of the rest, by its state."""
+    column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
+    rest = column["policy_max"] + column["policy_log_sum"]  # -inf, not NaN, where nothing else is
+    return torch.cat([logits if inverse is None else logits * inverse, rest[None]])
 
 
 def take_out(x: Tensor, ids: Tensor, columns: slice) -> Apart:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import divergences, reference
 from ._library import LIB, NAMESPACE, TAGS
+from .sliced_rows import of_parts, token_sides
 
 # Columns that a field needs beside its own: of a mean, the sum and the number of its terms; of a
 # divergence that may be infinite, a KL that then is.
@@ -171,40 +172,6 @@ def _unpack(gathered: Tensor, plan: _Packing, inv_t: Tensor) -> Tensor:
     return torch.stack([column.get(name, none) for name in reference.STATE], -1)
 
 
-def local_fields(fields: tuple[str, ...] | list[str]) -> list[str]:
-    """What is asked of a slice, so that its state has all that these fields need."""
-    stand_in = {"policy": "logsumexp", "reference": "ref_logsumexp", "both": "forward_kl"}
-    found = [
-        stand_in[field.side] if field.needs_token_ids or field.second_sweep else field.name
-        for field in (divergences.FIELDS[name] for name in fields)
-    ]
-    return list(dict.fromkeys(found))
-
-
-def token_sides(fields: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The rows whose logits at token_ids the fields need."""
-    of_tokens = {f.side for f in (divergences.FIELDS[n] for n in fields) if f.needs_token_ids}
-    return tuple(side for side in ("policy", "reference") if of_tokens & {side, "both"})
-
-
-def _token_values(
-    tokens: dict[str, Tensor], state: Tensor, inv_t: Tensor, softcap: float | None
-) -> dict[str, Tensor]:
-    """log p and log q of tokens, and log(p/q), [K, n], from their logits and the rows' state."""
-    column = dict(zip(reference.STATE, state.unbind(-1), strict=True))
-    if softcap is not None:
-        tokens = {side: reference.capped(x, softcap) for side, x in tokens.items()}
-    found = {
-        "logprob" if side == "policy" else "ref_logprob": (x * inv_t - column[f"{side}_max"])
-        - column[f"{side}_log_sum"]
-        for side, x in tokens.items()
-    }
-    if len(tokens) == 2:
-        apart = (tokens["policy"] - tokens["reference"]) - column["centre"]
-        found["log_ratio"] = apart * inv_t - column["residual"]
-    return found
-
-
 def _blocks(gathered: Tensor, inv_temperature: Tensor | None) -> Any:
     """Some rows at a time: which, their payloads, their 1/T; the states made of them are large."""
     parts, n, _ = gathered.shape
@@ -246,22 +213,14 @@ def _merge_shards(
     plan = _packing(fields, gathered.dtype, gathered.device)
     values, state = _merge_shards_fake(gathered, fields)
     sides = token_sides(fields)
-    known = [divergences.FIELDS[name] for name in fields]
-    whole = [f.name for f in known if not f.needs_token_ids and not f.second_sweep]
     for rows, block, inverse in _blocks(gathered, inv_temperature):
-        inv_t = scale(inverse, state)
-        found, state[rows] = torch.ops.fusedkl.merge_states(
-            _unpack(block[..., : plan.columns], plan, inv_t), whole, inverse, backend
-        )
-        got = {name: row[None] for name, row in zip(whole, found, strict=True)}
-        if sides:
-            # Of one rank a logit, of the others 0: adding them up changes no bit.
-            logits = block[..., plan.columns :].sum(0).to(state.dtype).t().chunk(len(sides))
-            tokens = dict(zip(sides, logits, strict=True))
-            got |= _token_values(tokens, state[rows], inv_t, softcap)
-        if any(f.second_sweep for f in known):  # to come
-            got |= {f.name: torch.zeros_like(state[rows, :1]).t() for f in known if f.second_sweep}
-        values[:, rows] = torch.cat([got[name] for name in fields])
+        states = _unpack(block[..., : plan.columns], plan, scale(inverse, state))
+        # of one rank a logit, of the others 0
+        logits = block[..., plan.columns :].sum(0).to(state.dtype).t().chunk(max(1, len(sides)))
+        if softcap is not None:
+            logits = tuple(reference.capped(x, softcap) for x in logits)
+        tokens = dict(zip(sides, logits, strict=False))
+        values[:, rows], state[rows] = of_parts(states, tokens, fields, inverse, backend)
     if backend == "cpu":  # csrc/cpu/rows.h
         state[:, reference.STATE.index("whole")] = -1
     if mask is not None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import reference, shard_states
 from .autograd import OPS, recorded
-from .distributed import Shards, gather, placed, refuse, token_logits
+from .distributed import Payload, Shards, gather, placed, refuse
 from .reference_merge import total as merged_total
+from .sliced_rows import token_logits
 
 # A payload of this: logsumexp, and logits of tokens.
 _SENT = ("logsumexp",)
@@ -43,7 +44,8 @@ class _ShardedTopk(torch.autograd.Function):
         writer.logsumexp(top, rest)
         tokens = token_logits(policy, token_ids).to(dtype)
         payload = torch.cat([torch.stack(writer.out, -1), tokens], -1)
-        found = gather(payload, _SENT, inv_temperature, shards, backend).to(inner)
+        (found,) = gather([Payload(payload, _SENT, inv_temperature)], shards, backend)
+        found = found.to(inner)
         top, rest = found[..., 0], found[..., 1]
         if writer.narrow:
             top = top * inv_t

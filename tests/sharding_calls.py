@@ -46,83 +46,6 @@ def topk(group: dist.ProcessGroup) -> None:
 
 
 @case
-def linear(group: dist.ProcessGroup) -> None:
-    hidden, other = torch.randn(7, 12), torch.randn(7, 10)
-    weight, other_weight, bias = torch.randn(90, 12), torch.randn(90, 10), torch.randn(90)
-    mask = torch.rand(7) > 0.3
-    for way, kind in enumerate(KINDS):
-        part = cut(group, 90, way)
-        mine = [t.clone().requires_grad_() for t in (hidden, other)]
-        mine += [t[part].clone().requires_grad_() for t in (weight, other_weight, bias)]
-        full = [t.clone().requires_grad_() for t in (hidden, other, weight, other_weight, bias)]
-        got, expected = (
-            fusedkl.linear_divergence(
-                t[0], t[2], t[1], t[3], kind, bias=t[4], mask=mask, temperature=2.0, group=g
-            )
-            for t, g in ((mine, group), (full, None))
-        )
-        assert oracle.relative_error(got, expected.detach(), 1e-3) <= 1e-5
-        got.sum().backward()
-        expected.sum().backward()
-        for a, e in zip(mine, full, strict=True):
-            slice_of = e.grad if a.shape == e.shape else e.grad[part]
-            error = float((a.grad - slice_of).norm() / e.grad.norm())
-            assert error <= 1e-5, f"{kind} {list(e.shape)} off by {error}"
-
-
-@case
-def linear_of_16_bits(group: dist.ProcessGroup) -> None:
-    """What all weights share cancels in the sum over slices, and is large in each of them."""
-    made = torch.randn(7, 12), torch.randn(7, 12), torch.randn(90, 12) + 30, torch.randn(90, 12)
-    hidden, other, weight, moved = (t.to(torch.bfloat16) for t in made)
-    part = cut(group, 90, 0)
-
-    def error(rows: slice, g: dist.ProcessGroup | None) -> float:
-        leaves = [t.clone().requires_grad_() for t in (hidden, other)]
-        heads = [t[rows] for t in (weight, weight + moved)]
-        value = fusedkl.linear_divergence(leaves[0], heads[0], leaves[1], heads[1], group=g)
-        found = torch.autograd.grad(value.sum(), leaves)
-        wide = [t.double().requires_grad_() for t in (hidden, other)]
-        x, y = wide[0] @ weight.double().t(), wide[1] @ (weight + moved).double().t()
-        truth = torch.autograd.grad(fusedkl.forward_kl(x, y).sum(), wide)
-        assert all(t.dtype == torch.bfloat16 for t in found)
-        return max(float((a - e).norm() / e.norm()) for a, e in zip(found, truth, strict=True))
-
-    sharded, whole = error(part, group), error(slice(None), None)
-    assert sharded <= 1.5 * whole, f"off by {sharded}, on one rank by {whole}"
-
-
-@case
-def linear_references(group: dist.ProcessGroup) -> None:
-    """Given as logits, also where a rank holds none of them; one weight for both; no tokens."""
-    hidden, other, weight = torch.randn(2, 3, 12), torch.randn(2, 3, 12), torch.randn(90, 12)
-    logits = torch.randn(2, 3, 90)
-    for way in range(3):
-        part = cut(group, 90, way)
-        for name in ("ref_logits", "ref_hidden"):
-            for tokens in (3, 0):
-                given = logits if name == "ref_logits" else other
-                mine = [t[:, :tokens].clone() for t in (hidden, given)] + [weight[part].clone()]
-                full = [t[:, :tokens].clone() for t in (hidden, given)] + [weight.clone()]
-                if name == "ref_logits":
-                    mine[1] = mine[1][..., part].clone()
-                values = []
-                for leaves, g in ((mine, group), (full, None)):
-                    for t in leaves:
-                        t.requires_grad_()
-                    reference = {name: leaves[1]}
-                    value = fusedkl.linear_divergence(
-                        leaves[0], leaves[2], **reference, kind="jeffreys", group=g
-                    )
-                    value.sum().backward()
-                    values.append(value.detach())
-                torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
-                cut_ = (slice(None), (..., part) if name == "ref_logits" else slice(None), part)
-                for a, e, at in zip(mine, full, cut_, strict=True):
-                    torch.testing.assert_close(a.grad, e.grad[at], rtol=1e-4, atol=1e-4)
-
-
-@case
 def traffic(group: dist.ProcessGroup) -> None:
     """Collectives of a call, and float32 numbers per token in each: docs/sharding.md's table."""
     n, width, k = 10, 6, 3
@@ -144,20 +67,31 @@ def traffic(group: dist.ProcessGroup) -> None:
     for kind, parameter in EVERY_KIND.items():
         made = functools.partial(fusedkl.divergence, x, y, kind, **parameter, **on)
         sends[kind] = made, gathered.get(kind, 4), 6 if kind in SECOND_SWEEP else 0
-    for kind in KINDS:
-        made = functools.partial(fusedkl.linear_divergence, hidden, weight, other, kind=kind, **on)
-        sends[f"linear {kind}"] = made, gathered[kind], 0
-    by_ids = ("selective", "topk", "stats of tokens", "distillation")
+    head = functools.partial(fusedkl.linear_divergence, hidden, weight, **on)
+    for kind, parameter in EVERY_KIND.items():
+        made = functools.partial(head, other, kind=kind, **parameter)
+        sends[f"linear {kind}"] = made, gathered.get(kind, 4), 6 if kind in SECOND_SWEEP else 0
+    hard: dict[str, Any] = {"labels": ids[:, 0], "ce_weight": 0.3}
+    sends["linear, labels"] = functools.partial(head, other, **hard), 6 + 3, 0
+    sends["linear, labels, jsd"] = functools.partial(head, other, kind="jsd", **hard), 4 + 3, 6
+    sends["linear, top-k"] = functools.partial(head, ref_topk=known), 2 + k, 0
+    sends["linear, stats of tokens"] = (
+        lambda: fusedkl.linear_token_stats(hidden, weight, other, token_ids=ids, **on).reverse_kl,
+        12 + 2 * k, 0,
+    )  # fmt: skip
+    by_ids = ("selective", "topk", "stats of tokens", "distillation", "labels", "top-k")
     for name, (call, numbers, reduced) in sends.items():
         with Traffic() as forward:
             value = call()
         with Traffic() as backward:
             value.sum().backward()
-        rows = n + (name in by_ids)  # one more says by what cut the ids were taken
+        # one row more says by what cut the ids were taken
+        rows = n + any(word in name for word in by_ids)
         expected = [("all_gather_into_tensor", rows * 4 * numbers)]
         expected += [("all_reduce", n * 4 * reduced)] if reduced else []
         assert forward.calls == expected, f"{name}: {forward.calls}"
-        back = [("all_reduce", n * 4 * width)] * 2 if name.startswith("linear") else []
+        hiddens = ("linear" in name) * (1 if "top-k" in name else 2)
+        back = [("all_reduce", n * 4 * width)] * hiddens
         assert backward.calls == back, f"{name}: {backward.calls}"
 
 

@@ -24,12 +24,12 @@ import fusedkl
 from fusedkl import distributed
 
 
-def _as_many(limit: int = 1) -> mock._patch[int]:
+def as_many(limit: int = 1) -> mock._patch[int]:
     """Groups of this size merge as those of more than 8 ranks do."""
     return mock.patch.object(distributed, "_GATHERED_BY", limit)
 
 
-def _unseen() -> mock._patch[mock.Mock]:
+def unseen() -> mock._patch[mock.Mock]:
     """The host looks at no numbers, as where they are on a GPU."""
     return mock.patch.object(distributed, "_looked_at", mock.Mock(return_value=False))
 
@@ -44,14 +44,14 @@ def many_ranks(group: dist.ProcessGroup) -> None:
         for way, kind in enumerate(kinds):
             part = cut(group, 67, way)
             options = {"temperature": temperature, "mask": mask, **EVERY_KIND[kind]}
-            with _as_many():
+            with as_many():
                 found = errors(
                     group, rows, part, true_numbers(rows, kind, **options), kind, **options
                 )
             assert max(found) <= 1e-5, f"{kind} {n}: values, gradients off by {found}"
     whole, ids = 3 * torch.randn(5, 67), torch.randint(67, (5, 3))
     part = cut(group, 67, 0)
-    with _as_many(), Traffic() as forward:
+    with as_many(), Traffic() as forward:
         mine = leaf(whole, part)
         stats = fusedkl.token_stats(mine, leaf(whole + 0.1, part), ids, group=group)
         same_everywhere(stats.forward_kl, group)
@@ -63,7 +63,7 @@ def many_ranks(group: dist.ProcessGroup) -> None:
     assert names[:2] == ["all_to_all_single", "all_gather_into_tensor"]
     logprobs = torch.log_softmax(torch.randn(5, 4), -1)[:, :3]
     chosen = torch.stack([torch.randperm(67)[:3] for _ in range(5)])
-    with _as_many():
+    with as_many():
         got = fusedkl.topk_divergence(whole[:, part], chosen, logprobs, group=group)
     torch.testing.assert_close(got, fusedkl.topk_divergence(whole, chosen, logprobs))
 
@@ -75,7 +75,7 @@ def memory(group: dist.ProcessGroup) -> None:
     x, y = torch.randn(n, 1), torch.randn(n, 1)
     sizes = {}
     for limit in (8, 1):
-        with _as_many(limit), Buffers() as seen:
+        with as_many(limit), Buffers() as seen:
             fusedkl.forward_kl(x, y, group=group)
         sizes[limit] = seen.largest
     assert sizes[8] == 24 * n * p, "one gather: a payload per rank"
@@ -118,7 +118,7 @@ def cut_anew(group: dist.ProcessGroup) -> None:
         expected.sum().backward()
         for looked_at in (False, True):  # as on a GPU, whose ranks go by what they believe still
             mine = leaf(rows[0], part)
-            with contextlib.nullcontext() if looked_at else _unseen():
+            with contextlib.nullcontext() if looked_at else unseen():
                 chosen = fusedkl.selective_log_softmax(mine, here, group=group)
             torch.testing.assert_close(chosen, expected, rtol=3e-6, atol=3e-6)
             chosen.sum().backward()

@@ -88,10 +88,11 @@ text = shown.read_text().split(begin)[1].split(end)[0]
 named = re.findall(r"`(bench/results/[\\w.-]+\\.json)`", text)
 if not named:  # only while there is nothing to show
     found = (shown.parents[1] / "bench" / "results").glob("*.json")
-    kept = [file.name for file in found if page.kind(json.loads(file.read_text())) == sys.argv[2]]
+    kept = [file.name for file in found if sys.argv[2] in page.kinds(json.loads(file.read_text()))]
     assert text == page.NOTHING and not kept, f"{kept} not shown"
     sys.exit()
-assert text == page.section(shown.parents[1] / named[0]), f"python bench/page.py {named[0]}"
+wanted = page.section(shown.parents[1] / named[0], sys.argv[2])
+assert text == wanted, f"python bench/page.py {named[0]}"
 """
 
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedkl
 from fusedkl import linear_ops, reference
+from fusedkl.linear_arguments import Inputs
 from fusedkl.linear_backward import Wanted, backward
-from fusedkl.linear_ops import Inputs
 
 OPS = torch.ops.fusedkl
 
@@ -114,6 +114,17 @@ def test_opcheck(of_slice: bool, backend: str) -> None:
         OPS.linear_stats_backward.default,
         (torch.ones_like(values), *given, states, wanted, of_slice),
     )
+
+
+def test_opcheck_of_slices(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("it has no lm_head of slices")
+    labels, mask = torch.arange(linear_cases.T), torch.rand(linear_cases.T) < 0.5
+    given = arguments(backend, labels=labels, mask=mask)
+    torch.library.opcheck(OPS.linear_slice.default, tuple(given))
+    swept = given._replace(fields=["jsd"], parameter=0.3)
+    _, states = OPS.linear_slice(*swept)
+    torch.library.opcheck(OPS.linear_sums.default, (*swept, states[0]))
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -221,7 +232,7 @@ def test_on_a_gpu_workspace_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -
         # the schedule itself, whatever backend's kernels its rows go to
         engine = linear_ops.engine_of(given)
         tiles = math.prod(engine.tile[:2])
-        answers = linear_ops.forward(engine, linear_ops._questions(given))
+        answers = linear_ops.forward(engine, linear_ops.questions(given))
         assert [v.device.type for v, _ in answers] == ["cuda"]
         large_ones = [shape for shape in shapes if math.prod(shape) >= tiles]
         assert large_ones == [(tiles,), (tiles,)]
@@ -248,7 +259,7 @@ def test_on_a_gpu_backward_allocates_its_tiles_once(monkeypatch: pytest.MonkeyPa
         grad = torch.empty(1, tokens, device="cuda")
         shapes = cuda_shapes(monkeypatch)
         wanted = Wanted(hidden=True, weight=True), Wanted()
-        found, _ = backward(engine, linear_ops._questions(given), [grad], [state], wanted)
+        found, _ = backward(engine, linear_ops.questions(given), [grad], [state], wanted)
         assert found.hidden is not None and found.hidden.dtype == torch.float32
         assert found.weight is not None and found.weight.dtype == torch.bfloat16
         tile = engine.tile

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
 # Read, not imported: only the processes need what the cases import.
-_FILES = ("cases", "families", "calls", "dtensors", "groups", "megatron")
+_FILES = ("cases", "families", "calls", "dtensors", "groups", "linear", "linear_calls", "megatron")
 _SOURCES = [ast.parse((TESTS / f"sharding_{name}.py").read_text()) for name in _FILES]
 CASES = [
     node.name

@@ -139,10 +139,12 @@ static FamilySums family_row(const GradientJob& job) {
 template <DType D>
 static FamilySums family_sums(const GradientJob& job) {
   [[maybe_unused]] const FlushSubnormals scope;
-  // where most of the mass is on one token, its log-ratio may want mending
-  const bool peaked = job.state.reference_log_sum < 0.7 || job.state.policy_log_sum < 0.7;
+  // where most of the mass is on one token, its log-ratio may want mending; a state of 16-bit logits need not know that token, but
+  // rows that hardly overlap are at least 4 nats apart
+  const RowState& s = job.state;
+  const bool mend = s.reference_log_sum < 0.7 || s.policy_log_sum < 0.7 || !(s.forward_kl < 4);
   return family_switch(job.kind, [&](auto f) {
-    return peaked ? family_row<D, decltype(f)::value, true>(job) : family_row<D, decltype(f)::value, false>(job);
+    return mend ? family_row<D, decltype(f)::value, true>(job) : family_row<D, decltype(f)::value, false>(job);
   });
 }
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import divergences
+from ..linear_arguments import Inputs
 from ..linear_backward import Wanted, backward
-from ..linear_ops import Inputs, engine_of
+from ..linear_ops import engine_of
 from ..linear_tiles import Rows, forward
 
 Watcher = Callable[[Tensor, slice, slice], None]

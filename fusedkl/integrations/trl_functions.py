@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import distribution, divergences, validation
-from ..layout import inverse_temperature
+from ..layout import inverse_temperature, of_no_slice
+from ..linear_arguments import Inputs
 from ..linear_inputs import inputs_of
-from ..linear_ops import Inputs
 from ..named import jsd
 from ..stats import token_stats
 from .fused_head import head_numbers
@@ -53,7 +53,7 @@ class ChunkedLogProb:
         if "log_sum_sq_probs" in outputs:
             fields.append("logsumexp")
         watch = _Metrics(inputs, targets, temperature, outputs)
-        inputs = inputs._replace(fields=fields, token_ids=targets.reshape(-1, 1))
+        inputs = inputs._replace(fields=fields, token_ids=of_no_slice(targets.reshape(-1, 1)))
         found = head_numbers(inputs, watch if watch.wanted else None)
         return (
             found["logprob"],
