@@ -152,9 +152,9 @@ class Cubin:
         """Registers per thread, bytes of stack per thread."""
         return self._resources[kernel]
 
-    def loops(self, kernel: str, reads: Set[str] = LOADS) -> list[HotLoop]:
+    def loops(self, kernel: str, reads: Set[str] = LOADS, by_way_of: str = "") -> list[HotLoop]:
         """`hot_loops` of it."""
-        return hot_loops(*parse(self._text[kernel]), reads)
+        return hot_loops(*parse(self._text[kernel]), reads, by_way_of)
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -235,9 +235,15 @@ class HotLoop:
 
 
 def hot_loops(
-    code: list[Instruction], labels: dict[str, int], reads: Set[str] = LOADS
+    code: list[Instruction],
+    labels: dict[str, int],
+    reads: Set[str] = LOADS,
+    by_way_of: str = "",
 ) -> list[HotLoop]:
-    """Loops that read memory (`reads`: by which instructions), the hottest first."""
+    """Loops that read memory (`reads`: by which instructions), the hottest first.
+
+    `by_way_of`: an instruction that trips are to issue, of loops that have it.
+    """
     after = _successors(code, labels)
     before: list[list[int]] = [[] for _ in code]
     for at, leaves in enumerate(after):
@@ -253,8 +259,13 @@ def hot_loops(
         body = _body(before, head, ends)
         quiet = {at for at in body if code[at].base not in SHUFFLES}
         stores = [at for at in sorted(quiet) if code[at].base in STORES and code[at].bytes >= 16]
+        marked = [at for at in sorted(quiet) if code[at].op.startswith(by_way_of)]
+        if by_way_of and not marked:
+            continue
+        ways = [_trip(after, head, quiet, [at]) for at in marked] if by_way_of else []
         trip = (
-            _trip(after, head, quiet, stores)
+            min(filter(None, ways), key=len, default=[])
+            or _trip(after, head, quiet, stores)
             or _trip(after, head, quiet)
             or _trip(after, head, body)
         )

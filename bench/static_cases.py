@@ -6,7 +6,6 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import capture
 import inductor_code
@@ -64,16 +63,20 @@ def _of_cuda(pattern: str, source: str = "bf16") -> Callable[[int], Found]:
     return find
 
 
-# The loops of the second sweep, by what their tokens allow, as the fewest and the most instructions
-# of the kernel's two tell them apart.
-def _second_sweep(which: Callable[..., sass.HotLoop], first: Callable[[int], Found]) -> Any:
+# The second sweep has a loop for rows with most of their mass on one token and one for others, as
+# the most and the fewest instructions tell them apart. What its tokens allow decides the way
+# through it: without a logarithm, with one, or with divisions too.
+def _second_sweep(
+    which: Callable[..., sass.HotLoop], first: Callable[[int], Found], by_way_of: str
+) -> Callable[[int], Found]:
     """A forward's trip, and as many pairs of the second sweep: one kernel has both on chip."""
 
     def find(architecture: int) -> Found:
         forward = first(architecture)
         code = _cuda_code("family_bf16", architecture)
         name = code.kernel(r"family_sums_kernelILNS_6FamilyE1E")
-        wide = [loop for loop in code.loops(name) if min(loop.hot.load_bits) >= 128]
+        loops = code.loops(name, by_way_of=by_way_of)
+        wide = [loop for loop in loops if min(loop.hot.load_bits) >= 128]
         sweep = which(wide, key=lambda loop: loop.hot.instructions / loop.hot.loaded)
         hot = forward.loop.hot
         trips, rest = divmod(hot.loaded, sweep.hot.loaded)
@@ -149,8 +152,15 @@ def cuda_family() -> list[Case]:
     gradient = _of_cuda(r"family_gradient_kernelILNS_6FamilyE1E", "family_bf16")
     return [
         # twice the bytes are asked for: the second time of shared memory
-        Case("CUDA jsd, differences within 1 nat", _second_sweep(min, first), 4, 8, lane),
-        Case("CUDA jsd, any difference", _second_sweep(max, first), 4, 8, lane),
+        *(
+            Case(f"CUDA jsd, {name}", _second_sweep(which, first, by_way_of), 4, 8, lane)
+            for name, which, by_way_of in (
+                ("differences within 1 nat", min, ""),
+                ("differences within 27 nats", min, "MUFU.LG2"),
+                ("the same, most of the mass on one token", max, "MUFU.LG2"),
+                ("any difference and beta", min, "MUFU.RCP"),
+            )
+        ),
         Case("CUDA backward of jsd, to both", gradient, 4, 4, ideal=8),
     ]
 

@@ -80,6 +80,11 @@ FUSEDKL_HD static inline double tilted_log_z(const FamilyKind& k, const RowState
   return k.hellinger ? log1p(-s.divergence) : (k.beta - 1) * s.divergence;
 }
 
+// Whether both sides of a mixture weigh enough that, beyond that reach, its terms are large against what a logarithm of m rounds
+FUSEDKL_HD static inline bool is_balanced(const FamilyKind& k) {
+  return k.family == Family::mixture && 1 - k.beta >= (k.weight_p != 0 ? 0.099 : 0.5) && k.beta >= 0.099;
+}
+
 // |l| up to which series in l serve
 FUSEDKL_HD static inline double series_reach(const FamilyKind& k) {
   return k.family == Family::tilted && k.beta > 2 ? 1 / (k.beta - 1) : 1;

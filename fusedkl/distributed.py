@@ -76,6 +76,7 @@ class Shards(NamedTuple):
             counted = ids if mask is None else ids[mask]
             low, high = (int(v) for v in counted.aminmax()) if counted.numel() else (0, 0)
             if low < 0 or high >= self.total:
+                low += low < 0  # as it was given: layout.of_no_slice
                 raise ValueError(
                     f"{self.ids_name} must hold token ids of the whole vocabulary, from 0 to "
                     f"{self.total - 1}; got {low} to {high}"

@@ -106,6 +106,31 @@ def test_long_rows_agree_with_the_reference_backend(backend: str, dtype: torch.d
                 assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"{name} {width}: {error:.1e}"
 
 
+@pytest.mark.parametrize("mass", [0.0, 0.6, 0.97])
+def test_mixtures_of_near_and_far_tokens(backend: str, mass: float) -> None:
+    """Whole warps of each kind, some with absent tokens, and with more or less on the top token."""
+    policy = torch.randn(4, 2600)
+    reference = policy + torch.randn(4, 2600) * torch.tensor([[0.2], [0.7], [2.0], [6.0]])
+    policy[:, 700:710] = reference[:, 700:710] = -math.inf
+    if mass:
+        for rows in (policy, reference):
+            rest = torch.cat((rows[:, :9], rows[:, 10:]), -1).logsumexp(-1)
+            rows[:, 9] = rest + math.log(mass / (1 - mass))
+    for kind, parameter in (
+        *(("jsd", {"beta": beta}) for beta in (0.02, 0.1, 0.3, 0.5, 0.9)),
+        *(("skew_kl", {"alpha": alpha}) for alpha in (0.1, 0.5, 0.9)),
+    ):
+        x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
+        u, v = policy.double().requires_grad_(), reference.double().requires_grad_()
+        found = fusedkl.divergence(x, y, kind, **parameter, backend=backend)
+        true = fusedkl.divergence(u, v, kind, **parameter, backend="reference")
+        name = f"{kind} {parameter}"
+        assert oracle.relative_error(found, true) <= 5e-6, name
+        slopes = torch.autograd.grad(found.sum(), (x, y))
+        for a, b in zip(slopes, torch.autograd.grad(true.sum(), (u, v)), strict=True):
+            assert oracle.relative_l2(a, b) <= 2e-5, name
+
+
 @pytest.mark.parametrize("order", [0.05, 0.5, 0.95, 1.05, 3.0, 10.0])
 def test_renyi_of_any_order(backend: str, order: float) -> None:
     policy = 2 * torch.randn(4, 3000)

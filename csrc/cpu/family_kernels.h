@@ -67,13 +67,13 @@ SIMD_INLINE vf series_at(const vf* coefficients, vf l) {
   return sum;
 }
 
-// Both series of a row, splatted, and up to which |l| how many of their terms
-// do.
+// The series of a row, splatted, and up to which |l| they serve.
 struct SeriesLanes {
-  vf first[kSeriesTerms], second[kSeriesTerms];
+  vf first[kSeriesTerms], second[kSeriesTerms], close_first[kCloseTerms], close_second[kCloseTerms];
   vf close, near;
 
   SeriesLanes(const FamilySeries& s, double reach) : close(LaneOps::set(reach / 4)), near(LaneOps::set(reach)) {
+    for (int j = 0; j < kCloseTerms; j++) close_first[j] = set1(s.close_first[j]), close_second[j] = set1(s.close_second[j]);
     for (int j = 0; j < kSeriesTerms; j++) first[j] = set1(s.first[j]), second[j] = set1(s.second[j]);
   }
 };
@@ -107,8 +107,10 @@ static FamilySums family_row(const GradientJob& job) {
                    vf q = exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
                    if (tail) q = q * keep;
                    const bool close = all(not_above(t.magnitude, series.close));
-                   const vf value = close ? series_at<9>(series.first, t.l) : series_at<kSeriesTerms>(series.first, t.l);
-                   const vf slope = close ? series_at<9>(series.second, t.l) : series_at<kSeriesTerms>(series.second, t.l);
+                   const vf value =
+                       close ? series_at<kCloseTerms>(series.close_first, t.l) : series_at<kSeriesTerms>(series.first, t.l);
+                   const vf slope =
+                       close ? series_at<kCloseTerms>(series.close_second, t.l) : series_at<kSeriesTerms>(series.second, t.l);
                    a[0] = fma(q, value, a[0]);
                    a[1] = fma(q, slope, a[1]);
                    if constexpr (F == Family::mixture) a[2] = fma(q, value - slope, a[2]);
@@ -157,18 +159,19 @@ static void family_gradient_row(const GradientJob& job) {
   const vf value = LaneOps::set(gradient_value(job.kind, job.state)), absent = set1(-INFINITY);
   const bool alone = g.mass != 0 || g.uniform != 0;
   constexpr bool kNearPath = F != Family::tvd;
-  const SeriesLanes series(kNearPath ? family_gradient_series(job) : FamilySeries{}, series_reach(job.kind));
-  // 16-bit results: far below half a unit of them
-  [[maybe_unused]] constexpr int kTerms = D == DType::f32 ? kSeriesTerms : 9, kFewTerms = D == DType::f32 ? 9 : 5;
+  constexpr bool kCoarse = D != DType::f32;
+  [[maybe_unused]] constexpr int kTerms = kCoarse ? kCoarseTerms : kSeriesTerms;
+  [[maybe_unused]] constexpr int kFewTerms = kCoarse ? kCoarseCloseTerms : kCloseTerms;
+  const SeriesLanes series(kNearPath ? family_gradient_series(job, kCoarse) : FamilySeries{}, series_reach(job.kind));
   auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
     if constexpr (kNearPath) {
       const NearToken<D> t(frame.f, x, y);
       if (all(not_above(t.magnitude, series.near))) {
         const vf q = exp2_for_store<D>(fma_exact(y, frame.f.log2e, frame.f.shift_y)) * frame.f.weight_y;
         const bool close = all(not_above(t.magnitude, series.close));
-        gx = q * (close ? series_at<kFewTerms>(series.first, t.l) : series_at<kTerms>(series.first, t.l));
+        gx = q * (close ? series_at<kFewTerms>(series.close_first, t.l) : series_at<kTerms>(series.first, t.l));
         if (alone) gx = gx + uniform;
-        if (job.gy) gy = q * (close ? series_at<kFewTerms>(series.second, t.l) : series_at<kTerms>(series.second, t.l));
+        if (job.gy) gy = q * (close ? series_at<kFewTerms>(series.close_second, t.l) : series_at<kTerms>(series.second, t.l));
         return;
       }
     }

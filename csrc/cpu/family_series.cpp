@@ -1,15 +1,19 @@
-// Taylor series of a divergence's terms in l = log(p/q) about 0, per unit of q:
-// what most tokens of two rows that are close take, instead of logarithms. They
-// come out of the formulas of family_terms.h themselves, evaluated on truncated
-// series.
+// Polynomials in l = log(p/q) for a divergence's terms, per unit of q: what most
+// tokens of two rows that are close take, instead of logarithms. They are Taylor
+// series, which come out of the formulas of family_terms.h themselves, evaluated
+// on truncated series, and then made shorter.
 #include "../family_terms.h"
 #include "job.h"
 
 namespace fusedkl {
 namespace {
 
+// Taylor series in l about 0: the nearest singularity is at a distance of pi or
+// more, so at |l| = 1 the terms left out are below 1e-8.
+constexpr int kTaylorTerms = 18;
+
 struct Series {
-  double c[kSeriesTerms] = {};
+  double c[kTaylorTerms] = {};
 
   static Series constant(double v) {
     Series s;
@@ -20,23 +24,23 @@ struct Series {
 
 Series operator+(const Series& a, const Series& b) {
   Series s;
-  for (int j = 0; j < kSeriesTerms; j++) s.c[j] = a.c[j] + b.c[j];
+  for (int j = 0; j < kTaylorTerms; j++) s.c[j] = a.c[j] + b.c[j];
   return s;
 }
 Series operator-(const Series& a, const Series& b) {
   Series s;
-  for (int j = 0; j < kSeriesTerms; j++) s.c[j] = a.c[j] - b.c[j];
+  for (int j = 0; j < kTaylorTerms; j++) s.c[j] = a.c[j] - b.c[j];
   return s;
 }
 Series operator*(const Series& a, const Series& b) {
   Series s;
-  for (int i = 0; i < kSeriesTerms; i++)
-    for (int j = 0; i + j < kSeriesTerms; j++) s.c[i + j] += a.c[i] * b.c[j];
+  for (int i = 0; i < kTaylorTerms; i++)
+    for (int j = 0; i + j < kTaylorTerms; j++) s.c[i + j] += a.c[i] * b.c[j];
   return s;
 }
 Series operator/(const Series& a, const Series& b) {
   Series s;
-  for (int i = 0; i < kSeriesTerms; i++) {
+  for (int i = 0; i < kTaylorTerms; i++) {
     double rest = a.c[i];
     for (int j = 1; j <= i; j++) rest -= b.c[j] * s.c[i - j];
     s.c[i] = rest / b.c[0];
@@ -47,7 +51,7 @@ Series operator/(const Series& a, const Series& b) {
 // e^u and log(1 + z), z(0) = 0, by their differential equations
 Series exp_series(const Series& u) {
   Series s = Series::constant(exp(u.c[0]));
-  for (int i = 1; i < kSeriesTerms; i++) {
+  for (int i = 1; i < kTaylorTerms; i++) {
     for (int j = 1; j <= i; j++) s.c[i] += j * u.c[j] * s.c[i - j];
     s.c[i] /= i;
   }
@@ -55,7 +59,7 @@ Series exp_series(const Series& u) {
 }
 Series log1p_series(const Series& z) {
   Series s;
-  for (int i = 1; i < kSeriesTerms; i++) {
+  for (int i = 1; i < kTaylorTerms; i++) {
     s.c[i] = i * z.c[i];
     for (int j = 1; j < i; j++) s.c[i] -= j * s.c[j] * z.c[i - j];
     s.c[i] /= i;
@@ -83,37 +87,58 @@ FamilyToken<SeriesOps> series_token() {
   return {false, l, Series() - l, one - rest, rest, one};
 }
 
-void copy(const Series& from, float* to, double factor) {
-  for (int j = 0; j < kSeriesTerms; j++) to[j] = static_cast<float>(factor * from.c[j]);
+// The polynomial of so few terms that is nearest to it up to |l| = reach: from the
+// highest power down, each is replaced by what the Chebyshev polynomial of its
+// degree has besides, which nowhere is far from it. The first two coefficients
+// stay: what vanishes with l, or with its square, is right relative to that.
+template <int SIZE>
+void shorten(const Series& from, int terms, double reach, double factor, float (&to)[SIZE]) {
+  constexpr int kKept = 2;
+  Series s = from;
+  for (int n = kTaylorTerms - 1 - kKept; n >= terms - kKept; n--) {
+    double c = s.c[n + kKept];
+    for (int k = n; k >= 2; k -= 2) {
+      c *= -reach * reach * k * (k - 1) / ((n - k + 2) * (n + k - 2));
+      s.c[k - 2 + kKept] -= c;
+    }
+  }
+  for (int j = 0; j < SIZE; j++) to[j] = j < terms ? static_cast<float>(factor * s.c[j]) : 0;
 }
 
 }  // namespace
 
 FamilySeries family_sums_series(const FamilyKind& kind) {
   const FamilyConstants<SeriesOps> c(kind);
-  const auto terms = family_switch(kind, [&](auto f) { return family_terms<decltype(f)::value, SeriesOps>(c, series_token()); });
+  auto terms = family_switch(kind, [&](auto f) { return family_terms<decltype(f)::value, SeriesOps>(c, series_token()); });
   FamilySeries out;
-  copy(terms.value, out.first, 1);
-  copy(terms.policy, out.second, 1);
+  const double reach = series_reach(kind);
   // they begin with l^2, whatever rounding left
-  out.first[0] = out.first[1] = 0;
-  if (kind.family == Family::mixture) out.second[0] = out.second[1] = 0;
+  terms.value.c[0] = terms.value.c[1] = 0;
+  if (kind.family == Family::mixture) terms.policy.c[0] = terms.policy.c[1] = 0;
+  shorten(terms.value, kSeriesTerms, reach, 1, out.first);
+  shorten(terms.policy, kSeriesTerms, reach, 1, out.second);
+  shorten(terms.value, kCloseTerms, reach / 4, 1, out.close_first);
+  shorten(terms.policy, kCloseTerms, reach / 4, 1, out.close_second);
   return out;
 }
 
-FamilySeries family_gradient_series(const GradientJob& job) {
+FamilySeries family_gradient_series(const GradientJob& job, bool coarse) {
   const FamilyConstants<SeriesOps> c(job.kind);
   const RowState& s = job.state;
   const RowGradient& g = job.gradient;
   auto constant = [](double v) { return Series::constant(v); };
-  auto terms = family_switch(job.kind, [&](auto f) {
+  auto slopes = family_switch(job.kind, [&](auto f) {
     return family_gradient_terms<decltype(f)::value, SeriesOps>(
         c, series_token(), constant(s.policy_slope), constant(s.reference_slope), constant(gradient_value(job.kind, s)));
   });
-  const Series policy = constant(g.divergence) * terms.policy + constant(g.mass) * series_token().rest;
+  const Series policy = constant(g.divergence) * slopes.policy + constant(g.mass) * series_token().rest;
   FamilySeries out;
-  copy(policy, out.first, 1);
-  copy(terms.reference, out.second, g.ref_divergence);
+  const double reach = series_reach(job.kind);
+  const int terms = coarse ? kCoarseTerms : kSeriesTerms, close = coarse ? kCoarseCloseTerms : kCloseTerms;
+  shorten(policy, terms, reach, 1, out.first);
+  shorten(slopes.reference, terms, reach, g.ref_divergence, out.second);
+  shorten(policy, close, reach / 4, 1, out.close_first);
+  shorten(slopes.reference, close, reach / 4, g.ref_divergence, out.close_second);
   return out;
 }
 

@@ -29,13 +29,16 @@ struct GradientJob {
   FamilyKind kind;  // of gradient.divergence, or of the sums
 };
 
-// Two Taylor series in l = log(p/q), per unit of q: the terms of the sums (value, policy slope) or both gradients.
-constexpr int kSeriesTerms = 15;  // relative error 1e-7 at |l| = 1: the nearest singularity is at a distance of pi or more
+// Two polynomials in l = log(p/q), per unit of q: the terms of the sums (value, policy slope) or both gradients. They serve up to
+// |l| = series_reach, the close ones up to a quarter of that.
+constexpr int kSeriesTerms = 10, kCloseTerms = 7;       // relative error 1e-7, of skew_kl at alpha 0.9 up to 1e-6
+constexpr int kCoarseTerms = 7, kCoarseCloseTerms = 5;  // of gradients in 16 bits: 5e-5
 struct FamilySeries {
   float first[kSeriesTerms], second[kSeriesTerms];
+  float close_first[kCloseTerms], close_second[kCloseTerms];
 };
 FamilySeries family_sums_series(const FamilyKind& kind);
-FamilySeries family_gradient_series(const GradientJob& job);
+FamilySeries family_gradient_series(const GradientJob& job, bool coarse);
 
 // The kernels of one instruction set; arrays are indexed by DType (f32, bf16, f16).
 struct KernelTable {

@@ -95,6 +95,16 @@ FUSEDKL_DEVICE F2 absolute(F2 v) { return {fabsf(v.x), fabsf(v.y)}; }
 FUSEDKL_DEVICE F2 choose_near(F2 v, float limit, F2 a, F2 b) {
   return {fabsf(v.x) <= limit ? a.x : b.x, fabsf(v.y) <= limit ? a.y : b.y};
 }
+// of a >= 0 and |b|; NaN if either is
+FUSEDKL_DEVICE float max_magnitude(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(fabsf(b)));
+  return r;
+#else
+  return a >= fabsf(b) ? a : a != a ? a : fabsf(b);
+#endif
+}
 FUSEDKL_DEVICE float fold(F2 v) { return v.x + v.y; }
 
 FUSEDKL_DEVICE float warp_max(float v) {

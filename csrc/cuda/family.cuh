@@ -1,6 +1,8 @@
 // The second sweep, for a divergence that needs both normalisers before its first term, and its gradient. The formulas stand in
-// family_terms.h; where every logit of a chunk is near its partner, their Taylor series serve.
+// family_terms.h; where every logit of a warp's chunks is near its partner, polynomials for them serve, and where none is far
+// from it, mixture.cuh.
 #pragma once
+#include "mixture.cuh"
 #include "prepare.cuh"
 
 namespace fusedkl {
@@ -20,6 +22,22 @@ FUSEDKL_MEMBER Real FloatOps::h(Real z) {
 }
 
 constexpr int kFamilyThreads = 256;
+
+// A row's l = log(p/q) in units of 1/scale nats.
+struct LogRatio {
+  F2 high, low, slope, rest;
+  FUSEDKL_DEVICE LogRatio(const GradientFrame& f, float scale)
+      : high(both(f.ratio.high)),
+        low(both(f.ratio.low)),
+        slope(both(f.inv_t * scale)),
+        rest(both(-f.ratio.low * (f.inv_t * scale))) {}
+  template <DType X, DType Y>
+  FUSEDKL_DEVICE F2 at(F2 x, F2 y) const {
+    const F2 v = centred<X, Y>(x, y, high, low);
+    if constexpr (kExactDifference<X, Y>) return v * slope;
+    return fma2(v, slope, rest);  // 16-bit logits have one float of centre in the forward, and two here
+  }
+};
 
 // A stretch of two rows of one dtype on 16-byte boundaries, in global or in shared memory.
 template <DType D, bool SHARED>
@@ -44,9 +62,7 @@ struct VectorRows {
     a = static_cast<float>(load_one<D>(x, i));
     b = static_cast<float>(load_one<D>(y, i));
   }
-  FUSEDKL_DEVICE F2 difference(F2 a, F2 b, const GradientFrame::TwoFloats& about) const {
-    return gpu::difference<D, D>(a, b, about);
-  }
+  FUSEDKL_DEVICE F2 log_ratio(F2 a, F2 b, const LogRatio& of) const { return of.at<D, D>(a, b); }
   FUSEDKL_DEVICE void store(char* row, bool, int at, const F2 (&v)[kChunk / 2], int count) const {
     Chunk<D> c;
 #pragma unroll
@@ -79,9 +95,9 @@ struct AnyRows {
     chunk(y, dy, i, b);
   }
   FUSEDKL_DEVICE void one(int i, float& a, float& b) const { a = load(x, dx, i), b = load(y, dy, i); }
-  FUSEDKL_DEVICE F2 difference(F2 a, F2 b, const GradientFrame::TwoFloats& about) const {
+  FUSEDKL_DEVICE F2 log_ratio(F2 a, F2 b, const LogRatio& of) const {
     const bool exact = dx == DType::f32 || dy == DType::f32;
-    return exact ? gpu::difference<DType::f32, DType::f32>(a, b, about) : gpu::difference<DType::bf16, DType::bf16>(a, b, about);
+    return exact ? of.at<DType::f32, DType::f32>(a, b) : of.at<DType::bf16, DType::bf16>(a, b);
   }
   FUSEDKL_DEVICE void store(char* row, bool policy, int at, const F2 (&v)[kChunk / 2], int count) const {
 #pragma unroll
@@ -106,26 +122,23 @@ FUSEDKL_DEVICE FamilyToken<FloatOps> family_token(const GradientFrame& f, float 
           Real{big * (policy_big ? f.p.weight : f.q.weight)}};
 }
 
-template <int FIRST>
-FUSEDKL_DEVICE F2 series_at(const float (&c)[kSeriesTerms], F2 l) {
-  F2 sum = both(c[kSeriesTerms - 1]);
-#pragma unroll
-  for (int j = kSeriesTerms - 2; j >= FIRST; j--) sum = fma2(sum, l, both(c[j]));
-  return sum;
-}
-
 struct LaneFamily {
   float value = 0, policy = 0, reference = 0, above = 0, below = 0;
-  F2 near_value{}, near_slope{};
+  F2 value_by_q{}, slope_by_q{}, apart_by_q{},
+      excess_by_q{};  // of terms per unit of q, without its weight; the first two in units of ChunkFamily
 };
 
 // One thread's share of a stretch. MEND: with the sums of p - q, which tell whether the log-ratio is good enough.
 template <Family F, bool MEND, class Rows>
 FUSEDKL_DEVICE void family_sweep(const FamilyParameters& k, const GradientFrame& f, const Rows& rows, LaneFamily& s) {
   constexpr bool kNear = F != Family::tvd && !MEND;
-  const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x), chunks = rows.length / kChunk;
+  const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+  const int chunks = rows.length / kChunk / kWarp * kWarp;  // a warp votes how to take its 32, so none is idle
+  const LogRatio ratio(f, static_cast<float>(kLog2e));
+  const ChunkFamily& c = k.chunk;
+  const F2 slope = both(f.slope), minus_shift = both(-f.q.shift);
   auto add = [&](float x, float y, float l) {
-    const FamilyToken<FloatOps> t = family_token(f, x, y, l);
+    const FamilyToken<FloatOps> t = family_token(f, x, y, static_cast<float>(kLn2) * l);
     const auto terms = family_terms<F, FloatOps>(k.fast, t);
     s.value += terms.value.v;
     s.policy += terms.policy.v;
@@ -140,21 +153,42 @@ FUSEDKL_DEVICE void family_sweep(const FamilyParameters& k, const GradientFrame&
   for (int i = first; i < chunks; i += step) {
     F2 x[kChunk / 2], y[kChunk / 2], l[kChunk / 2];
     rows.fetch(i, x, y);
-    bool near = kNear;
+    float furthest = 0;  // NaN where a token is absent from both rows
 #pragma unroll
     for (int j = 0; j < kChunk / 2; j++) {
-      l[j] = rows.difference(x[j], y[j], f.ratio) * both(f.inv_t);
-      near = near && fabsf(l[j].x) <= k.fast.near.v && fabsf(l[j].y) <= k.fast.near.v;
+      l[j] = rows.log_ratio(x[j], y[j], ratio);
+      furthest = max_magnitude(max_magnitude(furthest, l[j].x), l[j].y);
     }
-    if (near) {
+    auto q_of = [&](int j) { return exp2_fast(fma2(y[j], slope, minus_shift)); };
+    if (kNear && !__any_sync(kAllLanes, !(furthest <= c.near))) {
 #pragma unroll
       for (int j = 0; j < kChunk / 2; j++) {
-        const F2 q = exp2_fast(fma2(y[j], both(f.slope), both(-f.q.shift))), ql2 = q * (l[j] * l[j]);
-        s.near_value = fma2(ql2, series_at<2>(k.series.first, l[j]), s.near_value);
-        if constexpr (F == Family::mixture) s.near_slope = fma2(ql2, series_at<2>(k.series.second, l[j]), s.near_slope);
-        else s.near_slope = fma2(q, series_at<0>(k.series.second, l[j]), s.near_slope);
+        const F2 q = q_of(j), ql2 = q * (l[j] * l[j]);
+        s.value_by_q = fma2(ql2, series_at<2>(c.series.first, l[j]), s.value_by_q);
+        if constexpr (F == Family::mixture) s.slope_by_q = fma2(ql2, series_at<2>(c.series.second, l[j]), s.slope_by_q);
+        else s.slope_by_q = fma2(q, series_at<0>(c.series.second, l[j]), s.slope_by_q);
       }
       continue;
+    }
+    if constexpr (F == Family::mixture) {
+      if (c.direct && !__any_sync(kAllLanes, !(furthest <= kDirectReach))) {
+        auto take = [&](auto two_sided) {
+#pragma unroll
+          for (int j = 0; j < kChunk / 2; j++) {
+            const F2 q = q_of(j);
+            const DirectTerms t = direct_terms<decltype(two_sided)::value, MEND>(c, l[j]);
+            s.value_by_q = fma2(q, t.value, s.value_by_q);
+            s.slope_by_q = fma2(q, t.slope, s.slope_by_q);
+            if constexpr (MEND) {
+              s.apart_by_q = fma2(q, absolute(t.moved), s.apart_by_q);
+              s.excess_by_q = fma2(q, t.moved, s.excess_by_q);
+            }
+          }
+        };
+        if (k.fast.two_sided) take(std::true_type());
+        else take(std::false_type());
+        continue;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kChunk / 2; j++) {
@@ -166,7 +200,7 @@ FUSEDKL_DEVICE void family_sweep(const FamilyParameters& k, const GradientFrame&
   for (int i = chunks * kChunk + first; i < rows.length; i += step) {
     float x, y;
     rows.one(i, x, y);
-    add(x, y, rows.difference({x, x}, {y, y}, f.ratio).x * f.inv_t);
+    add(x, y, rows.log_ratio({x, x}, {y, y}, ratio).x);
   }
 }
 
@@ -177,15 +211,16 @@ FUSEDKL_DEVICE FamilySums family_block_sums(const FamilyParameters& k, const Gra
   LaneFamily s;
   if (peaked) family_sweep<F, true>(k, f, rows, s);
   else family_sweep<F, false>(k, f, rows, s);
-  const double weight = f.q.weight, near_value = weight * fold(s.near_value), near_slope = weight * fold(s.near_slope);
+  const double weight = f.q.weight, unit = weight * k.chunk.unit, apart = weight * fold(s.apart_by_q);
+  const double value = unit * fold(s.value_by_q), slope = unit * fold(s.slope_by_q), excess = weight * fold(s.excess_by_q);
   FamilySums out;
-  out.value = block_sum(s.value + near_value, room);
-  out.policy_slope = block_sum(s.policy + near_slope, room);
+  out.value = block_sum(s.value + value, room);
+  out.policy_slope = block_sum(s.policy + slope, room);
   // of mixture, the slopes' means add up to the value
-  out.reference_slope = block_sum(s.reference + (F == Family::mixture ? near_value - near_slope : 0), room);
+  out.reference_slope = block_sum(s.reference + (F == Family::mixture ? value - slope : 0), room);
   const double above = block_sum(s.above, room), below = block_sum(s.below, room);
-  out.apart = above + below;
-  out.excess = above - below;
+  out.apart = above + below + block_sum(apart, room);
+  out.excess = above - below + block_sum(excess, room);
   return out;
 }
 
@@ -195,6 +230,7 @@ FUSEDKL_DEVICE bool peaked(const RowState& s) { return s.policy_log_sum < 0.7 ||
 template <Family F, class Rows>
 FUSEDKL_DEVICE void family_gradients(const FamilyParameters& k, const GradientFrame& f, const Rows& rows, char* gx, char* gy) {
   const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x), chunks = rows.length / kChunk;
+  const LogRatio ratio(f, 1);
   auto at = [&](float x, float y, float l, float& to_x, float& to_y) {
     const FamilyToken<FloatOps> t = family_token(f, x, y, l);
     const auto g =
@@ -209,7 +245,7 @@ FUSEDKL_DEVICE void family_gradients(const FamilyParameters& k, const GradientFr
     rows.fetch(i, x, y);
 #pragma unroll
     for (int j = 0; j < kChunk / 2; j++) {
-      const F2 l = rows.difference(x[j], y[j], f.ratio) * both(f.inv_t);
+      const F2 l = rows.log_ratio(x[j], y[j], ratio);
       F2 to_x, to_y;
       at(x[j].x, y[j].x, l.x, to_x.x, to_y.x);
       at(x[j].y, y[j].y, l.y, to_x.y, to_y.y);
@@ -223,7 +259,7 @@ FUSEDKL_DEVICE void family_gradients(const FamilyParameters& k, const GradientFr
   for (int i = chunks * kChunk + first; i < rows.length; i += step) {
     F2 x[kChunk / 2]{}, y[kChunk / 2]{};
     rows.one(i, x[0].x, y[0].x);
-    const float l = rows.difference({x[0].x, x[0].x}, {y[0].x, y[0].x}, f.ratio).x * f.inv_t;
+    const float l = rows.log_ratio({x[0].x, x[0].x}, {y[0].x, y[0].x}, ratio).x;
     at(x[0].x, y[0].x, l, x[0].x, y[0].x);
     if (gx) rows.store(gx, true, i, x, 1);
     if (gy) rows.store(gy, false, i, y, 1);
@@ -237,11 +273,12 @@ FUSEDKL_DEVICE bool refines_slopes(const GradientArgs& a, const RowState& s) {
 }
 FUSEDKL_DEVICE void refine_slopes(const GradientArgs& a, int64_t r, const GradientFrame& f, RowState& s, double* room) {
   const AnyRows rows = AnyRows::of(a.in, r, 0, static_cast<int>(a.in.length));
+  const LogRatio ratio(f, 1);
   double policy = 0, reference = 0;
   for (int i = static_cast<int>(threadIdx.x); i < rows.length; i += static_cast<int>(blockDim.x)) {
     float x, y;
     rows.one(i, x, y);
-    const float l = rows.difference({x, x}, {y, y}, f.ratio).x * f.inv_t;
+    const float l = rows.log_ratio({x, x}, {y, y}, ratio).x;
     const auto g = family_gradient_terms<Family::mixture, FloatOps>(a.kind.fast, family_token(f, x, y, l), Real{f.policy_mean},
                                                                     Real{f.reference_mean}, Real{f.divergence_value});
     policy += g.policy.v;

@@ -35,15 +35,44 @@ struct FloatOps {
   FUSEDKL_MEMBER static V h(V z);
 };
 
+// What the second sweep takes chunks of tokens by, unless token by token: with l = log2(p/q), and the sums in `unit`s.
+struct ChunkFamily {
+  float near = 0;       // |l| up to which the polynomials serve
+  FamilySeries series;  // of the sums, in l
+  bool direct = false;  // whether mixture.cuh serves
+  double unit = 1;
+  float beta = 0, rest = 0, policy = 0, apart = 0, slope = 0;  // constants of mixture.cuh
+
+  explicit ChunkFamily(const FamilyKind& kind) : series{} {
+    if (kind.family == Family::none) return;
+    near = static_cast<float>(kLog2e * series_reach(kind));
+    direct = is_balanced(kind);
+    const bool two_sided = kind.weight_p != 0;
+    if (direct) {
+      const double other = 1 - kind.beta;
+      unit = two_sided ? kLn2 * kind.beta : kLn2;
+      beta = static_cast<float>(kind.beta);
+      rest = static_cast<float>(other);
+      policy = static_cast<float>(other / kind.beta);
+      apart = static_cast<float>(other / kLn2);
+      slope = static_cast<float>(two_sided ? kind.beta / kLn2 : kind.beta * kLn2);
+    }
+    series = family_sums_series(kind);
+    double factor = 1 / unit;
+    for (int j = 0; j < kSeriesTerms; j++, factor *= kLn2) {
+      series.first[j] = static_cast<float>(series.first[j] * factor);
+      series.second[j] = static_cast<float>(series.second[j] * factor);
+    }
+  }
+};
+
 struct FamilyParameters {
   FamilyConstants<ScalarOps> exact;
   FamilyConstants<FloatOps> fast;
-  FamilySeries series;  // of the sums
+  ChunkFamily chunk;
 
   FamilyParameters() : FamilyParameters(FamilyKind{}) {}
-  explicit FamilyParameters(const FamilyKind& kind) : exact(kind), fast(kind), series{} {
-    if (kind.family != Family::none) series = family_sums_series(kind);
-  }
+  explicit FamilyParameters(const FamilyKind& kind) : exact(kind), fast(kind), chunk(kind) {}
 };
 
 // The second sweep of rows whose states are known: launch_family_sums, then launch_family_finish; three times, as a row whose
