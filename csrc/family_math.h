@@ -61,12 +61,24 @@ FUSEDKL_HD static inline double family_value(const FamilyKind& k, const RowState
   return v < 0 ? 0 : v;
 }
 
+// Whether a row's sums are to tell how good its log-ratio is: where most of the mass is on one token. A state of sampled maxima need
+// not know that token, but such rows are far apart then.
+FUSEDKL_HD static inline bool may_want_mending(const RowState& s) {
+  return s.policy_log_sum < 0.7 || s.reference_log_sum < 0.7 || !(s.forward_kl < 4);
+}
+
 // Whether the sums were taken with a log-ratio good enough; else it is mended, and they are to be taken again. In a peaked row
 // the log-ratio of the top token is a tiny rest of larger numbers.
 FUSEDKL_HD static inline bool mend_log_ratio(RowState& s, const FamilySums& sums) {
   if (!(fabs(sums.excess) > 1e-6 * sums.apart) || !(fabs(sums.excess) < 0.1)) return false;
   s.residual += log1p(sums.excess);
   return true;
+}
+
+// Renyi's divergence is the logarithm of how far the rows overlap. Where they hardly do, no sum about a centre in float knows their
+// log-ratio: state and sums are to be made in double. Told from the sums of sweeps that mend.
+FUSEDKL_HD static inline bool hardly_overlap(const FamilyKind& k, const FamilySums& sums) {
+  return k.family == Family::tilted && !k.hellinger && sums.apart > 1.99;
 }
 
 FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const FamilySums& sums) {

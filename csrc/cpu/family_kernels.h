@@ -139,10 +139,7 @@ static FamilySums family_row(const GradientJob& job) {
 template <DType D>
 static FamilySums family_sums(const GradientJob& job) {
   [[maybe_unused]] const FlushSubnormals scope;
-  // where most of the mass is on one token, its log-ratio may want mending; a state of 16-bit logits need not know that token, but
-  // rows that hardly overlap are at least 4 nats apart
-  const RowState& s = job.state;
-  const bool mend = s.reference_log_sum < 0.7 || s.policy_log_sum < 0.7 || !(s.forward_kl < 4);
+  const bool mend = may_want_mending(job.state);
   return family_switch(job.kind, [&](auto f) {
     return mend ? family_row<D, decltype(f)::value, true>(job) : family_row<D, decltype(f)::value, false>(job);
   });

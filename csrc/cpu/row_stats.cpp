@@ -179,12 +179,6 @@ RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
   return s;
 }
 
-// Renyi's divergence is the logarithm of how far the rows overlap. Where they hardly do, no sum about a centre in float knows their
-// log-ratio.
-static bool hardly_overlap(const FamilyKind& k, const FamilySums& sums) {
-  return k.family == Family::tilted && !k.hellinger && sums.apart > 1.99;
-}
-
 // The row's two sweeps in double.
 static FamilySums family_in_double(const ForwardCall& c, int64_t r, RowState& s) {
   const DType dx = c.policy.dtype, dy = c.reference->dtype;

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) family_cluster_kernel(Clus
   });
   const VectorRows<D, true> rows{slice.x, slice.y, slice.length};
   for (int sweep = 0; room->decision == kAgain; sweep++) {
-    const FamilySums own = family_block_sums<F>(g.kind, room->frame, rows, peaked(room->state), room->sum_room);
+    const FamilySums own = family_block_sums<F>(g.kind, room->frame, rows, may_want_mending(room->state), room->sum_room);
     if (threadIdx.x == 0) room->sums = own;
     cluster.sync();
     if (threadIdx.x == 0) {
@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) family_cluster_kernel(Clus
       room->decision = kLeft;
       if (is_finite(all.value) && is_finite(all.policy_slope)) {
         room->decision = sweep < 2 && mend_log_ratio(s, all) ? kAgain : kValued;
+        if (room->decision == kValued && hardly_overlap(g.kind.exact.kind, all)) room->decision = kLeft;
         if (room->decision == kValued) set_family(s, g.kind.exact.kind, all);
         room->frame = frame_of(RowPlan{}, s, inv_t);
       }

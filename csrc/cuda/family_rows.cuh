@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kFamilyThreads, 2) family_sums_kernel(FamilyAr
   __syncthreads();
   const int64_t left = a.in.length - begin;
   const Rows rows = Rows::of(a.in, r, begin, static_cast<int>(left < kPiece ? left : kPiece));
-  const FamilySums sums = family_block_sums<F>(a.kind, *frame, rows, peaked(a.state[r]), room);
+  const FamilySums sums = family_block_sums<F>(a.kind, *frame, rows, may_want_mending(a.state[r]), room);
   if (threadIdx.x == 0) a.parts[blockIdx.x] = sums;
 }
 

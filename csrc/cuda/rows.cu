@@ -90,6 +90,15 @@ FUSEDKL_DEVICE FamilySums family_exact_sums(const FamilyArgs& a, int64_t r, cons
           block_sum(own.apart, room), block_sum(own.excess, room)};
 }
 
+// Of a whole row, instead of what sweeps in float found.
+FUSEDKL_DEVICE RowState state_in_double(const Inputs& in, int64_t r, const RowState& found, double* room) {
+  RowState s = exact_segment(exact_rows(in, r), in.length, in.inv_t(r), room);
+  s.whole = found.whole;
+  s.logit_sum = found.logit_sum;
+  s.tokens = found.tokens;
+  return s;
+}
+
 // Makes a row of what the sweep found, or says that it is to be swept again; see FamilyArgs.
 static __global__ void __launch_bounds__(kFinishThreads, 2) family_finish_kernel(FamilyArgs a) {
   __shared__ double room[kFinishWarps];
@@ -106,6 +115,10 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) family_finish_kernel
     for (int sweeps = 0; exact && (sweeps == 0 || (sweeps < 3 && !a.sums && mend_log_ratio(s, sums))); sweeps++)
       sums = family_exact_sums(a, r, s, room);
     again = !exact && !a.sums && a.sweep < 2 && mend_log_ratio(s, sums);
+    if (!exact && !again && !a.sums && hardly_overlap(a.kind.exact.kind, sums)) {
+      s = state_in_double(a.in, r, s, room);
+      sums = family_exact_sums(a, r, s, room);
+    }
     if (a.sums) {
       const double found[3] = {sums.value, sums.policy_slope, sums.reference_slope};
       if (threadIdx.x < 3) a.sums[3 * r + threadIdx.x] = found[threadIdx.x];
