@@ -13,7 +13,6 @@ from family_oracle import FAMILY, truth
 from torch import Tensor
 
 import fusedkl
-from fusedkl.backends import BACKENDS
 
 SMALLEST = 1e-12
 SCENARIOS = [
@@ -288,23 +287,23 @@ def test_gradients_together_with_tokens(backend: str, name: str, dtype: torch.dt
         assert oracle.relative_l2(slope, wanted) <= oracle.GRADIENT_TOLERANCE[dtype]
 
 
-@pytest.mark.skipif(BACKENDS["cpu"].why_not(None) is not None, reason="no compiled library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_renyi_of_a_policy_that_collapsed_onto_an_unlikely_token(dtype: torch.dtype) -> None:
+def test_renyi_of_a_policy_that_collapsed_onto_an_unlikely_token(
+    backend: str, dtype: torch.dtype
+) -> None:
     """The largest logit that a 16-bit row's state knows need not be the row's: 3e-5 off."""
-    reference = 3 * torch.randn(24, 20_003)
+    reference = 3 * torch.randn(8, 20_003)
     policy = reference.clone()
-    policy[torch.arange(24), torch.randint(20_003, (24,))] += 40
+    policy[torch.arange(8), torch.randint(20_003, (8,))] += 40
     policy, reference = policy.to(dtype), reference.to(dtype)
-    found = fusedkl.renyi(policy, reference, alpha=0.5, backend="cpu")
+    found = fusedkl.renyi(policy, reference, alpha=0.5, backend=backend)
     true = fusedkl.renyi(policy.double(), reference.double(), alpha=0.5, backend="reference")
     assert oracle.relative_error(found, true, SMALLEST) <= 1e-6
 
 
-@pytest.mark.skipif(BACKENDS["cpu"].why_not(None) is not None, reason="no compiled library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [5000, 70_001])
-def test_renyi_of_rows_that_hardly_overlap(width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [5000, 40_001])
+def test_renyi_of_rows_that_hardly_overlap(backend: str, width: int, dtype: torch.dtype) -> None:
     """37 came out as 62: float did not know the log-ratio of rows whose top tokens differ."""
     policy = torch.randn(4, width)
     reference = policy + 0.1 * torch.randn(4, width)
@@ -313,13 +312,13 @@ def test_renyi_of_rows_that_hardly_overlap(width: int, dtype: torch.dtype) -> No
     reference[:, 11] += gap
     policy, reference = policy.to(dtype), reference.to(dtype)
 
-    def renyi(x: Tensor, y: Tensor, alpha: float, backend: str) -> tuple[Tensor, ...]:
+    def renyi(x: Tensor, y: Tensor, alpha: float, on: str) -> tuple[Tensor, ...]:
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        value = fusedkl.renyi(x, y, alpha=alpha, backend=backend)
+        value = fusedkl.renyi(x, y, alpha=alpha, backend=on)
         return value.detach(), *torch.autograd.grad(value.sum(), (x, y))
 
     for alpha in (0.3, 0.5):
-        found = renyi(policy, reference, alpha, "cpu")
+        found = renyi(policy, reference, alpha, backend)
         true = renyi(policy.double(), reference.double(), alpha, "reference")
         assert oracle.relative_error(found[0], true[0], SMALLEST) <= 1e-5
         for a, b in zip(found[1:], true[1:], strict=True):

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.full
 # Of the oldest torch that is supported, the newest patch release.
 OLDEST = "torch==2.11.*"
 # Tests of sources, benchmarks or scripts have nothing to say of an installed wheel.
-OF_SOURCES = re.compile(r"parents\[1\]|parent\.parent|bench_modules|cuda_on_cpu|cuda_suite|cuda_sass|building")
+OF_SOURCES = re.compile(
+    r"parents\[1\]|parent\.parent|bench_modules|cuda_on_cpu|cuda_suite|cuda_sass|building"
+)
 
 
 @pytest.fixture(scope="module")
