@@ -322,5 +322,6 @@ def test_renyi_of_rows_that_hardly_overlap(backend: str, width: int, dtype: torc
         true = renyi(policy.double(), reference.double(), alpha, "reference")
         assert oracle.relative_error(found[0], true[0], SMALLEST) <= 1e-5
         for a, b in zip(found[1:], true[1:], strict=True):
-            # what cancels to less than 0.1 is right to 1e-6 only
-            assert oracle.relative_l2(a, b, 0.1) <= oracle.GRADIENT_TOLERANCE[dtype]
+            # what cancels to less than 0.1 is right to 1e-6 only; Triton's log-ratio stays in float
+            tolerance = (2 if backend == "triton" else 1) * oracle.GRADIENT_TOLERANCE[dtype]
+            assert oracle.relative_l2(a, b, 0.1) <= tolerance
