@@ -61,11 +61,11 @@ FUSEDKL_HD static inline double family_value(const FamilyKind& k, const RowState
   return v < 0 ? 0 : v;
 }
 
-// Whether a row's sums are to tell how good its log-ratio is: where most of the mass is on one token. A state of sampled maxima need
-// not know that token, but such rows are far apart then.
-FUSEDKL_HD static inline bool may_want_mending(const RowState& s) {
-  return s.policy_log_sum < 0.7 || s.reference_log_sum < 0.7 || !(s.forward_kl < 4);
-}
+// Most of the mass on one token, as far as the state knows: its maxima are of sampled tokens.
+FUSEDKL_HD static inline bool is_peaked(const RowState& s) { return s.policy_log_sum < 0.7 || s.reference_log_sum < 0.7; }
+
+// Whether a row's sums are to tell how good its log-ratio is. Rows whose peak the state does not know are far apart.
+FUSEDKL_HD static inline bool may_want_mending(const RowState& s) { return is_peaked(s) || !(s.forward_kl < 4); }
 
 // Whether the sums were taken with a log-ratio good enough; else it is mended, and they are to be taken again. In a peaked row
 // the log-ratio of the top token is a tiny rest of larger numbers.

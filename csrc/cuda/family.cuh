@@ -204,12 +204,12 @@ FUSEDKL_DEVICE void family_sweep(const FamilyParameters& k, const GradientFrame&
   }
 }
 
-// Of a whole block, the same in every thread. In a row with most of its mass on one token the log-ratio may want mending.
+// Of a whole block, the same in every thread. mend: may_want_mending of the row.
 template <Family F, class Rows>
-FUSEDKL_DEVICE FamilySums family_block_sums(const FamilyParameters& k, const GradientFrame& f, const Rows& rows, bool peaked,
+FUSEDKL_DEVICE FamilySums family_block_sums(const FamilyParameters& k, const GradientFrame& f, const Rows& rows, bool mend,
                                             double* room) {
   LaneFamily s;
-  if (peaked) family_sweep<F, true>(k, f, rows, s);
+  if (mend) family_sweep<F, true>(k, f, rows, s);
   else family_sweep<F, false>(k, f, rows, s);
   const double weight = f.q.weight, unit = weight * k.chunk.unit, apart = weight * fold(s.apart_by_q);
   const double value = unit * fold(s.value_by_q), slope = unit * fold(s.slope_by_q), excess = weight * fold(s.excess_by_q);
@@ -223,8 +223,6 @@ FUSEDKL_DEVICE FamilySums family_block_sums(const FamilyParameters& k, const Gra
   out.excess = above - below + block_sum(excess, room);
   return out;
 }
-
-FUSEDKL_DEVICE bool peaked(const RowState& s) { return s.policy_log_sum < 0.7 || s.reference_log_sum < 0.7; }
 
 // The gradients of a stretch of a row; one that is not wanted is null.
 template <Family F, class Rows>
@@ -268,7 +266,7 @@ FUSEDKL_DEVICE void family_gradients(const FamilyParameters& k, const GradientFr
 
 // In a peaked row a slope less its mean is a small rest of both: what their own sum is off 0 belongs to the means.
 FUSEDKL_DEVICE bool refines_slopes(const GradientArgs& a, const RowState& s) {
-  return (a.in.dx == DType::f32 || a.in.dy == DType::f32) && s.whole != 0 && peaked(s) &&
+  return (a.in.dx == DType::f32 || a.in.dy == DType::f32) && s.whole != 0 && is_peaked(s) &&
          a.kind.exact.kind.family == Family::mixture;
 }
 FUSEDKL_DEVICE void refine_slopes(const GradientArgs& a, int64_t r, const GradientFrame& f, RowState& s, double* room) {
