@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +77,3 @@ def test_a_call_that_only_one_rank_makes(worlds: Found) -> None:
         assert case["error"] in ("ValueError", "RuntimeError") and case["seconds"] < 60
         # the one that waits for a collective learns what the other one came with
         assert "12" in case["said"] if rank == 0 else "rank 0" in case["said"]
-
-
-ROOT = TESTS.parent
-EXAMPLE = ROOT / "examples" / "vocabulary_parallel.py"
-
-
-def test_the_example() -> None:
-    """Four processes with a quarter of the head each, against the whole head."""
-    command = [sys.executable, str(EXAMPLE), "--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, *_, last = (float(loss) for loss in done.stdout.split(","))
-    assert last < first
-
-
-def test_the_example_is_the_one_in_the_documentation() -> None:
-    page = (ROOT / "docs" / "sharding.md").read_text()
-    (pasted,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    source = EXAMPLE.read_text()
-    assert len(pasted) > 500
-    for part in pasted.split("...\n"):
-        assert part.strip("\n") in source or textwrap.indent(part.strip("\n"), " " * 8) in source

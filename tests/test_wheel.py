@@ -109,7 +109,7 @@ def test_installed_it_passes_the_quick_tests(
     where = "import fusedkl, fusedkl._library as l; print(fusedkl.__file__, l.why_not(), sep='|')"
     file, missing = run(python, "-I", "-c", where, cwd=away).strip().split("|")
     assert Path(file).is_relative_to(site) and missing == "None"
-    tests = ("pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow")
+    tests = ("pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-m", "not full and not slow")
     summary = run(python, "-I", "-m", *tests, cwd=away).splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed and int(passed[1]) > 1000, summary
