@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # trl_one_line has no picture: tests/test_trl_trainers.py runs it. lightning_distill needs a package
 # that only `make test-full` installs: tests/test_lightning.py runs it.
-# vocabulary_parallel: tests/test_sharding.py.
+# vocabulary_parallel: tests/test_sharding_example.py.
 OTHERS = ("common", "trl_one_line", "lightning_distill", "vocabulary_parallel")
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in OTHERS)
 # What each needs to show it on the tiny model.
