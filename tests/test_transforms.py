@@ -229,7 +229,7 @@ def test_a_patched_loss_without_synchronisation(
     monkeypatch.setattr(deferred_kl, "_backend", lambda *logits: "triton")
     fused: list[Any] = []
     sources = deferred_kl._sources
-    monkeypatch.setattr(deferred_kl, "_sources", lambda plan: fused.append(1) or sources(plan))
+    monkeypatch.setattr(deferred_kl, "_sources", lambda *plan: fused.append(1) or sources(*plan))
     with FakeTensorMode():
         x = torch.empty(8, 4096, device="cuda", requires_grad=True)
         y = torch.empty(8, 4096, device="cuda")
