@@ -5,7 +5,7 @@ FUSEDKL_BUILD_CUDA=1, 0   the CUDA kernels, or not; unset: where PyTorch has CUD
                    and nvcc is found
 FUSEDKL_DEBUG=1    compile with -O0 -g
 FUSEDKL_COVERAGE=1 count which lines run, for gcov: `make coverage-cpp`
-FUSEDKL_SANITIZE=1 with AddressSanitizer and UndefinedBehaviorSanitizer
+FUSEDKL_SANITIZE=1 with AddressSanitizer
 MAX_JOBS=n         parallel compile jobs
 """
 
@@ -21,7 +21,7 @@ NO_EXT = os.environ.get("FUSEDKL_NO_EXT") == "1"
 DEBUG = os.environ.get("FUSEDKL_DEBUG") == "1"
 WATCHED = {
     "FUSEDKL_COVERAGE": ["--coverage"],
-    "FUSEDKL_SANITIZE": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "FUSEDKL_SANITIZE": ["-fsanitize=address"],
 }
 WATCH = [flag for name, flags in WATCHED.items() if os.environ.get(name) == "1" for flag in flags]
 # One binary serves every CPython >= 3.10. Free-threaded interpreters have no such ABI.

@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, called by the fuzzer.
+"""The CPU kernels under AddressSanitizer, called by the fuzzer.
 
 The library is built once more, into a copy of the package that comes before the installed one. A
 tensor that claims more logits than its memory has is a fault that the check must see.
@@ -48,7 +48,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         PYTHONPATH=str(tree / "sanitized"),
         LD_PRELOAD=" ".join(preloaded),
         ASAN_OPTIONS="detect_leaks=0",  # Python's own, at its end
-        UBSAN_OPTIONS="print_stacktrace=1",
         PYTHONMALLOC="malloc",
         OMP_NUM_THREADS="2",
     )
