@@ -76,8 +76,8 @@ def memory_of_answers(group: dist.ProcessGroup) -> None:
     """Row counts that come and go are forgotten by all ranks alike."""
     whole = torch.randn(7, 8 * group.size())
     part = cut(group, whole.shape[1], 1)
-    answers = shard_agreement._known[group].answers
     fusedkl.entropy(whole[:, part], group=group)
+    answers = shard_agreement._known[group].answers
     graphs = sum(isinstance(rows, str) for rows, _ in answers)
     with mock.patch.object(shard_agreement, "_REMEMBERED", 3):
         for n in (1, 2, 3, 4, 5, 1, 5, 2, 7):
