@@ -69,7 +69,9 @@ def linear_divergence(
         ref_weight: [V, H'] of the dtype of ref_hidden; None: `weight` serves both.
         kind, beta, alpha: a divergence and its parameter, see `divergence`. Those of a second sweep
             (all but forward_kl, reverse_kl and jeffreys) make every tile of logits twice forward.
-        ref_logits: [..., V], instead of ref_hidden; any floating-point dtype, read in place.
+        ref_logits: [..., V], instead of ref_hidden; any floating-point dtype; read in place if the
+            leading dims are one in memory. A slice `logits[:, :-1]` of a batch is not, and copied:
+            give all of it, hidden states as well, and mask the last tokens.
         ref_topk: instead of either, ids and log-probabilities, both [..., K], of the tokens that
             are known of the reference, as `topk_divergence` takes them; forward_kl and reverse_kl.
         tail: "bucket" (None), "drop" or "renormalize", as for `topk_divergence`; with ref_topk.
@@ -85,7 +87,8 @@ def linear_divergence(
             temperature 1, from the same tiles. No T^2 factor. At 0 the labels only mask, at 1 the
             reference is not read.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
-            rounding is an error of the divergence; docs/linear.md shows its size.
+            rounding is an error of the divergence; docs/linear.md shows its size. On a CPU without
+            16-bit products, where they would be emulated and slower, the same as None.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
         group: a process group whose ranks each hold the rows of weight, ref_weight, bias, ref_bias
             and the columns of ref_logits of a slice of the vocabulary; hidden states are the same

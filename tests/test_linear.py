@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from typing import Any
 
 import linear_cases
@@ -12,8 +13,10 @@ import pytest
 import torch
 from linear_cases import DIVERGENCES, TILE, Heads, heads
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
+from fusedkl import linear_products
 from fusedkl.linear_plan import tiles
 
 # Relative L2 of a gradient that is stored in the dtype of its input; 16-bit ones round by 2e-3 and
@@ -190,6 +193,18 @@ def test_a_bad_token_stays_alone(backend: str, bad: float) -> None:
     assert bool(gradient[others].isfinite().all())
 
 
+def test_given_logits_of_masked_last_tokens_are_read_in_place() -> None:
+    torch.use_deterministic_algorithms(False)  # filling memory is what would be seen
+    y, mask = torch.randn(4, 9, 20_000), torch.arange(9).expand(4, 9) < 8
+    hidden, weight = torch.randn(4, 9, 16), torch.randn(20_000, 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        found = fusedkl.linear_divergence(hidden, weight, ref_logits=y, mask=mask, backend="cpu")
+    sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) < y.nbytes / 4
+    cut = fusedkl.linear_divergence(hidden[:, :-1], weight, ref_logits=y[:, :-1], backend="cpu")
+    assert torch.equal(found[:, :-1], cut) and not found[:, -1].any()
+
+
 @pytest.mark.parametrize("tokens", [0, linear_cases.T])
 def test_nothing_counts(tokens: int, backend: str) -> None:
     h = heads(torch.float32, t=tokens)
@@ -228,8 +243,10 @@ def test_a_masked_vocabulary(backend: str) -> None:
 # -- accuracy and precision ----------------------------------------------------------------------
 
 
-def test_float32_tiles_and_fast_ones() -> None:
-    """bfloat16 inputs: exact products by default, the rounding of logits with "fast"."""
+@pytest.mark.parametrize("native", [True, False])
+def test_float32_tiles_and_fast_ones(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 inputs: exact products by default, the rounding of logits with "fast", if faster."""
+    monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: native)
     torch.manual_seed(1)
     h = heads(torch.bfloat16, v=4096)
     t = h.tensors
@@ -241,7 +258,18 @@ def test_float32_tiles_and_fast_ones() -> None:
         for precision in (None, "fast")
     }
     assert float(want.mean()) < 5e-3
-    assert errors[None] < 1e-4 and 1e-3 < errors["fast"] < 0.5
+    assert errors[None] < 1e-4
+    assert 1e-3 < errors["fast"] < 0.5 if native else errors["fast"] == errors[None]
+
+
+def test_who_has_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"_is_mkldnn_bf16_supported": lambda: True, "_is_mkldnn_fp16_supported": lambda: False}
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**said))
+    assert linear_products.multiplied_natively(torch.bfloat16, "cpu")
+    assert not linear_products.multiplied_natively(torch.float16, "cpu")
+    assert linear_products.multiplied_natively(torch.float16, "cuda")
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())  # a build without oneDNN
+    assert not linear_products.multiplied_natively(torch.bfloat16, "cpu")
 
 
 def test_the_products_setting_is_put_back() -> None:
