@@ -124,9 +124,10 @@ def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:
     ids = {
         "token_ids": inputs.token_ids,
         "labels": inputs.labels,
-        NAMES[0]: None if inputs.topk_ids is None else inputs.topk_ids.clamp(min=0),  # -1: padding
     }
     for name, t in ids.items():
         if t is not None:
             shards._replace(ids_name=name).check_ids(t, inputs.mask)
+    if inputs.topk_ids is not None:
+        shards._replace(ids_name=NAMES[0]).check_topk(inputs.topk_ids)
     return values

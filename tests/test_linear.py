@@ -13,6 +13,7 @@ import pytest
 import torch
 from linear_cases import DIVERGENCES, TILE, Heads, heads
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
 from fusedkl import linear_products
@@ -190,6 +191,18 @@ def test_a_bad_token_stays_alone(backend: str, bad: float) -> None:
     others = torch.arange(linear_cases.T) != 5
     assert bool(tokens[5].isnan()) and bool(tokens[others].isfinite().all())
     assert bool(gradient[others].isfinite().all())
+
+
+def test_given_logits_of_masked_last_tokens_are_read_in_place() -> None:
+    torch.use_deterministic_algorithms(False)  # filling memory is what would be seen
+    y, mask = torch.randn(4, 9, 20_000), torch.arange(9).expand(4, 9) < 8
+    hidden, weight = torch.randn(4, 9, 16), torch.randn(20_000, 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        found = fusedkl.linear_divergence(hidden, weight, ref_logits=y, mask=mask, backend="cpu")
+    sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) < y.nbytes / 4
+    cut = fusedkl.linear_divergence(hidden[:, :-1], weight, ref_logits=y[:, :-1], backend="cpu")
+    assert torch.equal(found[:, :-1], cut) and not found[:, -1].any()
 
 
 @pytest.mark.parametrize("tokens", [0, linear_cases.T])
