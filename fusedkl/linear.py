@@ -74,6 +74,7 @@ def linear_divergence(
             give all of it, hidden states as well, and mask the last tokens.
         ref_topk: instead of either, ids and log-probabilities, both [..., K], of the tokens that
             are known of the reference, as `topk_divergence` takes them; forward_kl and reverse_kl.
+            Where nobody looks (a GPU, torch.compile) a row with an id of V or more is NaN.
         tail: "bucket" (None), "drop" or "renormalize", as for `topk_divergence`; with ref_topk.
         bias, ref_bias: [V], added to the products; -inf masks a vocabulary entry.
         softcap, ref_softcap: c > 0 of c tanh(logits / c), after the scale; None: not capped.
