@@ -72,11 +72,11 @@ class Models:
         return copy.deepcopy(self._teacher)
 
 
-def common(out: Path, steps: int, **more: Any) -> dict[str, Any]:
+def common(out: Path, steps: int, rate: float = 2e-5, **more: Any) -> dict[str, Any]:
     """Arguments of every trainer."""
     return dict(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=2, logging_steps=1,
-        learning_rate=2e-5, lr_scheduler_type="constant", report_to=[], save_strategy="no",
+        learning_rate=rate, lr_scheduler_type="constant", report_to=[], save_strategy="no",
         use_cpu=True, bf16=False, disable_tqdm=True, seed=0, **more,
     )  # fmt: skip
 
@@ -161,9 +161,10 @@ def grpo(models: Models, out: Path, steps: int, **options: Any) -> list[dict[str
     def length(completions: list[str], **rest: Any) -> list[float]:
         return [math.log(len(text)) for text in completions]
 
-    arguments = GRPOConfig(
-        **common(out, steps, num_generations=2, max_completion_length=24, beta=0.1, **options)
-    )
+    # GRPO's own rate: at that of the others k3, an exponential, makes 1000 of a whole model's loss
+    # on completions that are not its own, and of every rounding
+    given = dict(num_generations=2, max_completion_length=24, beta=0.1)
+    arguments = GRPOConfig(**common(out, steps, 1e-6, **given, **options))
     return history(
         GRPOTrainer(
             model=models.student(),
