@@ -5,6 +5,7 @@ FUSEDKL_BUILD_CUDA=1, 0   the CUDA kernels, or not; unset: where PyTorch has CUD
                    and nvcc is found
 FUSEDKL_DEBUG=1    compile with -O0 -g
 FUSEDKL_COVERAGE=1 count which lines run, for gcov: `make coverage-cpp`
+FUSEDKL_SANITIZE=1 with AddressSanitizer and UndefinedBehaviorSanitizer
 MAX_JOBS=n         parallel compile jobs
 """
 
@@ -18,7 +19,11 @@ from setuptools import Extension, setup
 
 NO_EXT = os.environ.get("FUSEDKL_NO_EXT") == "1"
 DEBUG = os.environ.get("FUSEDKL_DEBUG") == "1"
-COVERAGE = ["--coverage"] if os.environ.get("FUSEDKL_COVERAGE") == "1" else []
+WATCHED = {
+    "FUSEDKL_COVERAGE": ["--coverage"],
+    "FUSEDKL_SANITIZE": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+WATCH = [flag for name, flags in WATCHED.items() if os.environ.get(name) == "1" for flag in flags]
 # One binary serves every CPython >= 3.10. Free-threaded interpreters have no such ABI.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -106,8 +111,8 @@ def compile_flags() -> list[str]:
     # No contraction: which multiply-adds are fused is part of the arithmetic; the code states it.
     # No -march: the instruction set is chosen at run time; the ISA files state their target inside.
     numerics = ["-ffp-contract=off", "-fno-math-errno"]
-    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if COVERAGE else ["-O3", "-g0"]
-    return [*define, *optimise, *COVERAGE, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
+    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if WATCH else ["-O3", "-g0"]
+    return [*define, *optimise, *WATCH, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
 
 
 def cuda_library() -> Extension:
@@ -152,7 +157,7 @@ def native_build() -> dict[str, object]:
         include_dirs=[os.path.abspath("csrc")],  # ninja runs in the build folder
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         extra_compile_args={"cxx": compile_flags()},
-        extra_link_args=COVERAGE,
+        extra_link_args=WATCH,
         py_limited_api=LIMITED_API,
     )
     libraries = [library]

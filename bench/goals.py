@@ -187,7 +187,8 @@ GOALS: dict[str, Goal] = {
 
 AIM, MUST, MISSED, WRONG = "aim reached", "must met", "MISSED", "WRONG NUMBERS"
 OUT_OF_REACH, REPORTED, NOT_JUDGED = "MISSED (beyond memory)", "reported", "not judged"
-OTHER_ISA = "not this instruction set"
+# Of a goal that is for another instruction set: where it stands, and no failure here.
+ELSEWHERE = {AIM: "(aim reached)", MUST: "(must met)", MISSED: "(missed)"}
 FAILURES = (MISSED, WRONG, OUT_OF_REACH)
 
 
@@ -198,12 +199,17 @@ def verdict(result: Result, judged: bool = True) -> str:
     is still missed, but no kernel that reads its inputs could meet it here.
     """
     goal = GOALS[result.goal]
+    said = _judged(result, goal, judged)
+    if goal.isa is None or result.isa == goal.isa:
+        return said
+    return ELSEWHERE.get(MISSED if said == OUT_OF_REACH else said, said)
+
+
+def _judged(result: Result, goal: Goal, judged: bool) -> str:
     if result.wrong:
         return WRONG
     if goal.must is None or goal.aim is None:
         return REPORTED
-    if goal.isa is not None and result.isa != goal.isa:
-        return OTHER_ISA
     if result.value is None or not (judged or goal.any_size):
         return NOT_JUDGED
     if _reaches(goal, result.value, goal.aim):

@@ -15,7 +15,8 @@ WIDTHS = (32, 30, None, None, None, None, None, 46)
 FOOTNOTE = """\
 Ratios are medians of the ratios of neighbouring samples, A B A B in one process; 10-90% is their
 spread. One thread, process-CPU clock; "two threads" on the wall clock. "memory allows": the peer's
-time over the time that reading the inputs alone takes in the same run."""
+time over the time that reading the inputs alone takes in the same run. A verdict in brackets is of
+a goal that was set for another instruction set."""
 
 
 def table(results: list[Result], judged: bool) -> str:

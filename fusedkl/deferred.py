@@ -16,22 +16,56 @@ own, and `__torch_dispatch__`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-__all__ = ["SPECIAL", "Deferred", "Plan", "plan_of", "result"]
+__all__ = ["SPECIAL", "Deferred", "Plan", "plan_of", "result", "under_later_hooks"]
 
 _Compute = Callable[..., Tensor]
 _UNTOUCHED = torch._C.DisableTorchFunctionSubclass
+_Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
     return t._version, t.data_ptr(), t.shape, t.stride()
+
+
+def _saving_hooks() -> _Hooks:
+    found: _Hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return found
+
+
+@contextmanager
+def _observed_as(hooks: _Hooks) -> Iterator[None]:
+    """Out of reach of what observes operations now and did not when `hooks` were in force.
+
+    A checkpoint whose region uses an earlier softmax would count it and what it saves, and meet
+    neither when it recomputes the region. Nothing is deferred under a dispatch mode, so none is
+    kept. Hooks are taken off and not covered by others: autograd does not see in-place changes of
+    what hooks hold.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    off = []
+    if hooks != _saving_hooks():
+        while (pair := _saving_hooks()) is not None:
+            off.append(pair)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        modes = torch._C._len_torch_dispatch_stack() > 0
+        with _disable_current_modes() if modes else nullcontext():
+            yield
+    finally:
+        for pair in reversed(off):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
 
 
 class Plan:
@@ -54,22 +88,23 @@ class Plan:
         self.logits = logits
         self.dtype = dtype
         self.parts = parts
-        self.grad_mode = torch.is_grad_enabled()
         device = logits[0].device.type
         enabled = torch.is_autocast_enabled(device)
         self.autocast = (device, torch.get_autocast_dtype(device) if enabled else None, enabled)
+        self.hooks = _saving_hooks()
         given = [part.requires_grad for part in parts] or [x.requires_grad for x in logits]
-        self.requires_grad: bool = self.grad_mode and any(given)
+        self.requires_grad: bool = torch.is_grad_enabled() and any(given)
+        self.recorded = [self.requires_grad and wanted for wanted in given]
         self.value: Tensor | None = None
-        self._version = 0
-        self._found = [_state(x) for x in logits]
+        self._made: tuple[Any, ...] = ()
+        self._found = [(x, _state(x)) for x in logits]
         self._lock = threading.Lock()
 
     def check_unchanged(self) -> None:
         """RuntimeError if the logits are not those of the calls any more."""
         for part in self.parts:
             part.check_unchanged()
-        if [_state(x) for x in self.logits] == self._found:
+        if all(_state(x) == found for x, found in self._found):
             return
         raise RuntimeError(
             f"the logits given to {self.name} were changed in place or resized before its result "
@@ -78,9 +113,11 @@ class Plan:
         )
 
     def sources(self) -> tuple[Tensor, ...]:
-        """The logits, without a gradient where the original calls recorded none."""
-        found = tuple(x for p in self.parts for x in p.sources()) if self.parts else self.logits
-        return found if self.requires_grad else tuple(x.detach() for x in found)
+        """The logits, without a gradient where the original calls recorded none; () once gone."""
+        logits = self.logits
+        return tuple(
+            x if wanted else x.detach() for x, wanted in zip(logits, self.recorded, strict=False)
+        )
 
     def evaluate(self) -> Tensor:
         """torch's result, with the graph that torch's own call would have given it."""
@@ -88,15 +125,23 @@ class Plan:
             if self.value is None:
                 self.check_unchanged()
                 with temporarily_clear_interpreter_stack():  # a result is nobody's torch.func level
-                    given = tuple(p.unmodified() for p in self.parts) if self.parts else self.logits
-                    self.value = self._as_then(given)
-                self._version = self.value._version
+                    given = self.logits
+                    if self.parts:
+                        both = zip(self.parts, self.logits, strict=True)
+                        given = tuple(part.unmodified(x) for part, x in both)
+                    value = self._as_then(given)
+                self._made = *_state(value), value.requires_grad
+                self.value = value
+                if not self.requires_grad:
+                    # Nothing needs them any more. Threads may be reading: one attribute at a time.
+                    self.logits, self._found, self.parts = (), [], ()
             return self.value
 
-    def unmodified(self) -> Tensor:
-        """The result as it was when it was computed, also if the user has written to it since."""
+    def unmodified(self, logits: Tensor) -> Tensor:
+        """The result as it was when it was computed, also if the user has changed it since."""
         value = self.evaluate()
-        return value if value._version == self._version else self.recompute(self.logits)
+        made = *_state(value), value.requires_grad
+        return value if made == self._made else self.recompute((logits,))
 
     def recompute(self, logits: tuple[Tensor, ...]) -> Tensor:
         """The result from other tensors in place of the logits."""
@@ -107,8 +152,10 @@ class Plan:
     def _as_then(self, given: tuple[Tensor, ...]) -> Tensor:
         device, dtype, enabled = self.autocast
         with (
+            _observed_as(self.hooks),
             torch.inference_mode(False),
-            torch.set_grad_enabled(self.grad_mode),
+            # Logits that have come to require a gradient since the call do not get one from it.
+            torch.set_grad_enabled(self.requires_grad),
             torch.autocast(device, dtype=dtype, enabled=enabled),
         ):
             return self.compute(*given)
@@ -176,9 +223,24 @@ def plan_of(value: object) -> Plan | None:
     return value.plan
 
 
+def _stands(value: Any) -> bool:
+    """Whether a Deferred's own metadata are right: nobody has its result, who may change them."""
+    return type(value) is not Deferred or value.plan.value is None or _adopted(value)
+
+
 def _adopted(deferred: Deferred) -> bool:
     with _UNTOUCHED():
         return deferred.requires_grad is not deferred.plan.requires_grad
+
+
+def under_later_hooks(*plans: Plan) -> bool:
+    """Whether what is saved now passes hooks that were not in force at the calls.
+
+    They may be a checkpoint's. Its recomputation would not fuse what its first run did, if a result
+    has been asked for in between.
+    """
+    now = _saving_hooks()
+    return now is not None and any(plan.hooks != now for plan in plans)
 
 
 def result(value: Any) -> Any:
@@ -196,7 +258,8 @@ def _attribute(name: str) -> Any:
     return getattr(torch.Tensor, name).__get__
 
 
-# What can be answered without the result.
+# What can be answered without the result. Once there is one, it is asked: `squeeze_` and others
+# change what it says.
 _METADATA = {
     torch.Tensor.dim,
     torch.Tensor.size,
@@ -205,7 +268,6 @@ _METADATA = {
     torch.Tensor.element_size,
     torch.Tensor.is_floating_point,
     torch.Tensor.is_complex,
-    torch.Tensor.__hash__,
     torch.Tensor.__len__,
     torch.is_floating_point,
     torch.is_complex,
@@ -230,7 +292,9 @@ class Deferred(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func is torch.Tensor.__hash__ or (
+            func in _METADATA and _stands(args[0] if args else kwargs["input"])
+        ):
             with _UNTOUCHED():
                 return func(*args, **kwargs)
         special = None if torch.compiler.is_compiling() else SPECIAL.get(func)

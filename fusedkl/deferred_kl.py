@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import autograd, kl_div_ops, scalar_loss
 from .backends import needs, resolve
-from .deferred import SPECIAL, Plan, plan_of
+from .deferred import SPECIAL, Plan, plan_of, under_later_hooks
 from .layout import rows
 
 __all__ = ["SMALLEST", "fused_kl_div", "softmax_of"]
@@ -93,8 +93,13 @@ def fused_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool
         return None
     if p.name != "log_softmax" or q.name != ("log_softmax" if log_target else "softmax"):
         return None
-    x, y = p.logits[0], q.logits[0]
+    given = p.logits + q.logits
+    if len(given) != 2:  # another thread has used one of them since
+        return None
+    x, y = given
     if x.shape != y.shape or x.device != y.device or kl_div_ops.observed():
+        return None
+    if under_later_hooks(p, q):
         return None
     dtype = torch.promote_types(p.dtype, q.dtype)
     if dtype in _HALF and torch.is_autocast_enabled(x.device.type):
@@ -104,17 +109,17 @@ def fused_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool
     if reduction == "none":
         return plan.tensor()
     divisor = {"sum": 1, "mean": x.numel(), "batchmean": x.shape[0]}[reduction]
-    return _total(plan, divisor)
+    return _total(plan, plan.sources(), divisor)
 
 
-def _sources(plan: Plan) -> tuple[Tensor, Tensor, str]:
+def _sources(plan: Plan, logits: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, str]:
     plan.check_unchanged()
-    x, y = plan.sources()
+    x, y = logits
     return rows(x), rows(y), _backend(x, y)
 
 
-def _total(plan: Plan, divisor: int) -> Tensor:
-    x, y, backend = _sources(plan)
+def _total(plan: Plan, logits: tuple[Tensor, ...], divisor: int) -> Tensor:
+    x, y, backend = _sources(plan, logits)
 
     def reduced(values: Tensor) -> Tensor:
         return autograd.ordered_sum(values[0], None, backend=backend) / divisor
@@ -148,19 +153,24 @@ def _sum(
     axis: Any = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    **other: Any,  # NumPy's names
 ) -> Any:
     plan = plan_of(input)
-    if plan is None or plan.name != "kl_div" or dtype is not None or out is not None:
+    if plan is None or plan.name != "kl_div" or dtype is not None or out is not None or other:
+        return NotImplemented
+    logits = plan.sources()
+    if not logits or under_later_hooks(plan):  # none if another thread has used it since
         return NotImplemented
     dim = axis if dim is None else dim
     if dim is None:
-        return NotImplemented if keepdim else _total(plan, 1)
-    last = len(plan.logits[0].shape) - 1
+        return NotImplemented if keepdim else _total(plan, logits, 1)
+    shape = logits[0].shape
+    last = len(shape) - 1
     if dim not in (-1, last, [-1], [last], (-1,), (last,)):
         return NotImplemented
-    x, y, backend = _sources(plan)
+    x, y, backend = _sources(plan, logits)
     values = autograd.row_stats(x, y, None, _FIELDS, backend=backend)[0]
-    return values.view(plan.logits[0].shape[:-1] + (1,) * keepdim).to(plan.dtype)
+    return values.view(shape[:-1] + (1,) * keepdim).to(plan.dtype)
 
 
 SPECIAL[torch.sum] = SPECIAL[torch.Tensor.sum] = _sum

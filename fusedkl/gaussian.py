@@ -61,7 +61,8 @@ def gaussian_kl(
     given = [mu, logvar]
     for name, prior in priors.items():
         if not isinstance(prior, Tensor):
-            prior = mu.new_tensor(validation.real(name, prior), dtype=dtype)
+            # filled where it lies: a copy from the host would wait for the device
+            prior = torch.full((), validation.real(name, prior), dtype=dtype, device=mu.device)
         given.append(prior)
     for name, t in zip(("logvar", "prior_mu", "prior_logvar"), given[1:], strict=True):
         if t.device != mu.device:

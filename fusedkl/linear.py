@@ -85,7 +85,8 @@ def linear_divergence(
             temperature 1, from the same tiles. No T^2 factor. At 0 the labels only mask, at 1 the
             reference is not read.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
-            rounding is an error of the divergence; docs/linear.md shows its size.
+            rounding is an error of the divergence; docs/linear.md shows its size. On a CPU without
+            16-bit products, where they would be emulated and slower, the same as None.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
         group: a process group whose ranks each hold the rows of weight, ref_weight, bias, ref_bias
             and the columns of ref_logits of a slice of the vocabulary; hidden states are the same

@@ -44,10 +44,23 @@ def bf16_multipliers() -> Iterator[None]:
                 setting.fp32_precision = _before
 
 
-def tile_dtype(operands: torch.dtype, fast: bool) -> torch.dtype:
-    """Of a tile of logits: float32 or better, or that of the operands if `fast`."""
+def multiplied_natively(operands: torch.dtype, device: str) -> bool:
+    """Whether there are 16-bit products: without, torch emulates them, slower than float32 ones."""
+    if device != "cpu":
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    try:
+        return bool(getattr(torch.ops.mkldnn, name[operands])())
+    except AttributeError:  # a build without oneDNN
+        return False
+
+
+def tile_dtype(operands: torch.dtype, device: str, fast: bool) -> torch.dtype:
+    """Of a tile of logits: float32 or better; `fast`: that of the operands where it is faster."""
     half = operands in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and not fast else operands
+    if not half or (fast and multiplied_natively(operands, device)):
+        return operands
+    return torch.float32
 
 
 class Products:
@@ -59,14 +72,14 @@ class Products:
     def __init__(self, like: Tensor, fast: bool, inner: int) -> None:
         half = like.dtype in (torch.bfloat16, torch.float16)
         self.operands, self.device, self.inner = like.dtype, like.device, inner
-        self.tile = tile_dtype(like.dtype, fast)
+        self.tile = tile_dtype(like.dtype, like.device.type, fast)
         # the library stores what is wanted: one dtype throughout, or the accumulators on a GPU
         self.plain = self.tile == like.dtype
         self.stores_wide = half and like.device.type == "cuda"
         self.total = torch.float32 if half else like.dtype
         # of a tile of gradients: 16-bit where its product is summed in fp32, and stored so or, of
         # bfloat16, "fast"; a float16 one would overflow
-        fast_one = fast and like.dtype == torch.bfloat16
+        fast_one = self.plain and like.dtype == torch.bfloat16
         self.gradient = like.dtype if self.stores_wide or fast_one else self.total
         self.narrow = torch.float16 in (self.tile, self.gradient)
         exact = like.dtype == torch.bfloat16 and like.device.type == "cpu"

@@ -100,8 +100,8 @@ class Engine:
         assert policy.hidden is not None and policy.weight is not None
         self.policy, self.other = policy, other
         self.tokens, self.vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
-        size = tile_dtype(policy.hidden.dtype, fast).itemsize
         device = policy.hidden.device.type
+        size = tile_dtype(policy.hidden.dtype, device, fast).itemsize
         self.tile: Tiles = tiles(self.tokens, self.vocabulary, size, device, tile)
         self.products = Products(policy.hidden, fast, self.tile.inner)
         self.of_other = self.products

@@ -6,12 +6,13 @@ Which estimate is unbiased, in its value and in its gradient: docs/estimators.md
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from . import reference, validation
+from . import autograd, reference, validation
+from .forward_mode import applied
 
 ESTIMATES = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 
@@ -42,12 +43,12 @@ def kl_estimate(
         kind: one of the names above.
         max_log_ratio: a bias against outliers: values are those of l clamped to +-max_log_ratio,
             and the gradient that of the clamp's end instead of the 0 of torch.clamp, so that the
-            tokens furthest away are still pulled back. None: no bias.
+            tokens furthest away, at an infinite l too, are still pulled back. None: no bias.
 
     Returns:
         the inputs' shape, float32, or float64 if either is; nats. Tokens that do not count should
         be masked afterwards (`kl_penalized_rewards` does); where both log-probabilities are -inf
-        the estimate is NaN, where one is, it is infinite or NaN.
+        the estimate is NaN, where one is, it is infinite or NaN without max_log_ratio.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -62,8 +63,7 @@ def kl_estimate(
     ratio = logprob.to(dtype) - ref_logprob.to(dtype)
     if max_log_ratio is not None:
         validation.positive("max_log_ratio", max_log_ratio)
-        kept = ratio.clamp(-max_log_ratio, max_log_ratio)
-        ratio = ratio + (kept - ratio).detach()
+        ratio = applied(_Clamp, ratio, max_log_ratio)
     name = kind.removesuffix("+")
     value = ratio
     if name == "k2":
@@ -76,6 +76,24 @@ def kl_estimate(
         return value
     square = ratio * ratio / 2
     return value.detach() + (square - square.detach())
+
+
+class _Clamp(torch.autograd.Function):
+    """x limited to +-limit, infinities too, with the derivative of x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float | Tensor) -> Tensor:
@@ -95,7 +113,8 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
         rewards: floating-point, shape kl.shape[:-1] or kl.shape.
         kl: floating-point [..., T], nats: `kl_estimate` or `divergence` of every token.
         mask: bool [..., T], True = counted. What other tokens hold is ignored, NaN too.
-        coef: the penalty's coefficient >= 0, a number or a 0-d tensor; see `AdaptiveKLController`.
+        coef: the penalty's coefficient >= 0, a number or a 0-d tensor (looked at on the CPU only);
+            see `AdaptiveKLController`. At 0 there is no penalty, of an infinite kl neither.
 
     Returns:
         [..., T], float32, or float64 if rewards or kl are; exactly 0 at tokens that do not count
@@ -123,6 +142,8 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
     if isinstance(coef, Tensor):
         if validation.tensor("coef", coef).dim() != 0:
             raise ValueError(f"coef must be a number or a 0-d tensor; got shape {list(coef.shape)}")
+        if coef.device.type == "cpu" and not autograd.intercepted(coef):
+            validation.not_negative("coef", coef.item())
     else:
         validation.not_negative("coef", coef)
     dtype = reference.result_dtype(kl, rewards)
@@ -131,7 +152,9 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
         if rewards.dim() < kl.dim():
             later = mask.flip(-1).to(torch.int32).cumsum(-1).flip(-1)
             given = torch.where(later == 1, given.unsqueeze(-1), 0)
-        return torch.where(mask, given - coef * kl.to(dtype), 0)
+        # 0 * inf is no number
+        penalty = torch.where(mask & (coef != 0), coef * kl.to(dtype), 0)
+        return torch.where(mask, given - penalty, 0)
 
 
 class _KLController:

@@ -129,19 +129,40 @@ def distillation_loss(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def linear_divergence(draw: st.DrawFn) -> Call:
+def heads(draw: st.DrawFn) -> tuple[list[Laid], dict[str, st.SearchStrategy[Any]]]:
+    """Hidden states and weights of two heads, and the options of whatever takes them."""
     leading, width, inner = draw(shapes()), draw(st.sampled_from(WIDTHS[:7])), 4
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     drawn = [
         Laid((draw(contents(shape, finite=True)).clamp(-4, 4) / 4).to(dtype), "plain", True)
         for shape in ((*leading, inner), (width, inner), (*leading, inner), (width, inner))
     ]
-    known = {k: v for k, v in NUMBERS.items() if k != "valid_vocab"}
+    known = {k: v for k, v in NUMBERS.items() if k not in ("valid_vocab", "reduction")}
+    return drawn, known | {"mask": per_row(leading)["mask"], "tile": st.just((2, 7))}
+
+
+# Products are float32: of weights that cancel, something is left.
+HEADS = 1e-5
+
+
+@st.composite
+def linear_divergence(draw: st.DrawFn) -> Call:
+    drawn, known = draw(heads())
     known |= {"kind": st.sampled_from(["forward_kl", "reverse_kl", "jeffreys"])}
-    known |= {"mask": per_row(leading)["mask"], "tile": st.just((2, 7))}
+    known |= {"reduction": REDUCTIONS}
     name = "linear_divergence"
-    # Products are float32: of weights that cancel, something is left.
-    return Call(public(name), name, drawn, draw(options(known)), floor=1e-5)
+    return Call(public(name), name, drawn, draw(options(known)), floor=HEADS)
+
+
+@st.composite
+def linear_token_stats(draw: st.DrawFn) -> Call:
+    drawn, known = draw(heads())
+    chosen = draw(options(known))
+    if draw(st.booleans()):
+        leading, width = drawn[0].content.shape[:-1], drawn[1].content.shape[0]
+        chosen["token_ids"] = draw(ids(leading, width))
+    name = "linear_token_stats"
+    return Call(public(name), name, drawn, chosen, floor=HEADS)
 
 
 def beside(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,6 +212,33 @@ def kl_estimate(draw: st.DrawFn) -> Call:
     return Call(beside(fusedkl.kl_estimate, estimate), "kl_estimate", [*given, draw(kinds)])
 
 
+def penalized(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tensor:
+    """Token by token."""
+    wide = torch.float64 in (kl.dtype, rewards.dtype)
+    out = torch.zeros(kl.shape, dtype=torch.float64 if wide else torch.float32)
+    for row in torch.cartesian_prod(*map(torch.arange, kl.shape)).reshape(-1, kl.dim()).tolist():
+        at, of = tuple(row), tuple(row[:-1])
+        if mask[at]:
+            last = not mask[of][row[-1] + 1 :].any()
+            reward = rewards[at] if rewards.dim() == kl.dim() else rewards[of] * last
+            out[at] = reward.to(out.dtype) - coef * kl[at].to(out.dtype)
+    return out
+
+
+@st.composite
+def kl_penalized_rewards(draw: st.DrawFn) -> Call:
+    shape = (*draw(shapes()), draw(st.sampled_from([0, 1, 5])))
+    kl, rewards = (draw(contents((*shape, 1), finite=True))[..., 0] for _ in "kr")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    if not draw(st.booleans()):
+        rewards = rewards.sum(-1)
+    given = [Laid(t.to(draw(st.sampled_from(DTYPES)))) for t in (rewards, kl)]
+    function = beside(fusedkl.kl_penalized_rewards, penalized)
+    coef = draw(st.sampled_from([0.0, 0.1]))
+    return Call(function, "kl_penalized_rewards", [*given, Laid(mask), coef])
+
+
 def gaussian(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
     d = [t.double() for t in (mu, logvar, prior_mu, prior_logvar)]
     normal = torch.distributions.Normal
@@ -234,8 +282,10 @@ FAMILIES: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
     "topk_divergence": topk_divergence,
     "distillation_loss": distillation_loss,
     "linear_divergence": linear_divergence,
+    "linear_token_stats": linear_token_stats,
     "kl_div": kl_div,
     "kl_estimate": kl_estimate,
+    "kl_penalized_rewards": kl_penalized_rewards,
     "gaussian_kl": gaussian_kl,
     "fisher_vector_product": fisher_vector_product,
 }

@@ -90,11 +90,32 @@ def _alike(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
         assert error <= 1e-5, f"{what}: off by {error}"
 
 
+def _megatron_ignored(
+    mine: Tensor, ignored: Tensor, target: Tensor, group: dist.ProcessGroup
+) -> None:
+    """Labels below 0: 0, and no gradient; the others are as if those were tokens."""
+    counted = ignored >= 0
+    for smoothing in (0.0, 0.1):
+        towards = torch.linspace(0.5, 2, target.numel()).view(target.shape)
+        found = []
+        for ids, weight in ((ignored, towards), (target, towards * counted)):
+            x = mine.clone().requires_grad_()
+            loss = megatron.vocab_parallel_cross_entropy(x, ids, smoothing, group)
+            (loss * weight).sum().backward()
+            assert x.grad is not None
+            found.append((loss.detach(), x.grad))
+        (loss, grad), (wanted, wanted_grad) = found
+        assert torch.equal(loss, wanted * counted) and torch.equal(grad, wanted_grad), smoothing
+        assert (grad[~counted] == 0).all() and (grad[counted] != 0).any()
+
+
 @case
 def megatron_cross_entropies(group: dist.ProcessGroup) -> None:
     v, rank = 24, group.rank()
     logits = 3 * torch.randn(5, 2, v * group.size())
     mine, target = logits[..., rank * v : (rank + 1) * v], torch.randint(logits.shape[-1], (5, 2))
+    ignored = target.clone()
+    ignored[0, 0], ignored[3, 1] = -100, -1  # as in Megatron's own data sets, with a loss mask of 0
     with package():
         plain, fused = (sys.modules[name] for name in (PLAIN_AT, FUSED_AT))
         calls: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,6 +133,7 @@ def megatron_cross_entropies(group: dist.ProcessGroup) -> None:
                 _alike(_found(call, mine), wanted[name], name)
         assert plain.vocab_parallel_cross_entropy is theirs
         assert fused.vocab_parallel_cross_entropy is theirs
+        _megatron_ignored(mine, ignored, target, group)
         before = mine.clone()
         megatron.vocab_parallel_cross_entropy(mine, target)
         assert torch.equal(mine, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -98,6 +99,9 @@ UNFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum of tokens": lambda x, y: F.kl_div(
         F.log_softmax(x, -1), F.softmax(y, -1), reduction="none"
     ).sum(0),
+    "NumPy's names": lambda x, y: torch.sum(  # type: ignore[call-overload, no-any-return]
+        F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none"), axis=-1, keepdims=True
+    ),
     "weighted": lambda x, y: F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none") * y,
     "masked": lambda x, y: F.kl_div(
         F.log_softmax(x, -1).masked_fill(y > 1, 0), F.softmax(y, -1), reduction="sum"
@@ -135,6 +139,24 @@ def test_memory_is_the_gradient(name: str) -> None:
     with fusedkl.patch():
         patched = peak(step)
     assert plain >= 3 * gradient and gradient <= patched < gradient + 16_384
+
+
+@pytest.mark.parametrize("name", ["softmax", "kl_div"])
+def test_what_has_a_value_and_no_gradient_lets_its_logits_go(name: str) -> None:
+    def made() -> tuple[Tensor, list[weakref.ref[Tensor]]]:
+        x, y = (t.detach() for t in logits())
+        p, q = F.log_softmax(x, -1), F.softmax(y, -1)
+        made = F.kl_div(p, q, reduction="none") if name == "kl_div" else q
+        held = [x, y] if name == "kl_div" else [y]
+        if name == "kl_div":
+            held += [p * 1, q * 1]
+        made * 1
+        return made, [weakref.ref(t) for t in held]
+
+    with fusedkl.patch():
+        kept, gone = made()
+        assert [r() for r in gone] == [None] * len(gone)
+        assert torch.isfinite(kept).all()
 
 
 def test_what_the_kernels_do_not_take_is_not_deferred(

@@ -52,7 +52,7 @@ def test_these_are_all_and_none_knows_fusedkl() -> None:
 def test_the_same_losses_under_patch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = []
     sources = deferred_kl._sources
-    monkeypatch.setattr(deferred_kl, "_sources", lambda plan: fused.append(1) or sources(plan))
+    monkeypatch.setattr(deferred_kl, "_sources", lambda *plan: fused.append(1) or sources(*plan))
     module = script(name)
     plain = module.main(steps=4)
     assert len(set(plain)) == 4 and fused == []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
 
@@ -77,6 +78,15 @@ def test_a_number_is_not_rounded_to_the_type_of_a_tensor(dtype: torch.dtype) -> 
     )
     narrow = fusedkl.gaussian_kl(mu, logvar.to(dtype), prior_mu=0.1)
     torch.testing.assert_close(narrow, torch.full((3,), 0.005), rtol=1e-6, atol=0)
+
+
+def test_nothing_is_made_of_numbers_on_the_host() -> None:
+    # where its copy to a GPU would wait, and a CUDA graph could not capture it
+    mu = torch.zeros(3)
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        fusedkl.gaussian_kl(mu, mu, 0.5)
+    names = {event.name for event in run.events()}
+    assert "aten::exp" in names and "aten::lift_fresh" not in names
 
 
 def test_equal_gaussians_are_exactly_0_apart() -> None:

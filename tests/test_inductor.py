@@ -107,6 +107,21 @@ def test_compilations_over_sequence_lengths(dynamic: bool | None) -> None:
     assert len(fusedkl.inductor.report().rewritten) == counter.frame_count
 
 
+def annealed(x: Tensor, y: Tensor, t: float) -> Tensor:
+    return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="batchmean")
+
+
+def test_compilations_over_temperatures() -> None:
+    """As many as without the pass: of the first one, and of any other."""
+    counter = CompileCounterWithBackend("inductor")
+    x, y = make(4, 300)
+    with fusedkl.inductor.enable():
+        compiled = torch.compile(annealed, fullgraph=True, backend=counter)
+        for t in (2.0, 2.5, 3.0, 3.5, -1.0):
+            torch.testing.assert_close(compiled(x, y, t), annealed(x, y, t), rtol=1e-5, atol=0)
+    assert counter.frame_count == len(fusedkl.inductor.report().rewritten) == 2
+
+
 def test_enable_counts_and_ends_in_any_order_and_thread() -> None:
     assert config.pre_grad_custom_pass is None
     first, second = fusedkl.inductor.enable(), fusedkl.inductor.enable()

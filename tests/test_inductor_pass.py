@@ -159,12 +159,43 @@ def cross_entropy_with_a_teacher(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     return -(F.softmax(y, -1) * F.log_softmax(x, -1)).sum(-1)
 
 
+def scaled_down(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    """The mean over elements of a batch and a vocabulary of models, in float32."""
+    return -(F.softmax(y, -1) * F.log_softmax(x, -1) / (8192 * 151936)).sum() * 1e9
+
+
+def scaled_further_down(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    return (1e-20 * (log_p.exp() * log_p) - 1e-20 * (log_q.exp() * log_p)).sum(-1) * 1e20
+
+
+def entropies_that_cancel(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    terms = 1e6 * (log_q.exp() * log_q) - 1e5 * (log_q.exp() * log_p)
+    return (terms - 3e5 * (log_q.exp() * log_p) - 6e5 * (log_q.exp() * log_p)).sum(-1) / 1e6
+
+
 def two_temperatures(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(x / 2, -1), F.softmax(y / 3, -1), reduction="sum")
 
 
 def temperature_per_row(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     t = (1 + mask.to(x.dtype)).unsqueeze(-1)
+    return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)
+
+
+def temperature_below_zero(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    t = (1 - 3 * mask.to(x.dtype)).unsqueeze(-1)
+    return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)
+
+
+def temperature_of_zero_in_a_masked_row(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    t = mask.to(x.dtype).unsqueeze(-1)
+    return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)[mask]
+
+
+def temperature_in_a_tensor(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    t = mask.sum().to(x.dtype) - 6  # -3
     return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="none").sum(-1)
 
 
@@ -205,8 +236,13 @@ REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
     kept: ("forward_kl",),
     masked_elements: ("forward_kl",) * 3,
     cross_entropy_with_a_teacher: ("forward_kl + entropy",),
+    scaled_down: ("forward_kl + entropy",),
+    scaled_further_down: ("forward_kl + entropy",),
+    entropies_that_cancel: ("forward_kl",),
     two_temperatures: ("forward_kl",),
     temperature_per_row: ("forward_kl",),
+    temperature_below_zero: ("forward_kl",),
+    temperature_in_a_tensor: ("forward_kl",),
 }
 
 
@@ -218,6 +254,54 @@ def test_rewritten_and_equal(function: Callable[..., Tensor]) -> None:
     torch.compiler.reset()
     report = agree(function, (x, y.requires_grad_(), mask))
     assert len(report.rewritten) == len(REWRITTEN[function])
+
+
+@pytest.mark.parametrize("numbers", [(2.0, 2.5, 4.0, -1.5, -3.0), (2, 3, 5, -2, -3)])
+def test_a_number_that_changes(numbers: tuple[float, ...]) -> None:
+    """A symbol, after the first value."""
+
+    def loss(x: Tensor, y: Tensor, t: float) -> Tensor:
+        return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="sum")
+
+    x, y, _ = inputs()
+    found = compiled(loss)
+    for t in numbers:
+        wanted = loss(x.double(), y.double(), t)
+        torch.testing.assert_close(found(x, y, t).double(), wanted, rtol=1e-5, atol=0)
+    report = fusedkl.inductor.report()
+    assert report.graphs == len(report.rewritten) == 2
+
+
+def test_a_temperature_read_from_a_tensor() -> None:
+    """A number that nobody can know the sign of while compiling."""
+
+    def loss(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        number = t.item()
+        return F.kl_div(F.log_softmax(x / number, -1), F.softmax(y / number, -1), reduction="sum")
+
+    for t in (torch.tensor(2.0), torch.tensor(-2.0)):
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            assert len(agree(loss, (*inputs()[:2], t)).rewritten) == 1
+
+
+def test_a_temperature_on_the_host() -> None:
+    """torch divides logits on a GPU by a 0-d tensor on the host."""
+
+    def loss(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(x / t, -1), F.softmax(y / t, -1), reduction="sum")
+
+    x = torch.empty(N, V, device="meta")
+    assert compiled(loss)(x, x + 1, torch.tensor(2.0)).device == x.device
+    assert len(fusedkl.inductor.report().rewritten) == 1
+
+
+def test_rows_masked_for_their_temperature() -> None:
+    x, y, mask = inputs()
+    x.requires_grad_(False)  # 0 / 0 in the masked rows' gradients, in torch too
+    wanted = temperature_of_zero_in_a_masked_row(x.double(), y.double(), mask)
+    found = compiled(temperature_of_zero_in_a_masked_row)(x, y, mask)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    assert len(fusedkl.inductor.report().rewritten) == 1
 
 
 def over_another_dim(x: Tensor, y: Tensor, _: Tensor) -> Tensor:

@@ -173,11 +173,6 @@ def weight_by_view(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def temperature(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    terms = kl(x / w, y / w)
-    return w.mul_(3).sum() + terms.sum(-1)
-
-
 def filled(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     terms = kl(x, y).masked_fill(mask, 0)
     mask.logical_not_()
@@ -241,7 +236,6 @@ LATE: dict[Loss, tuple[Callable[[], Tensor], str]] = {
     weight_by_operator: (column, _BETWEEN),
     weight_by_subgraph: (column, _BETWEEN),
     weight_by_view: (column, _BETWEEN),
-    temperature: (column, f"l_w_ {_BETWEEN}"),
     filled: (mask, _BETWEEN),
     kept: (mask, _BETWEEN),
     selected: (mask, _BETWEEN),
@@ -289,6 +283,11 @@ def checkpointed(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     other = checkpoint(lambda t: t * 3, w, use_reentrant=False)
     assert isinstance(other, Tensor)
     return terms.sum(-1) + other.sum()
+
+
+def temperature_after_the_quotient(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    terms = kl(x / w, y / w)
+    return w.mul_(3).sum() + terms.sum(-1)
 
 
 def temperature_between_sums(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
@@ -339,6 +338,7 @@ REWRITTEN: dict[Loss, int] = {
     doubled: 1,
     mask_made_in_place: 1,
     checkpointed: 1,
+    temperature_after_the_quotient: 1,
     temperature_between_sums: 2,
     logits_between_sums: 2,
     index_between_sums: 2,
@@ -349,7 +349,12 @@ REWRITTEN: dict[Loss, int] = {
 
 
 # torch cannot run backward after these itself, or has another report, below.
-NO_BACKWARD = (temperature_between_sums, logits_between_sums, index_between_gathers)
+NO_BACKWARD = (
+    temperature_after_the_quotient,
+    temperature_between_sums,
+    logits_between_sums,
+    index_between_gathers,
+)
 
 
 @pytest.mark.parametrize("function", REWRITTEN, ids=lambda f: f.__name__)

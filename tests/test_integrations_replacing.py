@@ -104,6 +104,19 @@ def test_counted(loop: Any) -> None:
     assert loop.loop_utils.score(1) == "theirs 1 2" and not one.unpatch() and not first.active
 
 
+def test_a_handle_is_entered_again(loop: Any) -> None:
+    one = adapter()
+    handle = one.patch()
+    with handle:
+        with handle:
+            assert handle.active
+        assert handle.active and loop.loop_utils.score(1) == "ours 1 2"
+    assert not handle.active and loop.loop_utils.score(1) == "theirs 1 2"
+    with handle:
+        assert handle.active and loop.loop_utils.score(1) == "ours 1 2"
+    assert not handle.active and loop.loop_utils.score(1) == "theirs 1 2" and not one.unpatch()
+
+
 def test_what_another_party_replaced_stays(loop: Any) -> None:
     one = adapter()
     one.patch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from typing import Any
 
 import linear_cases
@@ -14,6 +15,7 @@ from linear_cases import DIVERGENCES, TILE, Heads, heads
 from torch import Tensor
 
 import fusedkl
+from fusedkl import linear_products
 from fusedkl.linear_plan import tiles
 
 # Relative L2 of a gradient that is stored in the dtype of its input; 16-bit ones round by 2e-3 and
@@ -228,8 +230,10 @@ def test_a_masked_vocabulary(backend: str) -> None:
 # -- accuracy and precision ----------------------------------------------------------------------
 
 
-def test_float32_tiles_and_fast_ones() -> None:
-    """bfloat16 inputs: exact products by default, the rounding of logits with "fast"."""
+@pytest.mark.parametrize("native", [True, False])
+def test_float32_tiles_and_fast_ones(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 inputs: exact products by default, the rounding of logits with "fast", if faster."""
+    monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: native)
     torch.manual_seed(1)
     h = heads(torch.bfloat16, v=4096)
     t = h.tensors
@@ -241,7 +245,18 @@ def test_float32_tiles_and_fast_ones() -> None:
         for precision in (None, "fast")
     }
     assert float(want.mean()) < 5e-3
-    assert errors[None] < 1e-4 and 1e-3 < errors["fast"] < 0.5
+    assert errors[None] < 1e-4
+    assert 1e-3 < errors["fast"] < 0.5 if native else errors["fast"] == errors[None]
+
+
+def test_who_has_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"_is_mkldnn_bf16_supported": lambda: True, "_is_mkldnn_fp16_supported": lambda: False}
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**said))
+    assert linear_products.multiplied_natively(torch.bfloat16, "cpu")
+    assert not linear_products.multiplied_natively(torch.float16, "cpu")
+    assert linear_products.multiplied_natively(torch.float16, "cuda")
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())  # a build without oneDNN
+    assert not linear_products.multiplied_natively(torch.bfloat16, "cpu")
 
 
 def test_the_products_setting_is_put_back() -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedkl
-from fusedkl import linear_ops, reference
+from fusedkl import linear_ops, linear_products, reference
 from fusedkl.linear_arguments import Inputs
 from fusedkl.linear_backward import Wanted, backward
 
@@ -145,7 +145,10 @@ def large(dtype: torch.dtype) -> Heads:
 
 @pytest.mark.parametrize("precision", [None, "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_is_that_of_tiles(dtype: torch.dtype, precision: str | None) -> None:
+def test_memory_is_that_of_tiles(
+    dtype: torch.dtype, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: True)
     h = large(dtype)
     full = TOKENS * VOCABULARY * 4
     leaves = h.leaves("hidden", "weight")

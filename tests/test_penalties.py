@@ -62,6 +62,18 @@ def test_a_bounded_ratio_keeps_a_bounded_gradient(kind: str) -> None:
     assert bool((ratios.grad != 0).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bound_holds_infinite_ratios_too(kind: str) -> None:
+    logprob = torch.tensor([-1.0, -math.inf, -math.inf], requires_grad=True)
+    ref = torch.tensor([-math.inf, -1.0, -math.inf])
+    value = fusedkl.kl_estimate(logprob, ref, kind, max_log_ratio=2.0)
+    (slope,) = torch.autograd.grad(value[:2].sum(), logprob)
+    wanted = torch.tensor([exactly(kind, r) for r in (2.0, -2.0)])
+    torch.testing.assert_close(value[:2].detach(), wanted[:, 0])
+    torch.testing.assert_close(slope[:2], wanted[:, 1])
+    assert value[2].isnan()
+
+
 def test_estimates_differentiate_twice() -> None:
     logprob, ref = torch.randn(2, 5, dtype=torch.float64).requires_grad_().unbind()
     for kind in ("k2", "k3"):
@@ -91,6 +103,12 @@ def test_rewards_per_token_stay_where_they_are() -> None:
     rewards = torch.arange(9.0).view(3, 3)
     found = fusedkl.kl_penalized_rewards(rewards, KL, MASK, torch.tensor(2.0))
     assert found.tolist() == [[-2.0, -3.0, 0.0], [1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("coef", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_no_coefficient_is_no_penalty(coef: float | torch.Tensor) -> None:
+    found = fusedkl.kl_penalized_rewards(REWARDS[1:], KL[1:], MASK[1:].logical_not(), coef)
+    assert found.tolist() == [[0.0, 20.0, 0.0], [0.0, 0.0, 30.0]]
 
 
 def test_penalised_rewards_carry_no_gradient_and_keep_float64() -> None:
@@ -159,6 +177,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "float": (lambda: rewards(L, L, L, 1), TypeError, "mask must be .* got torch.float32"),
     "mask shape": (lambda: rewards(L, L, M[0], 1), ValueError, r"mask .* got \[3\]"),
     "coef": (lambda: rewards(L, L, M, -1), ValueError, "coef must be at least 0 .* got -1"),
+    "coef tensor": (lambda: rewards(L, L, M, L[0, 0] - 1), ValueError, "coef .* 0 .* got -1"),
+    "nan coef": (lambda: rewards(L, L, M, L[0, 0] * math.nan), ValueError, "coef .* got nan"),
     "coef shape": (lambda: rewards(L, L, M, L), ValueError, r"coef .* 0-d tensor; got shape"),
     "coef 0": (lambda: adaptive(0, 1), ValueError, "coef must be positive .* got 0"),
     "target": (lambda: adaptive(1, math.inf), ValueError, "target .* finite; got inf"),

@@ -70,6 +70,44 @@ def test_cross_entropy_and_t2() -> None:
     torch.testing.assert_close(found, 0.75 * 9 * kl + 0.25 * ce, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_both_terms_have_the_same_logits(temperature: float) -> None:
+    """Padding, caps, scales and an own backend: the cross-entropy's too."""
+    student, teacher = Tiny(), Tiny()
+    ids, labels = batch()
+    valid, cap, scale = V - 9, 0.5, 1.5
+    ids, labels = ids % valid, torch.where(labels < 0, labels, labels % valid)
+    loss = distillation_loss_func(
+        student,
+        teacher,
+        temperature=temperature,
+        ce_weight=0.25,
+        valid_vocab=valid,
+        softcap=cap,
+        logit_scale=scale,
+        backend="reference",
+    )
+    outputs = student(ids)
+    found = loss(outputs, labels)
+
+    def shaped(logits: Tensor) -> Tensor:
+        return cap * torch.tanh(logits[:, :-1, :valid].double() * scale / cap)
+
+    p = shaped(outputs.logits)
+    log_q = F.log_softmax(shaped(teacher(ids).logits) / temperature, -1)
+    log_p = F.log_softmax(p / temperature, -1)
+    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    counted = labels[:, 1:] != -100
+    ce = F.cross_entropy(p.reshape(-1, valid), labels[:, 1:].reshape(-1))
+    wanted = 0.75 * kl[counted].mean() + 0.25 * ce
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    leaves = list(student.parameters())
+    grads, wanted_grads = (
+        torch.autograd.grad(t, leaves, retain_graph=True) for t in (found, wanted)
+    )
+    torch.testing.assert_close(grads, wanted_grads, rtol=1e-4, atol=1e-7)
+
+
 def test_mistakes_are_named() -> None:
     student = Tiny()
     with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module; got str"):

@@ -229,7 +229,7 @@ def test_a_patched_loss_without_synchronisation(
     monkeypatch.setattr(deferred_kl, "_backend", lambda *logits: "triton")
     fused: list[Any] = []
     sources = deferred_kl._sources
-    monkeypatch.setattr(deferred_kl, "_sources", lambda plan: fused.append(1) or sources(plan))
+    monkeypatch.setattr(deferred_kl, "_sources", lambda *plan: fused.append(1) or sources(*plan))
     with FakeTensorMode():
         x = torch.empty(8, 4096, device="cuda", requires_grad=True)
         y = torch.empty(8, 4096, device="cuda")
@@ -269,6 +269,19 @@ def test_what_the_device_would_assert() -> None:
         contents._assert_on_device(2, ids, inverse, mask)
     with pytest.raises(RuntimeError, match="a temperature is not positive and finite"):
         contents._assert_on_device(3, ids, inverse, None)
+
+
+def test_labels_on_a_cpu_are_not_looked_at_where_they_hold_nothing() -> None:
+    with FakeTensorMode():
+        x, ids = torch.empty(N, V), torch.zeros(N, dtype=torch.int64)
+        assert fusedkl.distillation_loss(x, x, ids, reduction="none").shape == (N,)
+        linear = fusedkl.linear_token_stats(x, torch.empty(9, V), token_ids=ids)
+        assert linear.logprob is not None and linear.logprob.shape == (N,)
+    x, y = logits(torch.float32)
+    ids = torch.randint(0, V, (3, N))
+    found = torch.func.vmap(lambda i: fusedkl.distillation_loss(x, y, i, temperature=2.0))(ids)
+    one_by_one = [fusedkl.distillation_loss(x, y, i, temperature=2.0) for i in ids]
+    torch.testing.assert_close(found, torch.stack(one_by_one))
 
 
 def test_a_host_synchronisation_would_be_seen() -> None:

@@ -26,11 +26,9 @@ def row_numbers(
     index: Tensor | None,
     kinds: tuple[str, ...],
     parameter: float | None,
-    temperature: Any,
+    temperature: float | None,
 ) -> tuple[Tensor, ...]:
     """One number per row for every field in `kinds` (logprob: in the shape of index)."""
-    if isinstance(temperature, Tensor) and temperature.dim():
-        temperature = temperature.squeeze(-1)
     inverse = inverse_temperature(1.0 if temperature is None else temperature, policy)
     shape = policy.shape[:-1]
     # To torch's gather a negative index is an error, as to all users of ours.

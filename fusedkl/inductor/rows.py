@@ -228,21 +228,12 @@ class Rows(ABC):
         """A product that is none of rows alone: reader.py knows those of sums."""
 
     def _divided(self, row: Row, by: Any) -> Value:
-        if isinstance(by, (int, float)) and not isinstance(by, bool):
-            if not 0 < by < math.inf or isinstance(row.temperature, Node):
-                return None
-            product = by * (1 if row.temperature is None else row.temperature)
-            return Scaled(Row(row.logits, None if product == 1 else product, row.detached))
-        tensor, logits = example(by), example(row.logits)
-        if row.temperature is not None or tensor is None:
+        # A quotient by anything but a number stays, as logits: of a tensor nobody knows the sign,
+        # and torch would compile anew for every value of a symbol that goes into a call of ours.
+        if isinstance(by, bool) or not isinstance(by, (int, float)) or not 0 < by < math.inf:
             return None
-        if isinstance(tensor, torch.Tensor):
-            per_row = same(tensor.shape, (*logits.shape[:-1], 1))
-            if tensor.requires_grad or tensor.dtype not in _FLOAT:
-                return None
-            if not per_row and tensor.dim() != 0:
-                return None
-        return Scaled(Row(row.logits, by, row.detached))
+        product = by * (1 if row.temperature is None else row.temperature)
+        return Scaled(Row(row.logits, None if product == 1 else product, row.detached))
 
     def _arithmetic(self, node: Node, name: str, given: dict[str, Any]) -> Value:
         if name == "neg":

@@ -37,8 +37,7 @@ class Call:
 
     def inputs(self) -> list[Node]:
         rows = [row for row in (self.policy, self.reference) if row is not None]
-        given = [*(r.logits for r in rows), *(r.temperature for r in rows), self.index]
-        return [node for node in given if isinstance(node, Node)]
+        return [*(r.logits for r in rows), *([] if self.index is None else [self.index])]
 
 
 def calls_of(members: Iterable[Member], writes: Writes) -> list[Call]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from .calls import example
 from .found import Single, Sum
-from .values import Mixture, Row
+from .values import Mixture, Row, merged
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,21 @@ def numbers(found: Sum | Single) -> list[Number] | str:
         return [Number(1.0, kind, found.row)]
     terms = dict(found.products.terms)
     result: list[Number] = []
+    entropies: list[tuple[Row, float]] = []
     for mixture in {b for _, b in terms if isinstance(b, Mixture)}:
         (a, wa), (b, wb) = mixture.parts
         factors = [-terms.pop((row, mixture), 0.0) / w for row, w in mixture.parts]
         if abs(factors[0] - factors[1]) > 1e-6 * abs(factors[0]):
             return "the two KLs of a Jensen-Shannon divergence are not weighted as its mixture is"
-        for row, w in mixture.parts:
-            terms[row, row] = terms.get((row, row), 0.0) - factors[0] * w
+        entropies += [(row, -factors[0] * w) for row, w in mixture.parts]
         if _requires_grad(b) and not _requires_grad(a):
             a, b, wb = b, a, wa
         result.append(Number(factors[0], "jsd", a, b, wb))
-    entropies: dict[Row, float] = defaultdict(float)
     for (a, b_), c in terms.items():
         assert isinstance(b_, Row)
-        entropies[a] += c
         if a != b_:
             result.append(_kl(-c, a, b_))
-    result += [Number(-c, "entropy", a) for a, c in entropies.items() if abs(c) > 1e-9]
+    entropies += [(a, c) for (a, _), c in terms.items()]
+    left = merged(entropies, rounding=1e-9)
+    result += [Number(-c, "entropy", a) for a, c in left.items()]
     return result or "nothing is left of its terms: it is the KL of a row with itself"

@@ -10,6 +10,8 @@ sum over the vocabulary of
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +20,10 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Row:
-    """logits / temperature, over the last dim. temperature: None for 1, a number or a node."""
+    """logits / temperature, over the last dim. temperature: a positive number, None for 1."""
 
     logits: Node
-    temperature: Any = None
+    temperature: float | None = None
     detached: bool = False
 
 
@@ -107,11 +109,14 @@ class Stacked:
 Value = Any  # one of the above, or None for whatever else
 
 
-def _merged(terms: Any) -> tuple[Any, ...]:
-    total: dict[Any, float] = {}
+def merged(terms: Iterable[tuple[Any, float]], rounding: float = 1e-12) -> dict[Any, float]:
+    """The sum of coefficients for each key, but for those that cancel up to rounding."""
+    total: dict[Any, float] = defaultdict(float)
+    size: dict[Any, float] = defaultdict(float)
     for key, coefficient in terms:
-        total[key] = total.get(key, 0.0) + coefficient
-    return tuple((key, c) for key, c in total.items() if abs(c) > 1e-12)
+        total[key] += coefficient
+        size[key] += abs(coefficient)
+    return {key: c for key, c in total.items() if abs(c) > rounding * size[key]}
 
 
 def scale(value: Value, by: float) -> Value:
@@ -130,13 +135,13 @@ def add(a: Value, b: Value) -> Value:
     if isinstance(a, Constant) and isinstance(b, Constant):
         return Constant(a.value + b.value)
     if isinstance(a, Log) and isinstance(b, Log):
-        return Log(_merged((*a.terms, *b.terms)), a.constant + b.constant)
+        return Log(tuple(merged((*a.terms, *b.terms)).items()), a.constant + b.constant)
     if isinstance(a, Log) and isinstance(b, Constant):
         return replace(a, constant=a.constant + b.value)
     if isinstance(b, Log) and isinstance(a, Constant):
         return add(b, a)
     if isinstance(a, Products) and isinstance(b, Products) and a.then == b.then:
-        return Products(_merged((*a.terms, *b.terms)), a.then)
+        return Products(tuple(merged((*a.terms, *b.terms)).items()), a.then)
     return None
 
 
@@ -147,7 +152,7 @@ def multiply(a: Value, b: Value) -> Value:
     if isinstance(b, Constant):
         return scale(a, b.value)
     if isinstance(a, Prob) and isinstance(b, Log) and b.constant == 0:
-        return Products(_merged(((a.row, atom), c) for atom, c in b.terms))
+        return Products(tuple(merged(((a.row, atom), c) for atom, c in b.terms).items()))
     if isinstance(a, Prob) and isinstance(b, Scaled) and a.row == b.row:
         return LogitProducts(a.row)
     return None

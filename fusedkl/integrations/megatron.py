@@ -17,6 +17,7 @@ from torch import Tensor
 from ..distillation import distillation_loss
 from ..distribution import entropy, selective_log_softmax
 from ..functional import divergence
+from ..stats import token_stats
 from .replacing import Adapter, Part
 
 if TYPE_CHECKING:
@@ -49,12 +50,23 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """-log p[target] per token, float32: logits [s, b, V / ranks], target [s, b] of all V.
 
-    The logits stay as they are. label_smoothing is spread over the V - 1 other tokens of the whole
-    vocabulary; Megatron's spreads it over the rank's own slice, so that its ranks disagree.
+    A target below 0, such as -100, gives 0 and no gradient; Megatron's gives the log of a sum of
+    exps, for a loss mask to drop. The logits stay as they are. label_smoothing is spread over the
+    V - 1 other tokens of the whole vocabulary; Megatron's spreads it over the rank's own slice, so
+    that its ranks disagree.
     """
     group = _group(tp_group)
+    counted = target >= 0
     if label_smoothing == 0:
-        return -selective_log_softmax(vocab_parallel_logits, target, group=group)
+        logprob = token_stats(
+            vocab_parallel_logits,
+            token_ids=target,
+            fields=("logprob",),
+            mask=counted,
+            group=group,
+        ).logprob
+        assert logprob is not None
+        return -logprob
     # Megatron's slices are of one size
     vocabulary = vocab_parallel_logits.shape[-1] * group.size()
     return distillation_loss(
@@ -63,7 +75,7 @@ def vocab_parallel_cross_entropy(
         target,
         ce_weight=1.0,
         label_smoothing=label_smoothing * vocabulary / (vocabulary - 1),
-        ignore_index=-1,
+        mask=counted,
         reduction="none",
         group=group,
     )

@@ -190,14 +190,20 @@ class Replaced:
     """What an adapter's `patch()` returns: a context manager; its repr says what is replaced."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self._adapter, self._mine = adapter, True
+        self._adapter = adapter
+        self._mine = 1  # calls of the adapter's patch() to take back
+        self._unentered = True  # `with patch():` adopts the one that the call made
 
     @property
     def active(self) -> bool:
-        """Whether this call of `patch()` is still counted."""
-        return self._mine and self._adapter._active > 0
+        """Whether this call of `patch()`, or a `with` of this handle, is still counted."""
+        return self._mine > 0 and self._adapter._active > 0
 
     def __enter__(self) -> Replaced:
+        if not (self._unentered and self.active):
+            self._adapter.patch()
+            self._mine += 1
+        self._unentered = False
         return self
 
     def __exit__(
@@ -207,7 +213,7 @@ class Replaced:
         traceback: TracebackType | None,
     ) -> None:
         if self.active:
-            self._mine = False
+            self._mine -= 1
             self._adapter.unpatch()
 
     def __repr__(self) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distribution import selective_log_softmax
 from ..functional import divergence
+from ..stats import token_stats
 
 __all__ = ["DistillationLossFunc", "distillation_loss_func"]
 
@@ -85,9 +85,12 @@ class DistillationLossFunc:
         if self.scale_t2:
             total = total * self.temperature**2
         if self.ce_weight:
-            logprob = selective_log_softmax(student, torch.where(counted, labels, 0))
-            nll = -torch.where(counted, logprob, 0).sum()
-            total = (1 - self.ce_weight) * total + self.ce_weight * nll
+            shared = {name: self.options[name] for name in self.options.keys() & _OF_BOTH_TERMS}
+            logprob = token_stats(
+                student, token_ids=labels, fields=("logprob",), mask=counted, **shared
+            ).logprob
+            assert logprob is not None
+            total = (1 - self.ce_weight) * total - self.ce_weight * logprob.sum()
         if num_items_in_batch is None:
             return total / counted.sum().clamp(min=1)
         if isinstance(num_items_in_batch, Tensor):
@@ -118,7 +121,8 @@ def distillation_loss_func(
         student: the model that the Trainer is given.
         teacher: any model with the student's inputs and vocabulary; put into eval mode, its
             parameters without gradients, and run under no_grad.
-        kind, temperature, options: as `fusedkl.divergence` has them.
+        kind, temperature, options: as `fusedkl.divergence` has them. The cross-entropy, which is at
+            temperature 1, has the same valid_vocab, softcap, logit_scale, group and backend.
         scale_t2: multiply the divergence by T^2.
         ce_weight: the share of the cross-entropy to the labels.
 
@@ -153,5 +157,7 @@ def distillation_loss_func(
     )
 
 
+# What says which logits there are, and where.
+_OF_BOTH_TERMS = {"valid_vocab", "softcap", "logit_scale", "group", "backend"}
 # What divergence takes and this decides.
 _OURS = {"policy_logits", "reference_logits", "mask", "labels", "reduction", "weight"}
