@@ -14,9 +14,9 @@ FUSEDKL_HD static inline double farthest(Family f) { return f == Family::tilted 
 
 // 1 - e^-u and e^-u, each with its digits. In float, u below kLeast makes the first one -inf: so large a power may be of a `big` that
 // has underflowed, and sums that are not finite are taken again in double.
-template <class V>
+template <class O>
 struct Decay {
-  V lost, left;
+  typename O::V lost, left;
 };
 constexpr double kLeast = -60;
 
@@ -162,7 +162,7 @@ struct ScalarOps {
   FUSEDKL_MEMBER static V fma(V a, V b, V c) { return a * b + c; }
   FUSEDKL_MEMBER static V h(V z) { return h_of(z); }
   FUSEDKL_MEMBER static V one_minus_exp(V u) { return -expm1(-u); }
-  FUSEDKL_MEMBER static Decay<V> decay(V u) { return {-expm1(-u), exp(-u)}; }
+  FUSEDKL_MEMBER static Decay<ScalarOps> decay(V u) { return {-expm1(-u), exp(-u)}; }
   FUSEDKL_MEMBER static V exp2_of(V u) { return exp2(u); }
 };
 

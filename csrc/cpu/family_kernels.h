@@ -19,7 +19,7 @@ struct LaneOps {
   SIMD_INLINE V fma(V a, V b, V c) { return fusedkl::fma(a, b, c); }
   SIMD_INLINE V exp2_of(V u) { return exp2_lanes(u); }
   SIMD_INLINE V one_minus_exp(V u) { return set1(0.f) - expm1_lanes(split_exponential(set1(0.f) - u)); }
-  SIMD_INLINE Decay<V> decay(V u) {
+  SIMD_INLINE Decay<LaneOps> decay(V u) {
     const V zero = set1(0.f), infinite = set1(-INFINITY);
     const Split e = split_exponential(zero - min2(set(kFarthest), u));
     return {fusedkl::select(not_above(u, set(kLeast)), infinite, zero - expm1_lanes(e)), fma(e.s, e.q + e.r, e.s)};

@@ -77,7 +77,7 @@ struct SeriesOps {
   static V fma(const V& a, const V& b, const V& c) { return a * b + c; }
   static V h(const V& z) { return z - log1p_series(z); }
   static V one_minus_exp(const V& u) { return set(1) - exp_series(set(0) - u); }
-  static Decay<V> decay(const V& u) { return {one_minus_exp(u), exp_series(set(0) - u)}; }
+  static Decay<SeriesOps> decay(const V& u) { return {one_minus_exp(u), exp_series(set(0) - u)}; }
   static V exp2_of(const V& u) { return exp_series(set(kLn2) * u); }
 };
 

@@ -9,7 +9,7 @@ namespace fusedkl {
 namespace gpu {
 
 FUSEDKL_MEMBER Real FloatOps::exp2_of(Real u) { return {exp2_fast(u.v)}; }
-FUSEDKL_MEMBER Decay<Real> FloatOps::decay(Real u) {
+FUSEDKL_MEMBER Decay<FloatOps> FloatOps::decay(Real u) {
   const Real left = exp2_of({u.v * static_cast<float>(-kLog2e)});
   return {u.v <= static_cast<float>(kLeast) ? Real{-INFINITY} : one_minus_exp(u), left};
 }
