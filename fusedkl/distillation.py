@@ -32,6 +32,8 @@ def distillation_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    valid_vocab: int | None = None,
+    softcap: float | None = None,
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -50,6 +52,9 @@ def distillation_loss(
     Args:
         student_logits, teacher_logits, temperature, mask, weight, reduction, backend: as policy and
             reference in `divergence`. Differentiable, twice too.
+        valid_vocab: only the first so many logits of a row exist, for D, the cross-entropy and the
+            V of label smoothing. Student and teacher may then have padding of different sizes.
+        softcap: as in `divergence`, of both rows' logits, for the cross-entropy too.
         labels: int64, shape student_logits.shape[:-1], from 0 to V - 1. Rows with ignore_index, and
             rows that the mask excludes, count for neither term; what labels hold there is ignored.
         kind, beta, alpha: a divergence and its parameter, see `divergence`.
@@ -65,7 +70,9 @@ def distillation_loss(
         a scalar, or shape student_logits.shape[:-1] for reduction="none"; float32, or float64 if an
         input is. At T = 1 one sweep over the rows gives both terms and another one the gradient. At
         another T each of the two sweeps visits the student's rows once per temperature, by blocks
-        of rows, so that the gradient is again the only large tensor that is allocated.
+        of rows, so that the gradient is again the only large tensor that is allocated, rounded
+        once; not so in a graph of torch.compile or over a group, where the gradients of D and of
+        the cross-entropy are each rounded to the dtype of the logits, and then added.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -89,12 +96,16 @@ def distillation_loss(
             mask=mask,
             weight=weight,
             ignore_index=ignore_index,
+            valid_vocab=valid_vocab,
+            softcap=softcap,
             group=group,
             backend=backend,
         )
         return out
     fields, parameter = divergences.resolve(kind, beta, alpha)
-    validation.pair(student_logits, teacher_logits, sliced=group is not None)
+    names = ("student_logits", "teacher_logits")
+    validation.pair(student_logits, teacher_logits, valid_vocab, group is not None, names)
+    softcap = validation.controls(softcap, 1.0)
     validation.reduction(reduction)
     validation.flag("scale_t2", scale_t2)
     validation.share("ce_weight", ce_weight)
@@ -110,15 +121,11 @@ def distillation_loss(
     dtype = reference.result_dtype(student_logits, teacher_logits)
     weights = reductions.token_weights(student_logits, weight, dtype)
     ids = torch.where(counted, labels.reshape(-1), 0)
-    if group is None:
-        validation.token_range("labels", ids, student_logits.shape[-1], ", or ignore_index")
-    ids = token_ids(ids.view(shape), student_logits)
-
     soft = fields if ce_weight < 1 else ()
     hard: tuple[str, ...] = ()
     if ce_weight > 0:
         hard = ("logprob", "mean_logprob") if label_smoothing > 0 else ("logprob",)
-    wanted = needs(student_logits, teacher_logits, *soft, *hard)
+    wanted = needs(student_logits, teacher_logits, *soft, *hard, softcap=softcap)
     name = resolve(backend, student_logits.device, wanted)
     read = reductions.rows_to_read(counted, weights)
     shards = distributed.shards(
@@ -128,8 +135,15 @@ def distillation_loss(
         kind=f"distillation {kind} {parameter} {' '.join(hard)}",
         dtype=" ".join(wanted[:2]),
         temperature=temperature,
+        valid_vocab=valid_vocab,
+        softcap=softcap,
     )
-    call = _Call(soft, hard, parameter, inverse, read, ids, name, shards)
+    width = student_logits.shape[-1] if valid_vocab is None else valid_vocab
+    if group is None or valid_vocab is not None:  # else the width of a slice
+        validation.token_range("labels", ids, width, ", or ignore_index")
+    ids = token_ids(ids.view(shape), student_logits)
+    limits = (valid_vocab, softcap)
+    call = _Call(soft, hard, parameter, inverse, read, ids, limits, name, shards)
     values = _values(rows(student_logits), rows(teacher_logits) if soft else None, call)
 
     squared: float | Tensor = 1.0
@@ -155,6 +169,7 @@ class _Call(NamedTuple):
     inverse: Tensor | None
     read: Tensor | None
     ids: Tensor  # int64 [N, 1]
+    limits: tuple[int | None, float | None]  # valid_vocab, softcap
     backend: str
     shards: distributed.Shards | None
 
@@ -164,12 +179,13 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
     sharded = call.shards is not None
     # over slices, a second sweep's sums are reduced apart from numbers of tokens
     second = sharded and any(divergences.FIELDS[name].second_sweep for name in call.soft)
+    valid_vocab, softcap = call.limits
     if not call.soft or not call.hard or (call.inverse is None and not second):
         inverse = call.inverse if call.soft else None
         fields = call.soft + call.hard
         return autograd.row_stats(
             x, y, call.ids if call.hard else None, fields, call.parameter, inverse, call.read,
-            shards=call.shards, backend=call.backend,
+            valid_vocab=valid_vocab, softcap=softcap, shards=call.shards, backend=call.backend,
         )  # fmt: skip
     if autograd.intercepted(x, y) or x.numel() == 0 or sharded:
         return _apart(x, y, call)
@@ -178,13 +194,12 @@ def _values(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
 
 
 def _apart(x: Tensor, y: Tensor | None, call: _Call) -> Tensor:
-    soft, hard, parameter, inverse, read, ids, name, shards = call
+    soft, hard, parameter, inverse, read, ids, (valid_vocab, softcap), name, shards = call
+    options: dict[str, Any] = {"valid_vocab": valid_vocab, "softcap": softcap, "shards": shards}
     soft_ones = autograd.row_stats(
-        x, y, None, soft, parameter, inverse, read, shards=shards, backend=name
+        x, y, None, soft, parameter, inverse, read, **options, backend=name
     )
-    hard_ones = autograd.row_stats(
-        x, None, ids, hard, None, None, read, shards=shards, backend=name
-    )
+    hard_ones = autograd.row_stats(x, None, ids, hard, None, None, read, **options, backend=name)
     return torch.cat([soft_ones, hard_ones])
 
 
@@ -196,7 +211,7 @@ class _TwoTemperatures(torch.autograd.Function):
         values, states = [], []
         for part, block_x, block_y in row_parts(x, y):
             c = _cut(call, part)
-            shared = (None, None, c.backend)  # no valid_vocab, no softcap
+            shared = (*c.limits, c.backend)
             soft, soft_state = OPS.row_stats(
                 block_x, block_y, None, c.soft, c.parameter, c.inverse, c.read, *shared
             )
@@ -227,16 +242,22 @@ class _TwoTemperatures(torch.autograd.Function):
         targets = [t for t in (gx, gy) if t is not None]
         for part, block_x, block_y, *blocks in row_parts(x, y, *targets):
             c, out = _cut(call, part), iter(blocks)
+            if to_x:  # both gradients in float32: near the optimum their sum is small
+                block_x = block_x.to(reference.result_dtype(block_x, None))
             soft = OPS.row_stats_backward(
                 grad[:split, part].contiguous(), block_x, block_y, None, state[0, part],
-                c.soft, c.parameter, c.inverse, None, None, to_x, to_y, c.backend,
+                c.soft, c.parameter, c.inverse, *c.limits, to_x, to_y, c.backend,
             )  # fmt: skip
             if to_x:
                 hard, _ = OPS.row_stats_backward(
                     grad[split:, part].contiguous(), block_x, None, c.ids, state[1, part],
-                    c.hard, None, None, None, None, True, False, c.backend,
+                    c.hard, None, None, *c.limits, True, False, c.backend,
                 )  # fmt: skip
-                torch.add(soft[0], hard, out=next(out))
+                target = next(out)
+                if target.dtype == hard.dtype:
+                    torch.add(soft[0], hard, out=target)
+                else:  # out= of another dtype would take one block more
+                    target.copy_(soft[0].add_(hard))
             if to_y:
                 next(out).copy_(soft[1])
         return gx, gy, None

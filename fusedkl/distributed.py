@@ -82,6 +82,15 @@ class Shards(NamedTuple):
                     f"{self.total - 1}; got {low} to {high}"
                 )
 
+    def check_topk(self, ids: Tensor) -> None:
+        """`check_ids` of K tokens a row [N, K], -1 for none; and whether there are as many."""
+        if ids.shape[1] > self.total:
+            raise ValueError(
+                f"{self.ids_name} must hold from 1 to V = {self.total} tokens a row; "
+                f"got {ids.shape[1]}"
+            )
+        self.check_ids(ids.clamp(min=0))
+
 
 def _looked_at(t: Tensor) -> bool:
     """Whether the host may read t: eagerly, and in its own memory."""

@@ -184,20 +184,21 @@ def _over_ranks(
         return total
     if reduction == "batchmean":
         return total / max(layout.shape[0], 1)
-    return total / _count(layout, policy, options)
+    return total / _count(layout, policy, options, value.dtype)
 
 
-def _count(layout: Layout, policy: Tensor, options: dict[str, Any]) -> Any:
-    """What "mean" divides by: known, or one scalar summed over the ranks."""
+def _count(layout: Layout, policy: Tensor, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    """What "mean" divides by: known, or two numbers summed over the ranks: `reductions`."""
     mask, labels, weight = (options.get(name) for name in ("mask", "labels", "weight"))
     if mask is None and labels is None and weight is None:
         return max(layout.shape[:-1].numel(), 1)
     counted = reductions.counted_tokens(policy, mask, labels, options.get("ignore_index", -100))
-    ones = policy.new_ones(policy.shape[:-1].numel(), dtype=torch.float32)
+    ones = policy.new_ones(policy.shape[:-1].numel(), dtype=dtype)
     if weight is not None:
-        ones = ones * weight.reshape(-1)
+        ones = weight.reshape(-1).to(dtype)
     if counted is not None:
         ones = torch.where(counted, ones, 0)
     mine = autograd.ordered_sum(ones, None, backend="reference")
-    norm = layout.scalar(mine, True).redistribute(layout.mesh, layout.everywhere())
-    return torch.where(norm == 0, 1, norm)
+    sums = torch.stack([mine, (ones != 0).sum().to(dtype)])
+    sums = layout.scalar(sums, True).redistribute(layout.mesh, layout.everywhere())
+    return torch.where(sums[1] == 0, 1, sums[0])

@@ -43,7 +43,7 @@ def rows(logits: Tensor) -> Tensor:
 
 
 def row_parts(*tensors: Tensor) -> Iterator[Any]:
-    """(slice of the row numbers, each tensor's rows) by blocks, for tensors [..., V] of one shape.
+    """(slice of the row numbers, each tensor's rows) by blocks, for tensors of equal leading dims.
 
     Leading dims one by one, since a reshape may copy them.
     """

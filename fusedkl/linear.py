@@ -69,9 +69,12 @@ def linear_divergence(
         ref_weight: [V, H'] of the dtype of ref_hidden; None: `weight` serves both.
         kind, beta, alpha: a divergence and its parameter, see `divergence`. Those of a second sweep
             (all but forward_kl, reverse_kl and jeffreys) make every tile of logits twice forward.
-        ref_logits: [..., V], instead of ref_hidden; any floating-point dtype, read in place.
+        ref_logits: [..., V], instead of ref_hidden; any floating-point dtype; read in place if the
+            leading dims are one in memory. A slice `logits[:, :-1]` of a batch is not, and copied:
+            give all of it, hidden states as well, and mask the last tokens.
         ref_topk: instead of either, ids and log-probabilities, both [..., K], of the tokens that
             are known of the reference, as `topk_divergence` takes them; forward_kl and reverse_kl.
+            Where nobody looks (a GPU, torch.compile) a row with an id of V or more is NaN.
         tail: "bucket" (None), "drop" or "renormalize", as for `topk_divergence`; with ref_topk.
         bias, ref_bias: [V], added to the products; -inf masks a vocabulary entry.
         softcap, ref_softcap: c > 0 of c tanh(logits / c), after the scale; None: not capped.

@@ -5,6 +5,7 @@ With shards the vocabulary is cut over a group: linear_shards.py.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,13 +15,22 @@ from . import linear_shards
 from .autograd import OPS, recorded
 from .distributed import Shards, placed, refuse
 from .forward_mode import applied
-from .linear_arguments import DIFFERENTIABLE, Inputs
-from .linear_reference import composed
+from .linear_arguments import DIFFERENTIABLE, OF_TOKENS, Inputs
+from .linear_reference import composed, slopes
 from .linear_topk import NAMES
+
+
+def _named(forward: Any) -> Any:
+    """Says what it takes: without, torch.compile adds a context where no gradient is asked for."""
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    taken = [inspect.Parameter(name, kind) for name in (*Inputs._fields, "shards")]
+    forward.__signature__ = inspect.Signature(taken)
+    return forward
 
 
 class _LinearStats(torch.autograd.Function):
     @staticmethod
+    @_named
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *given, shards = args
         if shards is not None:
@@ -69,15 +79,29 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     fresh = {n: t.view_as(t) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
     given = dict(fresh)
-    if i.mask is not None:  # what masked tokens hold would reach the weights as 0 * NaN
-        for name in {"hidden", "ref_hidden", "ref_logits"} & given.keys():
-            given[name] = torch.where(i.mask[:, None], given[name], 0)
+    live = _live(grad, i)
+    for name in OF_TOKENS:  # what other tokens hold would reach the weights as 0 * NaN
+        if name in given:
+            given[name] = torch.where(live[:, None], given[name], 0)
     values = composed(i.changed(given))
-    found = torch.autograd.grad(
-        values, [fresh[n] for n in names], grad.to(values.dtype), create_graph=True
-    )
+    found = slopes(values, [fresh[n] for n in names], grad, create_graph=True)
     got = dict(zip(names, found, strict=True))
     return [got.get(name) for name in i._fields[:DIFFERENTIABLE]]
+
+
+def _live(grad: Tensor, i: Inputs) -> Tensor:
+    """The tokens that count, but for those of NaN or infinity that a gradient of 0 silences.
+
+    Others with a gradient of 0 stay: theirs has a derivative by it.
+    """
+    number = torch.ones_like(grad[0], dtype=torch.bool)
+    for name in OF_TOKENS:
+        t = getattr(i, name)
+        if t is not None:
+            absent = t == -torch.inf if name == "ref_logits" else False  # not a token of the row
+            number = number & (t.isfinite() | absent).all(-1)
+    live = number | (grad != 0).any(0)
+    return live if i.mask is None else live & i.mask
 
 
 def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:
@@ -100,9 +124,10 @@ def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:
     ids = {
         "token_ids": inputs.token_ids,
         "labels": inputs.labels,
-        NAMES[0]: None if inputs.topk_ids is None else inputs.topk_ids.clamp(min=0),  # -1: padding
     }
     for name, t in ids.items():
         if t is not None:
             shards._replace(ids_name=name).check_ids(t, inputs.mask)
+    if inputs.topk_ids is not None:
+        shards._replace(ids_name=NAMES[0]).check_topk(inputs.topk_ids)
     return values

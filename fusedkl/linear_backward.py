@@ -111,7 +111,8 @@ class _Sums:
         """Add the products of one tile of gradients; `logits` are those of `_logits`."""
         side = self.side
         if side.softcap is not None:  # tanh' = 1 - tanh^2
-            inside = torch.where(logits == -torch.inf, 0, logits / side.softcap)
+            # of a token without a gradient the logit may be NaN
+            inside = torch.where(logits.isfinite(), logits / side.softcap, 0)
             gradient = gradient * (1 - inside * inside)
         if side.scale != 1:
             gradient = gradient * side.scale

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reductions, validation
+from . import contents, reductions, validation
+from .autograd import intercepted
 from .backends import needs, resolve
 from .layout import dense, inverse_temperature
 from .linear_arguments import Inputs
@@ -29,7 +30,11 @@ def per_token(
     inverse = inverse_temperature(temperature, hidden)
     counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return inverse, counted, reductions.token_weights(hidden, weight, dtype, "token_weight")
+    weights = reductions.token_weights(hidden, weight, dtype, "token_weight")
+    if inverse is not None and inverse.device.type == "cpu" and not intercepted(inverse):
+        # here, since not all that reads them looks at them
+        contents.temperatures(inverse, reductions.rows_to_read(counted, weights))
+    return inverse, counted, weights
 
 
 def inputs_of(
@@ -53,22 +58,25 @@ def inputs_of(
         raise ValueError(f'precision must be None or "fast"; got {precision!r}')
     for name, value in zip(("logit_scale", "ref_logit_scale"), scales, strict=True):
         _number(name, value)
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite; got {value}")
     for name, cap in zip(("softcap", "ref_softcap"), softcaps, strict=True):
         if cap is not None:
             _number(name, cap)
-            if not cap > 0:
-                raise ValueError(f"{name} must be positive; got {cap}")
-    if tile is not None and not (
-        len(tile) == 2 and all(isinstance(n, int) and n > 0 for n in tile)
-    ):
-        raise ValueError(f"tile must be two positive ints, tokens and vocabulary; got {tile}")
+            if not 0 < cap < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {cap}")
+    if tile is not None:
+        _tile(tile)
     if ref_weight is weight:
         ref_weight = None
     hidden, weight = _autocast(hidden), _autocast(weight)
     bias, ref_bias = _autocast(bias), _autocast(ref_bias)
     ref_hidden, ref_weight = _autocast(ref_hidden), _autocast(ref_weight)
     _head("", hidden, weight, bias, sliced)
+    if ref_logits is not None:
+        validation.logits("ref_logits", ref_logits, sliced)
     if ref_hidden is not None:
+        validation.logits("ref_hidden", ref_hidden)
         if ref_logits is not None:
             raise ValueError(
                 "one form of reference is accepted; got ref_hidden of shape "
@@ -85,7 +93,6 @@ def inputs_of(
         name = "ref_weight" if ref_weight is not None else "ref_bias"
         raise ValueError(f"{name} needs ref_hidden")
     if ref_logits is not None:
-        validation.logits("ref_logits", ref_logits, sliced)
         _alike("ref_logits", ref_logits, hidden)
         if ref_logits.shape[-1] != weight.shape[0]:
             raise ValueError(
@@ -119,6 +126,14 @@ def _flat(t: Tensor) -> Tensor:
 def _number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
+def _tile(tile: Any) -> None:
+    said = "tile must be two positive ints, tokens and vocabulary"
+    if not isinstance(tile, (tuple, list)):
+        raise TypeError(f"{said}; got {type(tile).__name__}")
+    if len(tile) != 2 or not all(isinstance(n, int) and n > 0 for n in tile):
+        raise ValueError(f"{said}; got {tile}")
 
 
 def _alike(name: str, given: Tensor, hidden: Tensor) -> None:

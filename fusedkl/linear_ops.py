@@ -5,7 +5,8 @@ fusedkl::linear_stats(hidden [N, H], weight [V, H], bias? [V], ref_hidden? [N, H
     parameter?, inv_temperature?, mask?, scales, softcaps, fast, tile, backend)
     ref_hidden without ref_weight: the policy's weight; scales, softcaps: of policy and reference,
     softcaps 0 where there is none; tile: tokens and vocabulary entries, or empty
-    topk_ids: outcomes of their own (negative: none), fields is ["logsumexp"], of the others
+    topk_ids: outcomes of their own (-1: none; an id of no token: NaN), fields is ["logsumexp"], of
+    the others
     -> values [R, N], float32 or float64: with topk_ids K rows of logits over T, in float64, and
        then logsumexp of the others; else one row per field; then log p[label] at temperature 1
        states [Q, N, S], float64: of the fields, then of the labels

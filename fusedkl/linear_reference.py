@@ -28,7 +28,7 @@ def _logits(
 def _capped(logits: Tensor, softcap: float) -> Tensor:
     if not softcap:
         return logits
-    finite = logits != -torch.inf
+    finite = ~((logits == -torch.inf) | logits.isnan())  # 0 times the slope at NaN would be NaN
     capped = torch.tanh(torch.where(finite, logits, 0) / softcap) * softcap
     return torch.where(finite, capped, logits)
 
@@ -58,16 +58,32 @@ def composed(i: Any) -> Tensor:
 
 def _outcomes(x: Tensor, ids: Tensor, inverse: Tensor | None, mask: Tensor | None) -> Tensor:
     """[K + 1, n]: logits over T of the tokens, 0 for padding, and logsumexp of all others."""
+    if inverse is not None and mask is not None:  # of a masked token it may be anything
+        inverse = torch.where(mask, inverse, 1)
     scaled = x if inverse is None else x * inverse.to(x.dtype)[:, None]
-    given = ids >= 0
-    tokens = torch.where(given, scaled.gather(1, ids.clamp(min=0)), 0)
-    apart = scaled.new_zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool)
-    apart = apart.scatter(1, torch.where(given, ids, x.shape[1]), True)[:, :-1]
+    width = x.shape[1]
+    given = (ids >= 0) & (ids < width)
+    # of no token, where nobody has looked
+    none = torch.where(ids < width, 0.0, torch.nan).to(x.dtype)
+    tokens = torch.where(given, scaled.gather(1, torch.where(given, ids, 0)), none)
+    apart = scaled.new_zeros(x.shape[0], width + 1, dtype=torch.bool)
+    apart = apart.scatter(1, torch.where(given, ids, width), True)[:, :-1]
     rest = torch.where(apart, -torch.inf, scaled)
     empty = (rest == -torch.inf).all(1)
     finite = torch.where(empty[:, None], 0, rest).logsumexp(1)  # no NaN in its gradient
     found = torch.cat([tokens, torch.where(empty, -torch.inf, finite)[:, None]], 1)
     return (found if mask is None else torch.where(mask[:, None], found, 0)).t()
+
+
+def slopes(
+    values: Tensor, leaves: list[Tensor], grad: Tensor, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of `composed`; 0 to what none of the values depends on."""
+    if not values.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        values, leaves, grad.to(values.dtype), create_graph=create_graph, materialize_grads=True
+    )
 
 
 def values(i: Any) -> Tensor:
@@ -87,7 +103,7 @@ def gradients(grad: Tensor, i: Any, states: Tensor, wanted: list[bool]) -> list[
             part = i.tokens(_range(block, i.hidden))
             leaves = {name: getattr(part, name).detach().requires_grad_() for name in names}
             out = composed(part._replace(**leaves))
-            found = torch.autograd.grad(out, list(leaves.values()), grad[:, block].to(out.dtype))
+            found = slopes(out, list(leaves.values()), grad[:, block])
         for name, gradient in zip(names, found, strict=True):
             kept = total[name]
             wide = gradient.to(reference.inside(gradient.device))

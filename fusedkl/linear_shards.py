@@ -93,6 +93,8 @@ def of_slice(i: Inputs, shards: Shards) -> Inputs:
         "labels": None if i.labels is None else i.labels[:, None],
     }
     found = {name: shards.local_ids(t) for name, t in ids.items() if t is not None}
+    if i.topk_ids is not None:  # padding is nowhere, and no mistake
+        found["topk_ids"] = torch.where(i.topk_ids < 0, -1, found["topk_ids"])
     if "labels" in found:
         found["labels"] = found["labels"][:, 0]
     return i.changed(found)

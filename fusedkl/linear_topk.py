@@ -31,13 +31,24 @@ class Teacher(NamedTuple):
         logits, rest = outcomes[:-1].t(), outcomes[-1:].t()
         logits = torch.where(self.ids >= 0, logits, -torch.inf)
         rest = torch.where(rest == -torch.inf, -torch.inf, rest)  # no rest: no gradient to it
-        log_p = torch.log_softmax(torch.cat([logits, rest], -1), -1)
+        row = torch.cat([logits, rest], -1)
+        # of a row that is none, log_softmax would make 0 * NaN of a gradient of 0
+        bad = (row.isnan() | (row == torch.inf)).any(-1) | (row == -torch.inf).all(-1)
+        log_p = torch.log_softmax(torch.where(bad[:, None], 0, row), -1)
         parts = log_p[:, :-1], log_p[:, -1:]
         if backend not in topk.KERNELS:  # where topk_divergence takes them, too: K + 1 numbers
             backend = "reference"
-        return topk.of_outcomes(
+        value = topk.of_outcomes(
             *parts, self.ids, self.log_q, self.kind, self.tail, counted, self.dtype, backend
         )
+        if counted is not None:
+            bad = bad & counted
+        value = torch.where(bad, torch.nan, value)
+        if torch.is_grad_enabled():
+            lost = torch.where(bad, torch.nan, 0.0)[:, None].to(row.dtype)
+            pulled = reference.pull(row, lost.expand_as(row)).squeeze(-1)
+            value = value + pulled.to(value.dtype)
+        return value
 
 
 def one_reference(

@@ -20,6 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+# Numbers of rows whose answers are kept, over all kinds of calls; not of graphs, some ranks of
+# which may be compiled again without the others.
+_REMEMBERED = 1024
+
 _Call = tuple[tuple[str, str], ...]  # names and what is said of them
 
 
@@ -107,6 +111,10 @@ def _exchange(group: Any, vocabulary: int, rows: int | str, call: _Call) -> tupl
     cuts = record.answers.setdefault((rows, call), {})
     cuts.pop(vocabulary, None)
     cuts[vocabulary] = found
+    # By the order of exchanges, which all ranks made: all forget the same, and ask again together.
+    eager = [key for key in record.answers if isinstance(key[0], int)]
+    for key in eager[:-_REMEMBERED]:
+        del record.answers[key]
     return found
 
 

@@ -102,7 +102,9 @@ def topk_divergence(
     Args:
         policy_logits: [..., V], float32, bfloat16, float16 or float64, any strides; read once
             forward, once backward ("renormalize" reads the K tokens alone). Differentiable, twice
-            too.
+            too. Of a padded vocabulary give `policy_logits[..., :n]`, which is read in place, but
+            whose gradient autograd copies once into the padded one. There is no softcap: cap the
+            logits first.
         topk_ids: int64 [..., K], from 0 to V - 1, different in each row; -1 is padding. Any K
             tokens, not only the likeliest: K <= V.
         topk_logprobs: floating-point [..., K], at most 0: log q of them, already at `temperature`,
@@ -121,10 +123,12 @@ def topk_divergence(
         shape [...] or a scalar; float32, or float64 if an input is. +inf where the supports say so,
         with p - q (over the outcomes) as the policy's gradient and 0 to the reference. A row whose
         logits have NaN, +inf or nothing but -inf is NaN, and no other, but for one of NaN
-        log-probabilities; "renormalize" sees only what stands at the K tokens, and is NaN for a row
-        of padding alone, where the others are 0. log p is known to 1e-7, so divergences below 1e-12
-        have no digits. 1 - Q is taken to be at least 1.2e-7 (2.2e-16 for float64): rounded
-        log-probabilities may sum to 1 and more, and reverse_kl would be infinite.
+        log-probabilities. "renormalize" sees only what stands at the K tokens (over a group, which
+        reads whole rows, such a row is NaN too), and is NaN for a row of padding alone, where the
+        others are 0. log p is known to 1e-7 where logits are not float64: "bucket" is wrong by 1e-4
+        of a divergence of 1e-8 and by 1e-2 of one of 1e-12, "drop" by 1e-8 in all. 1 - Q is taken
+        to be at least 1.2e-7 (2.2e-16 for float64): rounded log-probabilities may sum to 1 and
+        more, and reverse_kl would be infinite.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
@@ -177,7 +181,7 @@ def topk_divergence(
     elif tail != "renormalize" or return_mass:
         log_p = outcomes(x, ids, inverse, counted, backend=name)
     if tail == "renormalize" and shards is None:
-        tokens = x.reshape(-1, x.shape[-1]).gather(-1, ids.clamp(min=0)).to(log_q.dtype)
+        tokens = _logits_at(x, ids).to(log_q.dtype)
         if inverse is not None:
             if counted is not None:  # whatever temperature a masked row has
                 inverse = torch.where(counted, inverse, 1)
@@ -198,6 +202,14 @@ def topk_divergence(
             for t in (log_p[:, :-1], log_q)
         )
         return TopkDivergence(value, *masses)
+
+
+def _logits_at(x: Tensor, ids: Tensor) -> Tensor:
+    """[N, K] of x [..., V], where it lies; NaN beyond V, where nobody has looked at the ids."""
+    row = torch.arange(ids.shape[0], device=x.device)[:, None]
+    # not gather, whose derivative adds 16-bit numbers up in float32 logits
+    found = x[(*torch.unravel_index(row, x.shape[:-1]), ids.clamp(0, x.shape[-1] - 1))]
+    return torch.where(ids < x.shape[-1], found, torch.nan)
 
 
 def teacher_rows(
@@ -310,9 +322,10 @@ def _check_contents(ids: Tensor, log_q: Tensor, width: int | None, names: tuple[
     if not ids.numel():
         return
     low, high = (int(v) for v in ids.aminmax())
-    if width is not None and (low < -1 or high >= width):  # of slices: sharded_topk
+    if low < -1 or (width is not None and high >= width):  # of slices: sharded_topk
+        last = "V - 1" if width is None else width - 1
         raise ValueError(
-            f"{names[0]} must hold token ids from 0 to {width - 1}, or -1; got {low} to {high}"
+            f"{names[0]} must hold token ids from 0 to {last}, or -1; got {low} to {high}"
         )
     ordered = ids.sort(-1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):

@@ -69,11 +69,16 @@ def logits(name: str, value: object, sliced: bool = False) -> None:
 
 
 def pair(
-    policy: object, reference: object, valid_vocab: object = None, sliced: bool = False
+    policy: object,
+    reference: object,
+    valid_vocab: object = None,
+    sliced: bool = False,
+    names: tuple[str, str] = ("policy_logits", "reference_logits"),
 ) -> None:
     """Two logits of one shape on one device; their dtypes may differ."""
-    logits("policy_logits", policy, sliced)
-    logits("reference_logits", reference, sliced)
+    first, second = names
+    logits(first, policy, sliced)
+    logits(second, reference, sliced)
     assert isinstance(policy, Tensor) and isinstance(reference, Tensor)
     if valid_vocab is not None and not sliced:  # of slices one rank cannot tell
         vocabulary(valid_vocab, policy, reference)
@@ -83,15 +88,15 @@ def pair(
     if not same:
         if policy.shape[:-1] == reference.shape[:-1]:
             raise ValueError(
-                "policy_logits and reference_logits have vocabularies of different sizes, "
+                f"{first} and {second} have vocabularies of different sizes, "
                 f"{policy.shape[-1]} and {reference.shape[-1]}: valid_vocab must say how many "
                 "logits of each row exist"
             )
         raise ValueError(
-            "reference_logits must have the shape of policy_logits (nothing is broadcast; expand() "
+            f"{second} must have the shape of {first} (nothing is broadcast; expand() "
             f"costs nothing), which is {list(policy.shape)}; got {list(reference.shape)}"
         )
-    on_device("reference_logits", reference, policy)
+    on_device(second, reference, policy)
 
 
 def vocabulary(valid_vocab: object, *logits_: Tensor) -> None:

@@ -30,12 +30,13 @@ from .state import family_of, has, only
 
 # 16-bit gradients: expm1(u) = u + u^2/2 up to here, to 2e-4.
 NEAR_HALF = tl.constexpr(0.03125)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # a logit masked with it is as far as it says
 
 
 @triton.jit
-def _bounded(v):
+def _bounded(v, most):
     """A difference with an infinite or NaN logit, as a number that a weight of 0 makes 0."""
-    return tl.maximum(tl.minimum(v, FAR), -FAR)
+    return tl.maximum(tl.minimum(v, most), -most)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr):
 def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATION: tl.constexpr):
     """p (mass + information (log p + H))"""
     if INFORMATION:
-        log_p = _bounded((logit - top) * inv_t - log_sum)
+        log_p = _bounded((logit - top) * inv_t - log_sum, FAR)
         return p * tl.fma(log_p + entropy, information, mass)
     else:
         return p * mass
@@ -63,7 +64,7 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
     """2^e weight: e = logit slope - shift, and the weight; ROBUST where they leave the range."""
     if ROBUST:
-        return (_bounded((logit - top) * inv_t) - log_sum) * LOG2E, 1.0
+        return (_bounded((logit - top) * inv_t, FAR) - log_sum) * LOG2E, 1.0
     else:
         return multiply_add(logit, slope, -shift), weight
 
@@ -82,7 +83,7 @@ def _token(
     MEAN: tl.constexpr = has(FIELDS, "mean_logprob")
     REF_MASS: tl.constexpr = has(FIELDS, "ref_logsumexp") or has(FIELDS, "ref_logprob") or RATIO
     FAMILY: tl.constexpr = family_of(FIELDS)
-    EXACT: tl.constexpr = ACCURATE and not CAP
+    EXACT: tl.constexpr = (ACCURATE or ROBUST) and not CAP
     d = x - y
     slope_x = 1.0
     slope_y = 1.0
@@ -119,11 +120,15 @@ def _token(
         if POLICY:
             gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:
-                gx = tl.fma(p * c[17], _bounded(centred(d, x, y, c[2], c[3], EXACT) * inv_t), gx)
+                gx = tl.fma(
+                    p * c[17], _bounded(centred(d, x, y, c[2], c[3], EXACT) * inv_t, LARGEST), gx
+                )
         if REFERENCE:
             gy = moved * c[20]
             if FORWARD:
-                gy = tl.fma(q * c[21], _bounded(centred(d, x, y, c[4], c[5], EXACT) * inv_t), gy)
+                gy = tl.fma(
+                    q * c[21], _bounded(centred(d, x, y, c[4], c[5], EXACT) * inv_t, LARGEST), gy
+                )
     if POLICY and (MASS or MEAN or has(FIELDS, "entropy")):
         gx += _alone(p, x, c[8], c[9], c[10], c[18], c[19], inv_t, has(FIELDS, "entropy"))
         if MEAN:

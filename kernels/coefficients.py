@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .family import row_factors, row_number
-from .formulas import FAR, LN2, LOG2E
+from .formulas import FAR, LN2, LOG2E, difference_too_coarse
 from .layout import unspecialised
 from .state import (
     STATE_COLUMNS,
@@ -30,7 +30,7 @@ NAMES = (
     *("ref_moved", "ref_forward", "mass_y", "information_y"),
     *("policy_slope", "reference_slope", "number"),  # of family.py, see family_slopes
     *("divergence", "ref_divergence", "uniform"),
-    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, beyond fp32
+    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, far logits
 )
 CONSTANTS = tl.constexpr(len(NAMES))
 
@@ -166,9 +166,12 @@ def uniform_coefficient(gradients, states, row, live, inv_t):
 @unspecialised
 def prepare(
     grad, states, inv_temperature, constants, kind, n: tl.int64, k: tl.int64, per_row: tl.int64,
-    FIELDS: tl.constexpr, LANES: tl.constexpr,
+    FIELDS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """constants[CONSTANTS, n] from grad [R, n] and the states; LANES rows a program."""
+    """constants[CONSTANTS, n] from grad [R, n] and the states; LANES rows a program.
+
+    HALF: of rows of which both have 16 bits.
+    """
     row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = row < n
     at = tl.where((per_row & 4) != 0, row, 0)
@@ -199,5 +202,7 @@ def prepare(
     none = (state[1] == float("-inf")) | (state[3] == float("-inf"))
     bad = none | (state[1] != state[1])
     beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
+    if HALF:
+        beyond = beyond | difference_too_coarse(state[4] * inv_t, state[6])
     action = tl.where(gradients[8], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
     tl.store(out + (CONSTANTS - 1) * n, action.to(tl.float32), mask=live)

@@ -14,6 +14,8 @@ from .formulas import (
     LN2,
     LOG2E,
     capped,
+    difference_too_coarse,
+    excess_mass,
     forward_from_sums,
     log1p,
     merge,
@@ -149,7 +151,13 @@ def _pair_state(
     rest_y = s * tl.exp(-common * LN2)
     if REF_ENTROPY:
         s = (rest_y + ties_y) * tl.exp(common * LN2)
-    m = a + b
+    total_x = sx32.to(tl.float64)
+    if ENTROPY:
+        log_top = top_exponent(top, anchor, high, low, slope, shift, EXACT).to(tl.float64)
+        weight = tl.exp(log_top * LN2)
+        rest = total_x / weight
+        total_x += ties_x * weight
+    m = excess_mass(s, total_x, a, b)
     found = (s32 > 0.0) | (ties_y > 0.0)
     safe = tl.where(found, s, 1.0)
     z = m / safe
@@ -163,14 +171,9 @@ def _pair_state(
     reverse = forward * 0.0
     entropy = forward * 0.0
     reference_entropy = forward * 0.0
-    total_x = sx32.to(tl.float64)
     if REVERSE:
         reverse = reverse_from_sums(safe, c, m)
     if ENTROPY:
-        log_top = top_exponent(top, anchor, high, low, slope, shift, EXACT).to(tl.float64)
-        weight = tl.exp(log_top * LN2)
-        rest = total_x / weight
-        total_x += ties_x * weight
         mass = ties_x + rest
         p_max = top.to(tl.float64) * inv_t
         p_sum = tl.where(ties_x == 1.0, log1p(rest), tl.log(mass))
@@ -182,8 +185,10 @@ def _pair_state(
         q_sum = tl.where(ties_y == 1.0, log1p(rest_y), tl.log(mass))
         gap = (common * rest_y - hy * tl.exp(-common * LN2)) * LN2
         reference_entropy = q_sum + gap / mass
-    checked = s + total_x + a + b + c + hx + hy + (residual + tl.abs(anchor) * 1e-20)
-    careful = (tl.abs(checked) < 1e37) == 0
+    # absolute, or large ones would cancel
+    checked = tl.abs(a) + tl.abs(b) + tl.abs(c) + tl.abs(hx) + tl.abs(hy)
+    checked += s + total_x + tl.abs(residual) + tl.abs(anchor) * 1e-20
+    careful = (checked < 1e37) == 0
     careful = careful | (reach * inv32 > FAREST)
     careful = careful | (inv32 > 1e5) | (inv32 < 1e-5)
     # what was added against what is left (certificates of segment.h)
@@ -193,8 +198,7 @@ def _pair_state(
     if REVERSE:
         careful = careful | ((equal == 0) & (small == 0) & (c > 10.0 * total_x * reverse))
     if not EXACT:  # a centre that one float does not hold
-        coarse = centre * inv_t * 0.33
-        coarse = coarse * coarse * 3.5527136788005009e-15 > 2e-12 * tl.minimum(forward, 1.0)
+        coarse = difference_too_coarse(centre * inv_t, forward)
         careful = careful | ((equal == 0) & (small == 0) & coarse)
     # neither row has a token here
     none = (found == 0) & (total_x == 0.0) & (reach <= -FAR)

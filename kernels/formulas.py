@@ -85,6 +85,13 @@ def centred(s, x, y, high, low, EXACT: tl.constexpr):
 
 
 @triton.jit
+def difference_too_coarse(centre, kl):
+    """Whether the rounding of x - y that `centred` does not recover shows (row_math.h); centre/T"""
+    coarse = centre * 0.33
+    return coarse * coarse * 3.5527136788005009e-15 > 2e-12 * tl.minimum(kl, 1.0)
+
+
+@triton.jit
 def _decay(x, cap):
     """e^(-2 |x/cap|)"""
     z = tl.abs(x) * (1.0 / cap)
@@ -153,6 +160,16 @@ def log1p(z):
 def kl_terms(p, q, ratio):
     """Summand of KL(q || p), ratio = log(p/q): q g(ratio), without cancelling where p is large."""
     return tl.where(ratio > 1.0, (p - q) - q * ratio, q * gap(tl.minimum(ratio, 1.0)))
+
+
+@triton.jit
+def excess_mass(s, sx, a, b):
+    """sum w (e^u - 1), from sum w, sum w e^u, sum w u and sum w g(u).
+
+    Near the centre it is a + b to full accuracy; far from it they may be so large that their sum
+    has no digits left.
+    """
+    return tl.where(tl.abs(a) + b < 0.5 * s, a + b, sx - s)
 
 
 @triton.jit

@@ -33,7 +33,8 @@ def _write(
     with on(device):
         prepare[(-(-n // LANES),)](
             grad, state, inverse, constants, call.kind, n, call.tokens, call.given,
-            FIELDS=call.fields, LANES=LANES, num_warps=1,
+            FIELDS=call.fields, HALF=call.policy.itemsize == call.other.itemsize == 2, LANES=LANES,
+            num_warps=1,
         )  # fmt: skip
         for piece in pieces([call.policy, call.other, *outputs]):
             store = [

@@ -134,8 +134,10 @@ def _store(
     else:
         at = states + row * STATE_COLUMNS
         forward_kl = tl.load(at + 6, mask=live, other=0.0)
-        # not a distribution: no number of the pair
+        # no number of the pair where a side is no distribution: a log-ratio of NaN or infinity, or
+        # neither row with a token
         known = tl.abs(tl.load(at + 5, mask=live, other=0.0)) < float("inf")
+        known = known & (tl.load(at + 1, mask=live, other=0.0) > float("-inf"))
         found = family_value(a, b, c, d, log_kept, kind[1], forward_kl, FIELD)
         found = tl.where(known, found, float("nan"))
         found = tl.where(counted, found, 0.0)

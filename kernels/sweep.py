@@ -32,6 +32,7 @@ from .formulas import (
     capped_difference,
     centred,
     difference,
+    excess_mass,
     gap_coefficients,
     gap_polynomial,
     multiply_add,
@@ -221,16 +222,15 @@ def _tile(
             g = t * t * gap_polynomial(-t, gap_coefficients(1.0))
             excess = g - t  # e^-t - 1
             moved = a - (t / inv_t) * s
+            both = excess_mass(s, sx, a * inv_t, b)
             if REVERSE:
                 k = t * t * gap_polynomial(t, gap_coefficients(1.0)) * e
                 c = f * tl.where(
                     small,
-                    c + excess * (a * inv_t + b + c) + k * sx,
+                    c + excess * (both + c) + k * sx,
                     s + e * (c - s - t * sx),
                 )
-            b = f * tl.where(
-                small, b + excess * (a * inv_t + b) + g * s, e * sx - s - moved * inv_t
-            )
+            b = f * tl.where(small, b + excess * both + g * s, e * sx - s - moved * inv_t)
             a = f * moved
             s = f * kept_s
             sx = (f * e) * kept_sx

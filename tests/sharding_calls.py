@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import oracle
 import torch
@@ -15,6 +16,7 @@ from sharding_tools import EVERY_KIND, KINDS, SECOND_SWEEP, Traffic, case, cut, 
 from torch import Tensor
 
 import fusedkl
+from fusedkl import shard_agreement
 
 
 @case
@@ -43,6 +45,46 @@ def topk(group: dist.ProcessGroup) -> None:
                 expected.value.sum().backward()
                 assert grad_error(x, full.grad, part) <= 1e-5, f"{kind} {tail} {part}"
                 assert oracle.relative_l2(q.grad, full_q.grad, 1e-6) <= 1e-5, f"{kind} {tail}"
+
+
+@case
+def topk_of_bad_ids(group: dist.ProcessGroup) -> None:
+    """What whole rows refuse, slices refuse too."""
+    h, ids = 4 * group.size(), torch.arange(3).expand(2, 3).contiguous()
+    x, weight, q = torch.randn(2, 4), torch.randn(4, 5), torch.full((2, 3), -2.0)
+    many = torch.full((2, h + 1), -1).index_copy_(1, torch.arange(3), ids)
+    more = torch.full((2, h + 1), -2.0)
+    for given, said in (
+        ((ids - 2, q), "-1; got -2 to 0"),
+        ((ids + h - 1, q), f"to {h - 1}; got"),
+        ((many, more), f"from 1 to V = {h} tokens a row; got {h + 1}"),
+    ):
+        for call in (
+            functools.partial(fusedkl.topk_divergence, x, *given),
+            functools.partial(fusedkl.linear_divergence, x @ weight, weight, ref_topk=given),
+        ):
+            try:
+                call(group=group)
+            except ValueError as error:
+                assert said in str(error), error
+            else:
+                raise AssertionError(f"{said}: no error")
+
+
+@case
+def memory_of_answers(group: dist.ProcessGroup) -> None:
+    """Row counts that come and go are forgotten by all ranks alike."""
+    whole = torch.randn(7, 8 * group.size())
+    part = cut(group, whole.shape[1], 1)
+    fusedkl.entropy(whole[:, part], group=group)
+    answers = shard_agreement._known[group].answers
+    graphs = sum(isinstance(rows, str) for rows, _ in answers)
+    with mock.patch.object(shard_agreement, "_REMEMBERED", 3):
+        for n in (1, 2, 3, 4, 5, 1, 5, 2, 7):
+            found = fusedkl.entropy(whole[:n, part], group=group)
+            torch.testing.assert_close(found, fusedkl.entropy(whole[:n]))
+            assert len(answers) <= 3 + graphs
+    assert [rows for rows, _ in answers if isinstance(rows, int)] == [1, 2, 7]
 
 
 @case

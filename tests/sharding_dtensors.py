@@ -67,7 +67,7 @@ def dtensors(group: dist.ProcessGroup) -> None:
                     value = fusedkl.jeffreys(x, y, reduction=reduction, **options)
                 sent = sum(size for _, size in forward.calls)
                 assert isinstance(value, DTensor)
-                assert sent <= (8 * 4 * 15 if "v" in roles else 4), f"{what}: {forward.calls}"
+                assert sent <= (8 * 4 * 15 if "v" in roles else 8), f"{what}: {forward.calls}"
                 expected = fusedkl.jeffreys(*full, reduction=reduction, **options)
                 close(value.full_tensor(), expected.detach(), torch.float32, what)
                 scale = torch.rand(5, 3) if reduction == "none" else torch.tensor(3.0)
@@ -81,6 +81,15 @@ def dtensors(group: dist.ProcessGroup) -> None:
         chosen = fusedkl.selective_log_softmax(x.detach(), ids)
         expected = fusedkl.selective_log_softmax(whole[0], ids)
         close(chosen.full_tensor(), expected, torch.float32, "selective_log_softmax")
+        balanced = torch.tensor([1.0, -1.0, 0.0]).expand(5, 3).double()
+        for w in (balanced, balanced * 0, weight.double()):
+            found = fusedkl.jeffreys(x.detach(), y.detach(), weight=w, reduction="mean")
+            expected = fusedkl.jeffreys(*whole, weight=w, reduction="mean")
+            assert found.dtype == torch.float32 == expected.dtype
+            if expected.isfinite():
+                torch.testing.assert_close(found.full_tensor(), expected, rtol=3e-6, atol=0)
+            else:  # something over 0: infinite, or a sum of infinite parts
+                assert not found.full_tensor().isfinite()
     partial = DTensor.from_local(whole[0], mesh, [Partial()] * mesh.ndim)
     everywhere = [Replicate()] * mesh.ndim
     elsewhere = spread(mask, init_device_mesh("cpu", (1, group.size())), [Replicate()] * 2)

@@ -203,6 +203,12 @@ def ids_of_no_token(group: dist.ProcessGroup) -> None:
                 assert getattr(stats, name).isnan().tolist() == lost, name
             assert bool(stats.forward_kl.isfinite().all())
         assert fusedkl.linear_divergence(**mine, **labels).isnan().tolist() == lost
+        known = torch.tensor([[3, 40], [V, 2], [5, -1], [6, 7], [1, V + 9], [8, 9], [V, 1]])
+        head = {name: mine[name] for name in ("hidden", "weight")}
+        sparse = fusedkl.linear_divergence(
+            **head, ref_topk=(known, torch.full((N, 2), -1.5)), mask=mask, group=group
+        )
+        assert sparse.isnan().tolist() == [False, True, False, False, True, False, False]
         value = fusedkl.distillation_loss(x, y, **labels, reduction="none")
         assert value.isnan().tolist() == lost
     for call in (

@@ -100,6 +100,53 @@ def test_label_smoothing(kind: str, temperature: float, dtype: torch.dtype, back
     assert oracle.relative_l2(slope, truth.double()) <= 1.5 * oracle.GRADIENT_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_near_the_optimum_is_rounded_once(dtype: torch.dtype, backend: str) -> None:
+    # where the two halves of the gradient cancel, all but what rounding the logits leaves
+    n, width, t, w = 32, 8, 2.0, 0.1
+    x, labels = torch.randn(n, width).to(dtype), torch.randint(0, width, (n,))
+    p, p_t = (x.double() / s for s in (1, t))
+    p, p_t = p.softmax(-1), p_t.softmax(-1)
+    q = p_t + w / ((1 - w) * t) * (p - F.one_hot(labels, width))
+    x, y, labels = (v[(q > 0.01).all(-1)] for v in (x, t * q.abs().log(), labels))
+    y, exact = y.to(dtype), x.double().requires_grad_()
+    (truth,) = torch.autograd.grad(expected(exact, y, labels, "forward_kl", t, w).sum(), exact)
+    x.requires_grad_()
+    found = fusedkl.distillation_loss(
+        x, y, labels, temperature=t, ce_weight=w, reduction="sum", backend=backend
+    )
+    (slope,) = torch.autograd.grad(found, x)
+    assert len(x) > 4 and bool((truth.norm(dim=-1) < 0.02).all())
+    assert oracle.relative_l2(slope, truth) <= oracle.GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd 0.1"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_padding_and_softcap(
+    temperature: float, kind: str, label_smoothing: float, backend: str
+) -> None:
+    x, y, labels = inputs(torch.float32)
+    softcap = 3.0
+    capped = (softcap * torch.tanh(t.double() / softcap) for t in (x, y))
+    wanted = expected(*capped, labels, kind, temperature, 0.6, label_smoothing)
+    padded = [
+        F.pad(t.detach(), (0, more), value=math.nan).requires_grad_()
+        for t, more in ((x, 5), (y, 1))
+    ]
+    name, options = FAMILY.get(kind, (kind, {}))
+    found = fusedkl.distillation_loss(
+        *padded, labels, kind=name, temperature=temperature, ce_weight=0.6, valid_vocab=V,
+        softcap=softcap, label_smoothing=label_smoothing, reduction="none", backend=backend,
+        **options,
+    )  # fmt: skip
+    assert oracle.relative_error(found, wanted.detach()) <= 3e-6
+    truth = torch.autograd.grad(wanted.sum(), (x, y))
+    for slope, true in zip(torch.autograd.grad(found.sum(), padded), truth, strict=True):
+        assert oracle.relative_l2(slope[:, :V], true.double()) <= 1e-5
+        assert not slope[:, V:].any()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_reductions_masks_and_weights(reduction: str, temperature: float, backend: str) -> None:
@@ -178,9 +225,12 @@ def test_it_compiles_whole(backend: str) -> None:
     torch.testing.assert_close(slope, wanted)
 
 
-def test_the_gradient_is_the_only_large_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_is_the_only_large_tensor(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.use_deterministic_algorithms(False)  # filling memory is what would be seen
-    x, y = torch.randn(2, 64, 20_000)
+    x, y = torch.randn(2, 64, 20_000).to(dtype)
     x.requires_grad_()
     labels = torch.randint(0, 20_000, (64,))
     monkeypatch.setattr(layout, "_BLOCK", 2 * 20_000)
@@ -192,15 +242,20 @@ def test_the_gradient_is_the_only_large_tensor(monkeypatch: pytest.MonkeyPatch) 
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         highest = max(highest, held)
-    blocks = 3 * 2 * 20_000 * 4  # gradients of a block of two rows
-    assert highest <= x.numel() * 4 + blocks + 65_536
+    # gradients of a block of two rows; 16-bit logits of it in float32
+    blocks = (3 if dtype == torch.float32 else 4) * 2 * 20_000 * 4
+    assert highest <= x.nbytes + blocks + 65_536
 
 
 X, L = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)
 call = fusedkl.distillation_loss
 BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "student": (lambda: call(X.int(), X, L), TypeError, "policy_logits .* got int32"),
-    "teacher": (lambda: call(X, X[0], L), ValueError, r"reference_logits .* got \[3, 8\]"),
+    "student": (lambda: call(X.int(), X, L), TypeError, "student_logits .* got int32"),
+    "teacher": (lambda: call(X, X[0], L), ValueError, r"teacher_logits .* student.* \[3, 8\]"),
+    "width": (lambda: call(X, X[..., 1:], L), ValueError, "student.* teacher.* sizes, 8 and 7"),
+    "valid_vocab": (lambda: call(X, X, L, valid_vocab=9), ValueError, "valid_vocab .* 8; got 9"),
+    "padding": (lambda: call(X, X, L + 4, valid_vocab=4), ValueError, "labels .* 3, .* got 4"),
+    "softcap": (lambda: call(X, X, L, softcap=0), ValueError, "softcap must be positive"),
     "labels": (lambda: call(X, X, L.int()), TypeError, "labels must be .*int64.* got .*int32"),
     "shape": (lambda: call(X, X, L[0]), ValueError, r"labels .* \[2, 3\]; got \[3\]"),
     "range": (lambda: call(X, X, L + 8), ValueError, "labels must be from 0 to 7, .* got 8 to 8"),

@@ -46,6 +46,17 @@ def check_against_the_oracle(
         assert not gy[value == INF].any()
 
 
+def check_against_the_reference_backend(
+    policy: Tensor, reference: Tensor, kind: str, backend: str
+) -> None:
+    """Of float32 rows, in float64 there."""
+    found = run(policy, reference, kind, backend)
+    true = run(policy.double(), reference.double(), kind, "reference")
+    assert oracle.relative_error(found[0], true[0]) <= 1e-5, kind
+    for a, b in zip(found[1:], true[1:], strict=True):
+        assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[torch.float32], kind
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_minus_infinity(backend: str, dtype: torch.dtype, temperature: float) -> None:
@@ -64,6 +75,37 @@ def test_disjoint_supports(backend: str) -> None:
     policy[:, :20] = -INF
     reference[:, 20:] = -INF
     check_against_the_oracle(policy, reference, backend)
+
+
+def with_finite_masks() -> tuple[Tensor, Tensor]:
+    """Rows of which the first has them, on a token that the other thinks likely."""
+    masked, other = torch.randn(2, 4, 50)
+    masked[:, 7] = torch.tensor([-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])
+    other[:, 7] = 2.0
+    return masked, other
+
+
+def test_finite_masks_of_the_policy(backend: str) -> None:
+    """A jsd was above log 2: the policy's mass was a rest of 1e37."""
+    policy, reference = with_finite_masks()
+    for kind in (*cases.KINDS, "jsd", "tvd"):
+        check_against_the_reference_backend(policy, reference, kind, backend)
+
+
+def test_finite_masks_of_the_reference(backend: str) -> None:
+    reference, policy = with_finite_masks()
+    for kind in (*cases.KINDS, "jsd", "tvd"):
+        check_against_the_reference_backend(policy, reference, kind, backend)
+
+
+def test_a_finite_mask_before_likelier_tokens(backend: str) -> None:
+    """Sums in which it stands are moved to another centre."""
+    policy, reference = torch.randn(2, 1, 1300)
+    for token, logit in ((5, 5.0), (700, 8.0), (900, 7.0)):
+        policy[:, token] = reference[:, token] = logit
+    policy[:, 5] = -1e30
+    policy[:, 700] += 0.4
+    check_against_the_reference_backend(policy, reference, "reverse_kl", backend)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

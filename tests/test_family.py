@@ -35,11 +35,14 @@ def true(scenario: str, dtype: torch.dtype, temperature: str) -> dict[str, tuple
     return truth(*cases.make(scenario, dtype), cases.TEMPERATURES[temperature])
 
 
-def run(policy: Tensor, reference: Tensor, name: str, **options: object) -> tuple[Tensor, ...]:
+def run(
+    policy: Tensor, reference: Tensor, name: str, *, upstream: float = 1.0, **options: object
+) -> tuple[Tensor, ...]:
+    """The value, and gradients to both of its sum, `upstream` times."""
     kind, parameter = FAMILY[name]
     x, y = policy.clone().requires_grad_(), reference.clone().requires_grad_()
     value = fusedkl.divergence(x, y, kind, **parameter, **options)
-    return value.detach(), *torch.autograd.grad(value.sum(), (x, y))
+    return value.detach(), *torch.autograd.grad(upstream * value.sum(), (x, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -181,6 +184,30 @@ def test_a_bad_row_stays_alone(backend: str, bad: float | None) -> None:
             ):
                 assert bool(dirty[1].isnan().all()), name
                 assert torch.equal(dirty[[0, 2]], before[[0, 2]])
+
+
+def test_two_rows_without_a_token_are_no_distributions(backend: str) -> None:
+    nothing = torch.full((1, 9), -math.inf)
+    for name in FAMILY:
+        for part in run(nothing, nothing, name, backend=backend):
+            assert bool(part.isnan().all()), name
+
+
+def test_16_bit_rows_far_from_each_other(backend: str) -> None:
+    """At 1e4 a float holds a difference to 5e-4; a tvd was 1.4e-3 off, its gradient 0.25."""
+    spread = torch.tensor([[0.1], [0.5], [2.0], [4.0]])
+    for dtype in (torch.bfloat16, torch.float16):
+        policy = (spread * torch.randn(4, 64) + 1e4).to(dtype)
+        reference = (spread * torch.randn(4, 64)).to(dtype)
+        for name in ("jsd 0.5", "skew_kl 0.7", "renyi 0.5", "tvd", "hellinger"):
+            found = run(policy, reference, name, upstream=2.0**12, backend=backend)
+            true = run(
+                policy.double(), reference.double(), name, upstream=2.0**12, backend="reference"
+            )
+            assert oracle.relative_error(found[0], true[0]) <= 1e-5, name
+            for a, b in zip(found[1:], true[1:], strict=True):
+                error = oracle.relative_l2(a, b)
+                assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"{name} {dtype}: {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ["jsd 0.1", "skew_kl 0.7", "renyi 2", "tvd", "hellinger"])
@@ -399,7 +426,7 @@ def test_renyi_of_large_orders(backend: str) -> None:
 
 @pytest.mark.parametrize("smallest", [-1e15, -1e20, torch.finfo(torch.float32).min])
 def test_a_finite_mask_of_one_row(backend: str, smallest: float) -> None:
-    if smallest < {"triton": -1e37, "cuda_on_cpu": -1e15}.get(backend, -INF):
+    if smallest < -1e15 and backend == "cuda_on_cpu":
         pytest.xfail("the first sweep's state is wrong there, and with it every divergence")
     mask = torch.tensor([[smallest, 1.0, 2.0]])
     other = torch.tensor([[0.0, 1.0, 2.0]])

@@ -58,6 +58,21 @@ def test_half_under_a_loss_scale(backend: str, scenario: str, kind: str) -> None
         assert error <= oracle.GRADIENT_TOLERANCE[torch.float16], f"{name}: {error:.1e}"
 
 
+def test_16_bit_rows_far_from_each_other(backend: str) -> None:
+    """At 1e4 a float holds a difference to 5e-4; these were 4e-3 off."""
+    spread = torch.tensor([[0.1], [0.5], [2.0], [4.0]])
+    for dtype in (torch.bfloat16, torch.float16):
+        policy = (spread * torch.randn(4, 64) + 1e4).to(dtype)
+        reference = (spread * torch.randn(4, 64)).to(dtype)
+        for kind in cases.KINDS:
+            options = {"upstream": 2.0**12, "kind": kind}
+            found = gradients(policy, reference, backend=backend, **options)
+            true = gradients(policy.double(), reference.double(), backend="reference", **options)
+            for a, b in zip(found, true, strict=True):
+                error = oracle.relative_l2(a, b)
+                assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"{kind} {dtype}: {error:.1e}"
+
+
 def test_half_keeps_elements_that_only_the_scale_makes_representable(backend: str) -> None:
     policy, reference = cases.make("flat 1", torch.float16)
     scale = 2.0**16 / 2.0**6  # every element then is between 2^-24 and 65504

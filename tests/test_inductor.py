@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedkl
+from fusedkl.inductor.passes import is_ours
 
 pytestmark = MARKS
 
@@ -154,6 +155,50 @@ def test_other_passes_keep_running() -> None:
     with fusedkl.inductor.enable():
         config.pre_grad_custom_pass = other
     assert config.pre_grad_custom_pass is other  # set by somebody else meanwhile: left alone
+    config.pre_grad_custom_pass = None
+
+
+def other(graph: torch.fx.Graph) -> None:
+    """A pass of somebody else."""
+
+
+@pytest.mark.parametrize("put", [None, other], ids=["taken out", "replaced"])
+def test_enable_installs_what_somebody_took_out(put: Any) -> None:
+    first = fusedkl.inductor.enable()
+    config.pre_grad_custom_pass = put
+    assert not first.active
+    with fusedkl.inductor.enable() as second:
+        assert first.active and second.active and is_ours(config.pre_grad_custom_pass)
+    assert first.active
+    first.end()
+    assert config.pre_grad_custom_pass is put
+    config.pre_grad_custom_pass = None
+
+
+def test_active_only_as_long_as_the_configuration_has_it() -> None:
+    with config.patch(pre_grad_custom_pass=None):
+        enabled = fusedkl.inductor.enable()
+        assert enabled.active
+    assert not enabled.active
+    enabled.end()
+
+
+def test_in_the_list_of_somebody_else() -> None:
+    enabled = fusedkl.inductor.enable()
+    ours = config.pre_grad_custom_pass
+    config.pre_grad_custom_pass = [ours, other]
+    graph = torch.fx.symbolic_trace(distil).graph
+    keys = []
+    for on in (True, False):
+        assert enabled.active == on
+        fusedkl.inductor.report(clear=True)
+        ours(graph)
+        assert fusedkl.inductor.report().graphs == int(on)
+        keys.append(ours.uuid())
+        enabled.end()
+    assert keys[0] != keys[1]
+    with fusedkl.inductor.enable() as again:
+        assert again.active and config.pre_grad_custom_pass == [ours, other]
     config.pre_grad_custom_pass = None
 
 

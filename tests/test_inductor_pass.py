@@ -18,6 +18,7 @@ from torch import Tensor
 import fusedkl
 from fusedkl import autograd
 from fusedkl.backends import BACKENDS
+from fusedkl.inductor.reader import Reader
 
 pytestmark = MARKS
 ALL = list(product())
@@ -155,6 +156,17 @@ def masked_elements(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return total + torch.where(column, kl, 0.0).sum(dim=(0, 1)) / mask.sum()
 
 
+def summed_over_no_dim(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    """To torch that is all of them."""
+    kl = F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none")
+    return kl.sum(dim=()) + kl.sum([]) + kl.mean(dim=())
+
+
+def selected_rows(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    kl = F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none")
+    return kl[mask].sum(-1).mean() + kl[mask].mean() + kl[mask].sum((0, 1))
+
+
 def cross_entropy_with_a_teacher(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     return -(F.softmax(y, -1) * F.log_softmax(x, -1)).sum(-1)
 
@@ -235,6 +247,8 @@ REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
     many_tokens: ("logprob",),
     kept: ("forward_kl",),
     masked_elements: ("forward_kl",) * 3,
+    summed_over_no_dim: ("forward_kl",) * 3,
+    selected_rows: ("forward_kl",) * 3,
     cross_entropy_with_a_teacher: ("forward_kl + entropy",),
     scaled_down: ("forward_kl + entropy",),
     scaled_further_down: ("forward_kl + entropy",),
@@ -250,6 +264,7 @@ REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
 def test_rewritten_and_equal(function: Callable[..., Tensor]) -> None:
     report = agree(function, inputs())
     assert tuple(r.kinds for r in report.rewritten) == REWRITTEN[function]
+    assert report.missed == () or function is kept
     x, y, mask = inputs()
     torch.compiler.reset()
     report = agree(function, (x, y.requires_grad_(), mask))
@@ -348,6 +363,49 @@ def picked_at_another_temperature(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return chosen - torch.logsumexp(x / 2, -1)
 
 
+def picked_and_broadcast(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """[N] less [N, 1]."""
+    x = x.unsqueeze(1)
+    index = (mask * 7).long().view(-1, 1, 1)
+    chosen = x.gather(-1, index).squeeze(-1)
+    return chosen - x.logsumexp(-1, keepdim=True).squeeze(-1).squeeze(-1)
+
+
+def picked_with_a_keyword(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    index = (mask * 7).long().unsqueeze(-1)
+    return torch.gather(F.log_softmax(x, -1), -1, index, sparse_grad=False)
+
+
+def jeffreys(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.log_softmax(x, -1), F.log_softmax(y, -1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1)
+
+
+def entropy_with_an_epsilon(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p = F.softmax(x, -1)
+    return -(p * torch.log(p + 1e-8)).sum(-1)
+
+
+def clamped_probabilities(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p = F.softmax(x, -1).clamp(min=1e-8)
+    return F.kl_div(p.log(), F.softmax(y, -1), reduction="sum")
+
+
+def clamped_below(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return (F.softmax(y, -1) * F.softmax(x, -1).clamp_min(1e-8).log()).sum(-1)
+
+
+def mixture_of_probabilities(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    p, q = F.softmax(x, -1), F.softmax(y, -1)
+    m = 0.5 * (p + q)
+    return (p * (p.log() - m.log())).sum(-1)
+
+
+def differentiated_forward(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    value, tangent = torch.func.jvp(lambda z: row_loss(z, y, mask), (x,), (y,))
+    return value + tangent
+
+
 def narrowed(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
     p = F.log_softmax(x, -1, dtype=torch.float64)
     return F.kl_div(p, F.softmax(y, -1), reduction="sum").float()
@@ -364,6 +422,13 @@ LEFT_ALONE = {
     picked_from_some_rows: "an index (4, 1) that does not have their rows (5,)",
     picked_over_tokens: "over dim 0 of 2",
     picked_at_another_temperature: "not of the same row at one temperature",
+    picked_with_a_keyword: "gather: sparse_grad is not read",
+    jeffreys: "mul: one side sub, which is arithmetic on softmaxes",
+    entropy_with_an_epsilon: "log of add, which is arithmetic on softmaxes",
+    clamped_probabilities: "log of p, which is arithmetic on softmaxes",
+    clamped_below: "log of clamp_min, which is arithmetic on softmaxes",
+    mixture_of_probabilities: "log of m, which is arithmetic on softmaxes",
+    differentiated_forward: "forward-mode AD",
     narrowed: "turns torch.float32 into torch.float64",
     mixture_of_other_weights: "not weighted as its mixture is",
 }
@@ -393,6 +458,33 @@ def test_token_statistics_are_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.clear()
         compiled(function)(*inputs())
         assert len(asked) == 1 and sorted(asked[0]) == ["entropy", "logprob"], function
+
+
+def test_a_shape_that_is_not_ours() -> None:
+    assert agree(picked_and_broadcast, inputs()).rewritten == ()
+
+
+def test_arithmetic_on_softmaxes_that_is_no_divergence() -> None:
+    def gates(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+        p = F.softmax(x, -1)
+        return (p * (1 - p) + (p + 1e-8) / 2).clamp(0, 1).sum(-1) + torch.log(y.exp() + 1).sum(-1)
+
+    report = agree(gates, inputs())
+    assert (report.rewritten, report.missed) == ((), ())
+
+
+def test_a_graph_that_cannot_be_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(Reader, "_sum", broken)
+    x, y, mask = inputs()
+    with pytest.warns(RuntimeWarning, match="could not read a graph.*IndexError: tuple"):
+        found = compiled(row_loss)(x, y, mask)
+    assert torch.equal(found, row_loss(x, y, mask))
+    report = fusedkl.inductor.report()
+    assert (report.graphs, report.rewritten, len(report.missed)) == (1, (), 1)
+    assert "IndexError: tuple index out of range" in report.missed[0].reason
 
 
 def half_detached(x: Tensor, y: Tensor, _: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from linear_cases import DIVERGENCES, TILE, Heads, heads
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
 from fusedkl import linear_products
@@ -192,6 +193,18 @@ def test_a_bad_token_stays_alone(backend: str, bad: float) -> None:
     assert bool(gradient[others].isfinite().all())
 
 
+def test_given_logits_of_masked_last_tokens_are_read_in_place() -> None:
+    torch.use_deterministic_algorithms(False)  # filling memory is what would be seen
+    y, mask = torch.randn(4, 9, 20_000), torch.arange(9).expand(4, 9) < 8
+    hidden, weight = torch.randn(4, 9, 16), torch.randn(20_000, 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        found = fusedkl.linear_divergence(hidden, weight, ref_logits=y, mask=mask, backend="cpu")
+    sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) < y.nbytes / 4
+    cut = fusedkl.linear_divergence(hidden[:, :-1], weight, ref_logits=y[:, :-1], backend="cpu")
+    assert torch.equal(found[:, :-1], cut) and not found[:, -1].any()
+
+
 @pytest.mark.parametrize("tokens", [0, linear_cases.T])
 def test_nothing_counts(tokens: int, backend: str) -> None:
     h = heads(torch.float32, t=tokens)
@@ -228,6 +241,27 @@ def test_a_masked_vocabulary(backend: str) -> None:
 
 
 # -- accuracy and precision ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "hellinger", "tvd"])
+def test_rows_that_are_one_token_but_for_rounding(kind: str, backend: str) -> None:
+    """Its log-ratio is a rest of sums over tiles; a weight of 1 makes the logits exact."""
+    v, weight = 500, torch.eye(500)
+    for peak, gap in ((36.0, 0.0), (32.0, 0.3), (30.0, 0.0), (20.0, 2.0)):
+        x, y = torch.randn(2, 4, v)
+        x[:, 7] += peak
+        y[:, 7] += peak - gap
+        leaves = [x.requires_grad_(), y.requires_grad_()]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        wanted = fusedkl.divergence(*exact, kind, backend="reference")
+        truth = torch.autograd.grad(wanted.sum(), exact)
+        for tile in (None, (3, 130)):
+            found = fusedkl.linear_divergence(
+                x, weight, ref_logits=y, kind=kind, tile=tile, backend=backend
+            )
+            assert oracle.relative_error(found.detach(), wanted.detach(), 1e-15) < 1e-5
+            for slope, true in zip(torch.autograd.grad(found.sum(), leaves), truth, strict=True):
+                assert oracle.relative_l2(slope, true) < 2e-5
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -380,6 +414,30 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
         r"bias must have shape \[V\] of weight.*\[20, 8\]; got \[8\]",
     ),
     "softcap": ((HIDDEN, WEIGHT, REF, REF_W), {"softcap": 0.0}, ValueError, "softcap .* 0.0"),
+    "no cap": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"ref_softcap": math.inf},
+        ValueError,
+        "ref_softcap must be positive and finite; got inf",
+    ),
+    "no scale": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"logit_scale": math.nan},
+        ValueError,
+        "logit_scale must be finite; got nan",
+    ),
+    "one number": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"tile": 5},
+        TypeError,
+        "tile must be two positive ints.* got int",
+    ),
+    "a list of logits": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"ref_logits": [1]},
+        TypeError,
+        "ref_logits must be a tensor, got list",
+    ),
     "scale": ((HIDDEN, WEIGHT, REF, REF_W), {"logit_scale": "2"}, TypeError, "logit_scale .* str"),
     "precision": ((HIDDEN, WEIGHT, REF, REF_W), {"precision": "bf16"}, ValueError, "precision"),
     "tile": ((HIDDEN, WEIGHT, REF, REF_W), {"tile": (0, 5)}, ValueError, r"tile .*\(0, 5\)"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
-from fusedkl import validation
+from fusedkl import linear_ops, validation
 
 N, H, V = 5, 8, 37
 
@@ -94,6 +94,96 @@ def test_no_tokens_with_ids(backend: str) -> None:
             none, w, ref_hidden=none, ref_weight=u, token_ids=ids, backend=backend
         )
         assert stats.logprob is not None and stats.logprob.shape == ids.shape
+
+
+@pytest.mark.parametrize("given", ["ref_hidden", "ref_logits", "labels", "top-k"])
+def test_a_bad_token_whose_gradient_is_0_under_create_graph(given: str, backend: str) -> None:
+    """It does not reach the weights; the share that it has still has its gradient elsewhere."""
+    x, w, y, u = heads()
+    bad = 2
+    x[bad, 1] = math.nan
+    other = y @ u.t()
+    other[0, 3] = -math.inf  # of a token that counts: no reason to leave it out
+    options = {
+        "ref_hidden": {"ref_hidden": y, "ref_weight": u},
+        "ref_logits": {"ref_logits": other},
+        "labels": {"ref_hidden": y, "ref_weight": u, "labels": torch.arange(N), "ce_weight": 0.3},
+        "top-k": {"ref_topk": (torch.arange(3).expand(N, 3), torch.full((N, 3), -2.0))},
+    }[given]
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    leaves += [t.requires_grad_() for t in (options.get("ref_weight"),) if t is not None]
+    share = torch.ones(N)
+    share[bad] = share[0] = 0
+    share.requires_grad_()
+    for weight in (None, share):
+        found = fusedkl.linear_divergence(x, w, token_weight=weight, backend=backend, **options)
+        loss = found[torch.arange(N) != bad].sum()
+        if weight is not None:
+            loss = found.sum()
+        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+        once = torch.autograd.grad(loss, leaves, create_graph=True)
+        for slope, wanted in zip(once, plain, strict=True):
+            assert bool(slope.isfinite().all())
+            torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-5)
+    (again,) = torch.autograd.grad(once[1].square().sum() + once[1].sum(), share)
+    # row 0 has weight 0 and a divergence that is a number: its gradient is not left out
+    assert float(again[bad]) == 0 and float(again[0]) != 0 and bool(again.isfinite().all())
+
+
+def test_statistics_of_one_side_have_derivatives_by_both(backend: str) -> None:
+    x, w, y, u = (t.requires_grad_() for t in heads())
+    ids = torch.arange(N)
+    for frozen in (False, True):
+        given = (y.detach(), u.detach()) if frozen else (y, u)
+        stats = fusedkl.linear_token_stats(
+            x, w, *given, ids, fields=["ref_entropy"], backend=backend
+        )
+        assert stats.ref_entropy is not None
+        leaves = (x, w) if frozen else (x, w, y, u)
+        for again in (False, True):
+            found = torch.autograd.grad(
+                stats.ref_entropy.sum(), leaves, create_graph=again, retain_graph=True
+            )
+            assert not bool(found[0].any()) and not bool(found[1].any())
+            if not frozen:
+                exact = [t.detach().double().requires_grad_() for t in (y, u)]
+                log_q = (exact[0] @ exact[1].t()).log_softmax(-1)
+                truth = torch.autograd.grad(-(log_q.exp() * log_q).sum(), exact)
+                torch.testing.assert_close(found[2].double(), truth[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found[3].double(), truth[1], rtol=1e-5, atol=1e-6)
+
+
+def test_temperatures_are_looked_at_whoever_reads_them(backend: str) -> None:
+    x, w, y, u = heads()
+    temperature, mask = torch.tensor([1.0, 2.0, -2.0, 1.0, 1.0]), torch.arange(N) != 2
+    labels = torch.arange(N)
+    for wrong in (-2.0, 0.0, math.nan, math.inf):
+        temperature[2] = wrong
+        options = {"temperature": temperature, "backend": backend}
+        for more in ({}, {"labels": labels, "ce_weight": 1.0}):
+            with pytest.raises(ValueError, match="temperature must be positive and finite; got"):
+                fusedkl.linear_divergence(x, w, y, u, **options, **more)
+            found = fusedkl.linear_divergence(x, w, y, u, mask=mask, **options, **more)
+            assert bool(found.isfinite().all())
+        with pytest.raises(ValueError, match="temperature must be positive and finite; got"):
+            fusedkl.linear_token_stats(x, w, token_ids=labels, **options)
+
+
+def test_given_logits_of_nan_that_are_masked_and_capped(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as on a GPU, where tokens are not dropped, for an upstream gradient of 0."""
+    x, w, y, u = heads()
+    mask, other = torch.arange(N) != 2, y @ u.t()
+    leaves = [t.requires_grad_() for t in (x, w, other)]
+    call = {"mask": mask, "ref_softcap": 2.0, "reduction": "sum", "backend": backend}
+    truth = torch.autograd.grad(fusedkl.linear_divergence(x, w, ref_logits=other, **call), leaves)
+    with torch.no_grad():
+        other[2] = math.nan
+    monkeypatch.setattr(linear_ops, "_places", lambda counted: None)
+    loss = fusedkl.linear_divergence(x, w, ref_logits=other, **call)
+    for slope, wanted in zip(torch.autograd.grad(loss, leaves), truth, strict=True):
+        torch.testing.assert_close(slope, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", ["ref_hidden", "ref_logits"])

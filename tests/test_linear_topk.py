@@ -14,6 +14,7 @@ from test_memory import peak
 from torch import Tensor
 
 import fusedkl
+from fusedkl import topk
 
 KINDS = ("forward_kl", "reverse_kl")
 TAILS = ("bucket", "drop", "renormalize")
@@ -176,6 +177,64 @@ def test_a_bad_token_stays_alone(bad: float, tail: str, backend: str) -> None:
     others = torch.arange(T) != 5
     assert bool(found[5].isnan()) and bool(found[others].isfinite().all())
     assert bool(slope[others].isfinite().all())
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_token_whose_gradient_is_0(kind: str, tail: str, backend: str) -> None:
+    """It does not reach the weight, through which all tokens' gradients go."""
+    case, others = Case(torch.float32), torch.arange(T) != 5
+    call = {"kind": kind, "tail": tail, "tile": TILE, "backend": backend}
+    leaves = [t.detach().requires_grad_() for t in case.leaves]
+    clean = torch.autograd.grad(case(leaves, **call)[others].sum(), leaves)
+    case.hidden[5, 3] = math.nan
+    leaves = [t.detach().requires_grad_() for t in case.leaves]
+    found = case(leaves, **call)
+    assert found.isnan().nonzero().tolist() == [[5]]
+    slopes = torch.autograd.grad(found[others].sum(), leaves, retain_graph=True)
+    for slope, wanted in zip(slopes, clean, strict=True):
+        torch.testing.assert_close(slope[5:6] * 0, torch.zeros_like(slope[5:6]))
+        torch.testing.assert_close(slope, wanted, rtol=1e-5, atol=1e-6)
+    assert all(bool(slope.isnan().any()) for slope in torch.autograd.grad(found.sum(), leaves))
+    share = others.float().requires_grad_()
+    loss = case(leaves, token_weight=share, reduction="sum", **call)
+    for slope, wanted in zip(torch.autograd.grad(loss, leaves), clean, strict=True):
+        torch.testing.assert_close(slope, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_ids_of_no_token_are_nan_where_nobody_may_look(
+    tail: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under torch.compile, and on a GPU."""
+    case = Case(torch.float32)
+    leaves = [t.detach().requires_grad_() for t in case.leaves]
+    clean = case(leaves, tail=tail, tile=TILE, backend=backend)
+    case.ids[0, 2], case.ids[4, 0] = V, V + 7
+    monkeypatch.setattr(topk, "_check_contents", lambda *_: None)
+    found = case(leaves, tail=tail, tile=TILE, backend=backend)
+    good = torch.ones(T, dtype=torch.bool)
+    good[[0, 4]] = False
+    assert torch.equal(found.isnan(), ~good)
+    torch.testing.assert_close(found[good], clean[good], rtol=1e-6, atol=1e-7)
+    slope, _, _ = torch.autograd.grad(found.sum(), leaves)
+    assert bool(slope[~good].isnan().all()) and bool(slope[good].isfinite().all())
+
+
+def test_a_masked_tokens_temperature_under_create_graph(backend: str) -> None:
+    case, mask = Case(torch.float64), torch.arange(T) != 2
+    temperature = torch.ones(T)
+    for wrong in (0.0, math.nan):
+        temperature[2] = wrong
+        leaves = [t.detach().requires_grad_() for t in case.leaves]
+        loss = case(
+            leaves, temperature=temperature, mask=mask, reduction="sum", tile=TILE, backend=backend
+        )
+        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for slope, wanted in zip(
+            torch.autograd.grad(loss, leaves, create_graph=True), plain, strict=True
+        ):
+            torch.testing.assert_close(slope, wanted)
 
 
 def test_a_masked_vocabulary(backend: str) -> None:

@@ -61,6 +61,32 @@ def test_compiles_whole_and_not_for_each_shape(backend: str) -> None:
     assert counts[1] == counts[2] <= 2  # the first shape may be taken for a constant one
 
 
+@pytest.mark.parametrize("what", ["divergence", "top-k", "statistics"])
+def test_compiles_where_nothing_needs_a_gradient(what: str, backend: str) -> None:
+    torch.compiler.reset()
+    h = heads(torch.float32)
+    log_q, ids = fusedkl.log_softmax(h.logits("ref_")).topk(4, -1)
+
+    def step(hidden: Tensor) -> Tensor:
+        options = {"tile": TILE, "backend": backend}
+        rows, other = h.tensors["weight"], (h.tensors["ref_hidden"], h.tensors["ref_weight"])
+        if what == "divergence":
+            return fusedkl.linear_divergence(hidden, rows, *other, **options)
+        if what == "top-k":
+            return fusedkl.linear_divergence(hidden, rows, ref_topk=(ids, log_q), **options)
+        stats = fusedkl.linear_token_stats(
+            hidden, rows, *other, ids, fields=["log_ratio"], **options
+        )
+        assert stats.log_ratio is not None
+        return stats.log_ratio
+
+    hidden = h.tensors["hidden"]
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden), step(hidden))
+    with torch.no_grad():
+        assert torch.equal(compiled(hidden.clone().requires_grad_()), step(hidden))
+
+
 def test_autocast_casts_as_a_linear_layer_does() -> None:
     h = heads(torch.float32)
     leaves = h.leaves("hidden", "weight")

@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
 
@@ -108,6 +109,18 @@ def test_values_and_gradients(
     bound = 1e-7 if dtype == torch.float64 else 1e-5
     assert oracle.relative_error(found, value, floor=1e-4 if tail == "drop" else 0) <= bound
     assert oracle.relative_l2(slope, slopes) <= max(oracle.GRADIENT_TOLERANCE[dtype], 10 * bound)
+
+
+@pytest.mark.parametrize(("near", "bound"), [(1e-4, 1e-3), (1e-6, 1e-1)])
+def test_the_digits_of_a_small_divergence(near: float, bound: float, backend: str) -> None:
+    # as the docstring has them: 1e-7 of log p, in a log-ratio of `near`
+    x, ids, log_q = case(2.0, near, torch.float32)
+    for kind in KINDS:
+        found = fusedkl.topk_divergence(x, ids, log_q, kind, backend=backend)
+        rows = zip(x.tolist(), ids.tolist(), log_q.tolist(), strict=True)
+        truth = torch.tensor([exactly(*row, kind, "bucket", 1.0)[0] for row in rows])
+        assert isinstance(found, Tensor) and bool((truth < 2 * near * near).all())
+        assert oracle.relative_error(found, truth.double()) <= bound
 
 
 @pytest.mark.parametrize("gap", [10.0, 16.0, 40.0, 300.0])
@@ -291,10 +304,38 @@ def test_shapes_and_strides(backend: str) -> None:
     assert torch.equal(found.flatten(), rows)
     one = fusedkl.topk_divergence(x[0, 1], ids[0, 0], log_q[0, 0], backend=backend)
     assert isinstance(one, Tensor) and one.shape == () and torch.equal(one, found[0, 0])
-    none = fusedkl.topk_divergence(x[:0, 1:], ids[:0], log_q[:0], reduction="mean", backend=backend)
-    assert none == 0
+    for tail in TAILS:
+        none = fusedkl.topk_divergence(
+            x[:0, 1:], ids[:0], log_q[:0], tail=tail, reduction="mean", backend=backend
+        )
+        assert none == 0
     cut = fusedkl.topk_divergence(x[:, 1:, :V], ids, log_q, tail="drop", backend=backend)
     assert isinstance(cut, Tensor) and cut.shape == (2, 4)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_slice_of_a_batch_is_read_in_place(tail: str, backend: str) -> None:
+    torch.use_deterministic_algorithms(False)  # filling memory is what would be seen
+    x = torch.randn(3, 5, 20_000, dtype=torch.bfloat16)[:, :-1].requires_grad_()
+    log_q, ids = torch.randn(3, 4, 20_000).log_softmax(-1).topk(K, -1)
+    rows = x.detach().reshape(12, -1).requires_grad_(), ids.view(12, K), log_q.view(12, K)
+    wanted = fusedkl.topk_divergence(*rows, tail=tail, reduction="mean", backend=backend)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        found = fusedkl.topk_divergence(x, ids, log_q, tail=tail, reduction="mean", backend=backend)
+        (slope,) = torch.autograd.grad(found, x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(slope.view(12, -1), torch.autograd.grad(wanted, rows[0])[0])
+    if backend == "cpu" or tail == "renormalize":  # the one gradient, and nothing else of its size
+        sizes = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+        assert sum(size for size in sizes if size > 100_000) == slope.nbytes
+
+
+def test_an_id_of_no_token_where_nobody_looks_is_nan(backend: str) -> None:
+    x, ids, log_q = case(2.0, 1.0, torch.float32)
+    ids[2, 0] = V + 7
+    whole = torch.compile(fusedkl.topk_divergence, fullgraph=True, backend="eager")
+    found = whole(x, ids, log_q, tail="renormalize", backend=backend)
+    assert bool(found[:2].isfinite().all()) and found[2].isnan()
 
 
 @pytest.mark.parametrize("tail", TAILS)

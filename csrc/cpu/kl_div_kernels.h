@@ -6,7 +6,8 @@
 //   d/dt      g log t + g t/t - g x                  g (t - x) e^t + g e^t
 //
 // The expressions, not only the values, are those of torch's composition and its autograd: which inputs give NaN or infinity
-// follows from the order of operations. Arithmetic is float (double for double), sums are double.
+// follows from the order of operations, but where both of two fused products would overflow (3e38 against 3e38 is -inf here, NaN
+// there) or where torch rounds a factor to 16 bits. Arithmetic is float (double for double), sums are double.
 
 #define KL_INLINE static inline __attribute__((always_inline))
 

@@ -147,11 +147,12 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
       !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t))) {
     GradientJob wide = job;
-    if (dx != dy) {
+    const bool widened = is_widened(dx, dy, row, job.inv_t);
+    if (widened) {
       wide.x = room.policy(job.x, dx, job.n);
       wide.y = room.reference(job.y, dy, job.n);
     }
-    sums = kernels().family_sums[dx == dy ? static_cast<int>(dx) : 0](wide);
+    sums = kernels().family_sums[widened ? 0 : static_cast<int>(dx)](wide);
     if (is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
   }
   return family_sums_f64(job, dx, dy);

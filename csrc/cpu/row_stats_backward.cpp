@@ -56,9 +56,9 @@ void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
 
 double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { return field < 0 ? 0 : grad_at(field + k, r); }
 
-// Different dtypes: the whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded
-// once into its own dtype.
-static void mixed_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
+// The whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded once into its own
+// dtype.
+static void widened_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
   const KernelTable& k = kernels();
   void *const gx = job.gx, *const gy = job.gy;
   room.widen(job, dx, dy);
@@ -126,8 +126,8 @@ static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, 
   if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double ||
       (job.gradient.family() && has_double_gradient(job.kind, job.state)))
     gradient_f64(job, dx, dy);
-  else if (job.gradient.family() && dx == dy) kernels().family_gradient[static_cast<int>(dx)](job);
-  else if (job.y && dx != dy) mixed_gradient(job, dx, dy, room);
+  else if (job.y && is_widened(dx, dy, job.state, job.inv_t)) widened_gradient(job, dx, dy, room);
+  else if (job.gradient.family()) kernels().family_gradient[static_cast<int>(dx)](job);
   else if (later && !kernels().needs_whole_row[static_cast<int>(dx)](job)) later->jobs.emplace_back(job, dx);
   else kernels().gradient[static_cast<int>(dx)](job);
 }

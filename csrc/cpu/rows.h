@@ -40,7 +40,7 @@ struct ForwardCall {
   int64_t segment_length() const { return f64 ? policy.length : Segments(policy.length).size; }
 };
 
-// Room for one segment of both rows in fp32, for rows whose dtypes differ; made at most once per task.
+// Room for one segment of both rows in fp32, where a sweep takes them so; made at most once per task.
 class Widened {
  public:
   const float* policy(const void* from, DType d, int64_t n) { return fill(policy_, from, d, n); }
@@ -101,12 +101,18 @@ inline bool saturated(const FamilyKind& k, const RowState& s) {
   return k.family == Family::mixture && s.divergence > -0.8 * (k.weight_q * log(k.beta) + k.weight_p * log1p(-k.beta));
 }
 
-// Both rows in fp32, where their dtypes differ.
+// Both rows in fp32, where a sweep takes them so.
 struct MixedRow {
   std::vector<float> x, y;
 
   void widen(GradientJob& job, DType dx, DType dy);  // the job's rows become these
 };
+
+// Whether a sweep that knows the row's state takes its logits in fp32, whose differences are exact: rows of two dtypes, and 16-bit
+// rows so far apart that a difference of theirs is rounded by more than they differ.
+inline bool is_widened(DType dx, DType dy, const RowState& s, double inv_t) {
+  return dx != dy || (dx != DType::f32 && difference_too_coarse(s, inv_t));
+}
 
 // Arguments of a backward call.
 struct BackwardCall {

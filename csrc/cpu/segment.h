@@ -165,7 +165,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   const bool equal_rows = row.A == 0 && row.B == 0;  // every difference is the centre, exactly
   if (!equal_rows) {
     if (!(noise <= 8 * policy * forward)) return false;
-    if (D != DType::f32 && difference_too_coarse(0.33 * f.centre() * t.inv_t, forward)) return false;
+    if (D != DType::f32 && difference_too_coarse(f.centre() * t.inv_t, forward)) return false;
     if constexpr (REVERSE) {
       const double reverse = row.reverse_kl(), kept = fabs(row.M) > 0.5 * row.S ? fabs(row.M + row.C) : 0;
       if (!((fabs(row.C) > kept ? fabs(row.C) : kept) <= 10 * reverse * policy)) return false;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) family_cluster_kernel(Clus
   cluster_state<kEntropy, D>(args, cluster, room, slice, r, counted, [&](const RowState& s) {
     room->state = s;
     room->frame = frame_of(RowPlan{}, s, inv_t);
-    const bool left = is_left_to_exact(s) || beyond_sweeps(s, inv_t) || !is_finite(s.residual);
+    const bool left = is_left_to_exact(s) || beyond_sweeps(in, s, inv_t) || !is_finite(s.residual);
     room->decision = !counted ? kValued : left ? kLeft : kAgain;
   });
   const VectorRows<D, true> rows{slice.x, slice.y, slice.length};

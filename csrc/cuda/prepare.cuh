@@ -17,11 +17,12 @@ struct RowPlan {
   double mean_p, mean_q;  // means of (x - y) - centre under p and q
 };
 
-// Logits, divergences or a temperature that fp32 arithmetic has no room for.
-FUSEDKL_DEVICE bool beyond_sweeps(const RowState& s, double inv_t) {
+// Logits, divergences or a temperature that fp32 arithmetic has no room for, or 16-bit rows too far apart for it.
+FUSEDKL_DEVICE bool beyond_sweeps(const Inputs& in, const RowState& s, double inv_t) {
   auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
   return !(inv_t < 2e3 && inv_t > 5e-4) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) ||
-         large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30);
+         large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30) ||
+         (in.dx != DType::f32 && in.dy != DType::f32 && difference_too_coarse(s, inv_t));
 }
 
 FUSEDKL_DEVICE double grad_at(const GradientArgs& a, int64_t field, int64_t r) {
@@ -66,7 +67,7 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   plan.reference = a.gy.data && !lost_reference && (!plan.g.reference_zero() || ref_token);
   // an invalid side, of which the other needs nothing, must not reach that one's sums as 0 * NaN
   const bool half = s.policy_log_sum != s.policy_log_sum || s.reference_log_sum != s.reference_log_sum;
-  const bool exact = a.in.exact() || half || beyond_sweeps(s, inv_t);
+  const bool exact = a.in.exact() || half || beyond_sweeps(a.in, s, inv_t);
   plan.fate = exact || (plan.g.family() && has_double_gradient(a.kind.exact.kind, s)) ? kExact
               : plan.g.family()                                                       ? kFamily
                                                                                       : kSweep;

@@ -16,6 +16,8 @@ _CALLS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "logsumexp": (("x", "dim", "keepdim"), (torch.logsumexp,)),
     "exp": (("x",), (torch.exp,)),
     "log": (("x",), (torch.log,)),
+    "clamp": (("x", "min", "max"), (torch.clamp,)),
+    "clamp_min": (("x", "min"), (torch.clamp_min,)),
     "log1p": (("x",), (torch.log1p,)),
     "neg": (("x",), (torch.neg, operator.neg)),
     "add": (("x", "y"), (torch.add, operator.add)),
@@ -62,26 +64,35 @@ _CASTS = {
 
 def read(node: Node) -> tuple[str, dict[str, Any]] | None:
     """(name, arguments) of a node that is one of the calls above or a cast; None for others."""
-    if node.op == "call_method" and isinstance(node.target, str):
-        if node.target in ("to", "type", "type_as") or node.target in _CASTS:
-            return _cast(node)
-        found = _METHODS.get(node.target)
-    elif node.op == "call_function":
-        found = _FUNCTIONS.get(node.target)
-    else:
-        return None
-    if found is None:
+    if node.op == "call_method" and node.target in ("to", "type", "type_as", *_CASTS):
+        return _cast(node)
+    found = _signature(node)
+    if found is None or _others(node, found[1]):
         return None
     name, names = found
-    if len(node.args) > len(names):
-        return None
     arguments = dict(zip(names, node.args, strict=False))
-    for key, value in node.kwargs.items():
-        key = _ALIASES.get(key, key)
-        if key not in names and value is not None:
-            return None
-        arguments[key] = value
+    arguments.update((_ALIASES.get(key, key), value) for key, value in node.kwargs.items())
     return name, arguments
+
+
+def unread(node: Node) -> str | None:
+    """Why `read` does not know a call of a name that it knows."""
+    found = _signature(node)
+    others = [] if found is None else _others(node, found[1])
+    return None if found is None or not others else f"{found[0]}: {others[0]} is not read"
+
+
+def _signature(node: Node) -> tuple[str, tuple[str, ...]] | None:
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def _others(node: Node, names: tuple[str, ...]) -> list[str]:
+    """The arguments of a call besides `names`."""
+    more = [f"argument {i + 1}" for i in range(len(names), len(node.args))]
+    given = [key for key, value in node.kwargs.items() if value is not None]
+    return more + [key for key in given if _ALIASES.get(key, key) not in names]
 
 
 def _cast(node: Node) -> tuple[str, dict[str, Any]]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any
 
 __all__ = ["Enabled", "disable", "enable"]
 
 _LOCK = threading.RLock()
 _ACTIVE: list[Enabled] = []
-_before: Any = None  # what the configuration held
+
+
+def enabled() -> bool:
+    """Whether an `enable()` has not ended."""
+    return bool(_ACTIVE)
+
+
+def _installed() -> bool:
+    import torch._inductor.config as config
+
+    from .passes import is_ours
+
+    found = config.pre_grad_custom_pass
+    return any(map(is_ours, found)) if isinstance(found, (list, tuple)) else is_ours(found)
 
 
 def _install() -> None:
-    global _before
     import torch._inductor.config as config
 
     from .passes import combined
 
-    _before = config.pre_grad_custom_pass
-    config.pre_grad_custom_pass = combined(_before)
+    config.pre_grad_custom_pass = combined(config.pre_grad_custom_pass)
 
 
 def _remove() -> None:
@@ -28,8 +38,9 @@ def _remove() -> None:
 
     from .passes import is_ours
 
-    if is_ours(config.pre_grad_custom_pass):
-        config.pre_grad_custom_pass = _before
+    found = config.pre_grad_custom_pass
+    if is_ours(found):
+        config.pre_grad_custom_pass = found.before
 
 
 class Enabled:
@@ -37,19 +48,22 @@ class Enabled:
 
     def __init__(self) -> None:
         with _LOCK:
-            if not _ACTIVE:
+            if not _installed():
                 _install()
             _ACTIVE.append(self)
 
     @property
     def active(self) -> bool:
-        """Whether this one has not ended."""
+        """Whether this one has not ended and the configuration still has the pass."""
+        return self._counts() and _installed()
+
+    def _counts(self) -> bool:
         return any(other is self for other in _ACTIVE)
 
     def end(self) -> None:
         """Take it back; the pass goes with the last one. A second call does nothing."""
         with _LOCK:
-            if self.active:
+            if self._counts():
                 _ACTIVE[:] = [other for other in _ACTIVE if other is not self]
                 if not _ACTIVE:
                     _remove()
@@ -73,7 +87,8 @@ def enable() -> Enabled:
     logits by fusedkl, forward and backward, and no [tokens, V] temporary is made for it. It holds
     for what is compiled from now on: call it before the first run of a compiled function, or
     torch.compiler.reset() after it. Another pre_grad_custom_pass that is set keeps running, before
-    this one. Counts: it ends when every `Enabled` has ended, or by `disable()`.
+    this one; if somebody set the configuration without ours meanwhile, a further call puts it there
+    again. Counts: it ends when every `Enabled` has ended, or by `disable()`.
 
     Equivalent: the uncompiled code; values and gradients within the accuracy of `forward_kl`.
     """

@@ -48,33 +48,41 @@ def row_numbers(
 
 
 class Emitter:
-    """Rewrites one graph; `rewritten` says what and where."""
+    """Rewrites one graph; `rewritten` says what and where.
+
+    Made, it has changed nothing yet, and the reasons of what cannot be are in `reading.missed`.
+    """
 
     def __init__(self, graph: Graph, reading: Reading, writes: Writes) -> None:
         self.graph, self.reading, self.writes = graph, reading, writes
         self.rewritten: list[tuple[str, str]] = []
-
-    def run(self) -> None:
-        """Rewrite everything that can be; the reasons of the rest go to `reading.missed`."""
-        wanted, members = [], []
-        for found in self.reading.found:
+        self._forward_mode = any(n.op == "call_function" and _dual(n.target) for n in graph.nodes)
+        self._wanted: list[tuple[Sum | Single, list[Number]]] = []
+        members = []
+        for found in reading.found:
             parts = self._computable(found)
             if isinstance(parts, str):
-                self.reading.missed[found.node] = parts
+                reading.missed[found.node] = parts
                 continue
-            wanted.append((found, parts))
+            self._wanted.append((found, parts))
             index = found.index if isinstance(found, Single) else None
-            grad = self.reading.grad[found.node]
+            grad = reading.grad[found.node]
             members += [Member(found.node, part, index, grad) for part in parts]
+        self._calls = calls_of(members, writes)
+
+    def run(self) -> None:
+        """Rewrite all of it."""
         values: dict[Any, Node] = {}
-        for call in calls_of(members, self.writes):
+        for call in self._calls:
             values.update(self._call(call))
-        for found, parts in wanted:
+        for found, parts in self._wanted:
             self._replace(found, [(p, values[found.node, p]) for p in parts])
-        self._remove([found.node for found, _ in wanted])
+        self._remove([found.node for found, _ in self._wanted])
 
     def _computable(self, found: Sum | Single) -> list[Number] | str:
         """What to compute for a node, or why that cannot be done."""
+        if self._forward_mode:
+            return "the graph has forward-mode AD, and the fused operators have not"
         parts = numbers(found)
         if isinstance(parts, str):
             return parts
@@ -221,6 +229,10 @@ class Emitter:
 
     def _method(self, name: str, *arguments: Any) -> Node:
         return self.graph.call_method(name, arguments)
+
+
+def _dual(function: Any) -> bool:
+    return getattr(function, "__name__", "") in ("_make_dual", "_enter_dual_level")
 
 
 def _item(values: tuple[Tensor, ...], i: int) -> Tensor:

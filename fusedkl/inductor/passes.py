@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
 from .. import __version__
 from .calls import where
+from .control import enabled
 from .emit import Emitter
 from .reader import Reader
 from .report import record
@@ -28,37 +30,49 @@ def _sources() -> tuple[str, ...]:
 
 def rewrite(graph: Graph) -> None:
     """Rewrite one graph of torch calls, and put it on record."""
-    writes = Writes(graph)
-    reader = Reader(graph, writes)
-    emitter = Emitter(graph, reader.reading, writes)
+    try:
+        writes = Writes(graph)
+        reading = Reader(graph, writes).reading
+        emitter = Emitter(graph, reading, writes)
+    except Exception as error:  # nothing is changed yet, and the graph is right as it is
+        reason = f"fusedkl could not read a graph: {type(error).__name__}: {error}"
+        warnings.warn(f"{reason}. It stays as it is; please report this.", RuntimeWarning, 2)
+        return record([], [(reason, "the whole graph")])
     emitter.run()
-    missed = [(reason, where(node)) for node, reason in reader.reading.missed.items()]
+    missed = [(reason, where(node)) for node, reason in reading.missed.items()]
     record(emitter.rewritten, missed)
 
 
 class _Pass(CustomGraphPass):
-    def __init__(self, first: tuple[Any, ...]) -> None:
-        self.first = first
+    """Runs what the configuration held, `before`, and then ours, unless every enable() has ended.
+
+    Another party may hold it in a list, where it cannot be taken out.
+    """
+
+    def __init__(self, before: Any) -> None:
+        several = isinstance(before, (list, tuple))
+        self.before = before
+        self.first = () if before is None else tuple(before) if several else (before,)
 
     def __call__(self, graph: Graph) -> None:
         for other in self.first:
             other(graph)
-        rewrite(graph)
+        if enabled():
+            rewrite(graph)
 
     def uuid(self) -> Any:
         of_first = tuple(getattr(other, "uuid", lambda: None)() for other in self.first)
         if None in of_first:
             return None  # nothing may be cached, then
-        return (__version__, get_hash_for_files(_sources()), of_first)
+        ours = (__version__, get_hash_for_files(_sources())) if enabled() else None
+        return (ours, of_first)
 
 
-def combined(first: Any) -> CustomGraphPass:
+def combined(before: Any) -> CustomGraphPass:
     """The pass, after another one or several if there are any."""
-    if first is None:
-        return _Pass(())
-    return _Pass(tuple(first) if isinstance(first, (list, tuple)) else (first,))
+    return _Pass(before)
 
 
-def is_ours(found: Any) -> bool:
+def is_ours(found: Any) -> TypeGuard[_Pass]:
     """Whether a pass is what `combined` made."""
     return isinstance(found, _Pass)

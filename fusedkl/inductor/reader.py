@@ -14,6 +14,11 @@ from .rows import Rows
 from .values import Log, LogitProducts, LogSumExp, Picked, Prob, Products, Row, Scaled, Value
 
 
+def _dims(dim: Any) -> Any:
+    """To torch no dims at all are all of them."""
+    return None if isinstance(dim, (tuple, list)) and not dim else dim
+
+
 class Reader(Rows):
     """Rows, and what is done with products of them: weights, masks, sums, picked tokens."""
 
@@ -58,7 +63,7 @@ class Reader(Rows):
         return Products(products.terms, (*products.then, ("index", index)))
 
     def _sum(self, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
-        value, tensor = self.value(x), example(x)
+        value, tensor, dim = self.value(x), example(x), _dims(dim)
         if isinstance(value, LogitProducts) and last(dim, tensor) and not keepdim:
             return LogitProducts(value.row, reduced=True)
         if not isinstance(value, Products):
@@ -76,7 +81,7 @@ class Reader(Rows):
 
     def _mean(self, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
         value = self.value(x)
-        if isinstance(value, Products) and dim is None and not keepdim:
+        if isinstance(value, Products) and _dims(dim) is None and not keepdim:
             self._record(Sum(node, value, (), divisor="elements"))
         return None
 
@@ -96,7 +101,8 @@ class Reader(Rows):
             target = Prob(atom) if isinstance(atom, Row) else None
         if not isinstance(log_input, Log) or not isinstance(target, Prob):
             wrong, what = (x, "input") if not isinstance(log_input, Log) else (y, "target")
-            self.reading.missed[node] = f"kl_div: {what} {self._reason(wrong)}"
+            if wrong not in self.reading.missed:
+                self.reading.missed[node] = f"kl_div: {what} {self._reason(wrong)}"
             return None
         if size_average is not None or reduce is not None:
             self.reading.missed[node] = "kl_div: size_average and reduce are not read"
@@ -139,7 +145,7 @@ class Reader(Rows):
             return None
         if isinstance(value, Picked) and not value.squeezed and same(tensor.shape[-1], 1):
             return Picked(value.row, value.index, squeezed=True)
-        return LogSumExp(value.row, False) if isinstance(value, LogSumExp) else None
+        return LogSumExp(value.row, False) if isinstance(value, LogSumExp) and value.kept else None
 
     def _unsqueeze(self, node: Node, x: Any, dim: Any) -> Value:
         value, tensor = self.value(x), example(x)

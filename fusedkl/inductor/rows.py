@@ -29,8 +29,11 @@ from .values import (
 )
 from .writes import Writes
 
+_NUMBERS = (int, torch.SymInt, torch.Size)
 _HALF = (torch.bfloat16, torch.float16)
 _FLOAT = (*_HALF, torch.float32, torch.float64)
+_ARITHMETIC = ("add", "sub", "mul", "div", "clamp", "clamp_min")
+_ALTERED = "is arithmetic on softmaxes"
 _GRAD_MODE = torch._C._set_grad_enabled
 
 
@@ -49,6 +52,8 @@ class Rows(ABC):
                 continue
             call = calls.read(node)
             found = None if call is None else self._interpret(node, *call)
+            if call is None:
+                self._report_unread(node)
             if found is not None:
                 self._values[node] = self.reading.known[node] = found
             self._forget(node)
@@ -73,8 +78,24 @@ class Rows(ABC):
 
     def _interpret(self, node: Node, name: str, given: dict[str, Any]) -> Value:
         method: Any = getattr(self, f"_{name}", None)
-        known = method is not None
-        return method(node, **given) if known else self._arithmetic(node, name, given)
+        found = method(node, **given) if method is not None else self._arithmetic(node, name, given)
+        if found is None and name in _ARITHMETIC:
+            self._note_altered(node, given["x"], given.get("y", 0))
+        return found
+
+    def _report_unread(self, node: Node) -> None:
+        reason = calls.unread(node)
+        if reason and any(isinstance(self._values.get(x), Log) for x in node.all_input_nodes):
+            self.reading.missed[node] = reason
+
+    def _note_altered(self, node: Node, *made_of: Any) -> None:
+        """Softmaxes plus a number, their differences, ...: with a log, that is a near miss."""
+        given = [Prob if self._altered(x) else type(self.value(x)) for x in made_of]
+        if Prob in given and all(kind in (Prob, Constant) for kind in given):
+            self._why[node] = _ALTERED
+
+    def _altered(self, node: Any) -> bool:
+        return self._why.get(node) == _ALTERED
 
     def _forget(self, writer: Node) -> None:
         """What a node writes to is not what it was made as any more; logits are others."""
@@ -94,6 +115,7 @@ class Rows(ABC):
                 user
                 for user in node.users
                 if user not in self.reading.grad
+                and not isinstance(example(user), _NUMBERS)  # its size
                 and not isinstance(self._values.get(user), Products)
             ]
             for user in ends:
@@ -208,6 +230,8 @@ class Rows(ABC):
         value = self.value(x)
         if isinstance(value, Constant):
             return Constant(math.log(value.value)) if value.value > 0 else None
+        if self._altered(x):
+            self.reading.missed[node] = f"log of {self._reason(x)}"
         return Log(((value.row, 1.0),)) if isinstance(value, Prob) else None
 
     def _log1p(self, node: Node, x: Any) -> Value:
@@ -251,7 +275,8 @@ class Rows(ABC):
             special = self._difference(node, x, y) if name == "sub" else None
             found = special or values.add(x, values.scale(y, -1.0) if name == "sub" else y)
         for one, other in ((left, y), (right, x)):
-            if found is None and one in self._why and isinstance(other, (Log, Prob)):
+            near = Log if self._altered(one) else (Log, Prob)
+            if found is None and one in self._why and isinstance(other, near):
                 self.reading.missed[node] = f"{name}: one side {self._reason(one)}"
         return found
 
