@@ -29,18 +29,18 @@ SECOND_SWEEP = ("jsd", "skew_kl", "renyi", "tvd", "hellinger")
 TERMS = tl.constexpr(7)
 CLOSE = tl.constexpr(0.625)
 # A mixture's |l| goes up to here: e^-|l| is 0, and |l| times it too.
-FARTHEST = tl.constexpr(1e4)
+FARTHEST = 1e4
 # Powers of e that may belong to a token whose p and q have underflowed in float32.
 LARGE = tl.constexpr(60.0)
 
 
-@triton.jit
-def farthest(FIELD: tl.constexpr):
+@triton.constexpr_function
+def farthest(field):
     """|l| of a token that one side excludes, and the most that |l| is.
 
     A tilted term has e^(-tau |l|) with any tau > 0, and no |l| times it.
     """
-    return float("inf") if FIELD == "renyi" or FIELD == "hellinger" else FARTHEST
+    return math.inf if field in ("renyi", "hellinger") else FARTHEST
 
 
 @triton.jit
