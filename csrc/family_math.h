@@ -29,6 +29,12 @@ struct FamilyKind {
   static FamilyKind tvd() { return {Family::tvd, 0, 0, 0, false}; }
   static FamilyKind renyi(double alpha) { return {Family::tilted, alpha, 0, 0, false}; }
   static FamilyKind squared_hellinger() { return {Family::tilted, 0.5, 0, 0, true}; }
+
+  // Whether the parameter is so near an end of its range that a token's terms cancel to less than float holds.
+  FUSEDKL_MEMBER bool is_delicate() const {
+    if (family == Family::tilted) return fabs(beta - 1) < 0.01;
+    return family == Family::mixture && (weight_p != 0 ? beta < 0.01 || beta > 0.99 : beta < 0.02 || beta > 0.95);
+  }
 };
 
 // Sums over a slice of the vocabulary. The slopes of a divergence are its derivatives by p and by q; their means are what a
@@ -49,15 +55,35 @@ struct FamilySums {
   }
 };
 
-// Of the whole row: what the state keeps as `divergence`, given the sums.
-FUSEDKL_HD static inline double family_value(const FamilyKind& k, const RowState& s, const FamilySums& sums) {
+// Whether a sum of q^a p^(1-a) has left the range of a double: its logarithm then takes a sweep of its own, in double.
+FUSEDKL_HD static inline bool wants_log_sum(const FamilyKind& k, const FamilySums& sums) {
+  return k.family == Family::tilted && !k.hellinger && !(sums.policy_slope > 1e-290 && sums.policy_slope < INFINITY);
+}
+
+// log of a sum of powers of 2 given by their exponents: no power need have a double.
+struct LogSum {
+  double top = -INFINITY, sum = 0;  // sum 2^top
+
+  FUSEDKL_MEMBER void add(double exponent, double times = 1) {
+    if (!(exponent > -INFINITY)) return;
+    if (exponent > top) {
+      sum *= exp2(top - exponent);
+      top = exponent;
+    }
+    sum += times * exp2(exponent - top);
+  }
+  FUSEDKL_MEMBER double log_of() const { return sum > 0 ? kLn2 * top + log(sum) : -INFINITY; }
+};
+
+// Of the whole row: what the state keeps as `divergence`, given the sums and the logarithm of sum q^a p^(1-a).
+FUSEDKL_HD static inline double family_value(const FamilyKind& k, const RowState& s, const FamilySums& sums, double log_sum) {
   // of the two equal sums, that of p - q > 0 and that of q - p, the one over less mass: it knows the log-ratio of its tokens better
   if (k.family == Family::tvd)
     return (sums.policy_slope < sums.reference_slope ? sums.apart - sums.excess : sums.apart + sums.excess) / 2;
   if (k.family != Family::tilted) return sums.value < 0 ? 0 : sums.value;
   if (k.hellinger) return sums.value < 0 ? 0 : sums.value > 1 ? 1 : sums.value;
   if (k.beta > 1 && s.forward_kl == INFINITY) return INFINITY;
-  const double log_z = sums.value < 0.5 ? log1p(-sums.value) : log(sums.policy_slope), v = log_z / (k.beta - 1);
+  const double v = (fabs(sums.value) < 0.5 ? log1p(-sums.value) : log_sum) / (k.beta - 1);
   return v < 0 ? 0 : v;
 }
 
@@ -81,8 +107,8 @@ FUSEDKL_HD static inline bool hardly_overlap(const FamilyKind& k, const FamilySu
   return k.family == Family::tilted && !k.hellinger && sums.apart > 1.99;
 }
 
-FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const FamilySums& sums) {
-  s.divergence = family_value(k, s, sums);
+FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const FamilySums& sums, double log_sum) {
+  s.divergence = family_value(k, s, sums, log_sum);
   s.policy_slope = sums.policy_slope;
   s.reference_slope = sums.reference_slope;
 }
@@ -90,6 +116,11 @@ FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const
 // log of sum q^a p^(1-a), from the value that the state keeps
 FUSEDKL_HD static inline double tilted_log_z(const FamilyKind& k, const RowState& s) {
   return k.hellinger ? log1p(-s.divergence) : (k.beta - 1) * s.divergence;
+}
+
+// Whether a gradient takes double: float knows a token's w = q^a p^(1-a) / Z no better than the logarithm of Z.
+FUSEDKL_HD static inline bool has_double_gradient(const FamilyKind& k, const RowState& s) {
+  return k.is_delicate() || (k.family == Family::tilted && fabs(tilted_log_z(k, s)) > 32);
 }
 
 // Whether both sides of a mixture weigh enough that, beyond that reach, its terms are large against what a logarithm of m rounds

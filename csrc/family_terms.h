@@ -7,13 +7,25 @@
 
 namespace fusedkl {
 
-constexpr double kFarthest = 1e4;  // v of a token that one side excludes: e^-v is 0, v times it too
+constexpr double kFarthest = 1e4;  // e^-v is 0 from here on, v times it too
+
+// v of a token that one side excludes, and the most that v is. A tilted term has e^(-tau v) with any tau > 0, and no v times it.
+FUSEDKL_HD static inline double farthest(Family f) { return f == Family::tilted ? INFINITY : kFarthest; }
+
+// 1 - e^-u and e^-u, each with its digits. In float, u below kLeast makes the first one -inf: so large a power may be of a `big` that
+// has underflowed, and sums that are not finite are taken again in double.
+template <class O>
+struct Decay {
+  typename O::V lost, left;
+};
+constexpr double kLeast = -60;
 
 template <class O>
 struct FamilyToken {
   using V = typename O::V;
   typename O::M policy_big;
   V l, v, d, rest, big;  // rest = 1 - d = e^-v, not by subtraction
+  V exponent, weight;    // big = weight 2^exponent, also where that underflows
 
   FUSEDKL_MEMBER V p() const { return O::select(policy_big, big, big * rest); }
   FUSEDKL_MEMBER V q() const { return O::select(policy_big, big * rest, big); }
@@ -25,7 +37,7 @@ struct FamilyConstants {
   using V = typename O::V;
   FamilyKind kind;
   bool two_sided;  // jsd; skew_kl is KL(q || m) alone
-  V one, weight_q, weight_p, beta, rest_beta, half, near;
+  V one, weight_q, weight_p, beta, rest_beta, half, near, minus_log2e;
   V series[13];  // tilted: N's term is q l^2 sum_j series[j] l^j for |l| <= near
 
   explicit FamilyConstants(const FamilyKind& k) : kind(k), two_sided(k.weight_p != 0) {
@@ -36,6 +48,7 @@ struct FamilyConstants {
     beta = O::set(k.beta);
     rest_beta = O::set(1 - k.beta);
     near = O::set(series_reach(k));
+    minus_log2e = O::set(-kLog2e);
     const double t = 1 - k.beta;
     double factorial = 2, power = t;  // of j + 2;  t^(j + 1)
     for (int j = 0; j < 13; j++, factorial *= j + 2, power *= t) series[j] = O::set(t * (1 - power) / factorial);
@@ -65,6 +78,18 @@ FUSEDKL_MEMBER MixtureTerms<O> mixture_terms(const FamilyConstants<O>& c, const 
   return {t.big * bent, t.big * O::select(is_near, near, far), log_m};
 }
 
+// The exponent of the smaller of p and q in q^a p^(1-a) = big e^(-tau v).
+template <class O>
+FUSEDKL_MEMBER typename O::V tilted_order(const FamilyConstants<O>& c, const FamilyToken<O>& t) {
+  return O::select(t.policy_big, c.beta, c.rest_beta);
+}
+
+// log2 of q^a p^(1-a) / Z but for the token's weight
+template <class O>
+FUSEDKL_MEMBER typename O::V tilted_log2(const FamilyConstants<O>& c, const FamilyToken<O>& t, typename O::V log_z) {
+  return O::fma(tilted_order(c, t) * t.v + log_z, c.minus_log2e, t.exponent);
+}
+
 // One token's terms of the sums.
 template <class O>
 struct FamilyTerms {
@@ -86,13 +111,12 @@ FUSEDKL_MEMBER FamilyTerms<O> family_terms(const FamilyConstants<O>& c, const Fa
     const auto slope = c.beta * t.big * apart * apart / (c.one - other * t.d);
     return {value, slope, value - slope};
   } else {
-    // tau: the exponent of the smaller one in q^a p^(1-a) = big e^(-tau v)
-    const auto tau = O::select(t.policy_big, c.beta, c.rest_beta);
-    const auto lost = O::one_minus_exp(tau * t.v);
+    const auto tau = tilted_order(c, t), u = tau * t.v;
+    const auto decay = O::decay(u);
     auto sum = c.series[12];
     for (int j = 11; j >= 0; j--) sum = O::fma(sum, t.l, c.series[j]);
-    const auto near = t.q() * t.l * t.l * sum, far = t.big * (lost - tau * t.d);
-    return {O::select(O::not_above(t.v, c.near), near, far), t.big - t.big * lost, zero};
+    const auto near = t.q() * t.l * t.l * sum, far = t.big * (decay.lost - tau * t.d);
+    return {O::select(O::not_above(t.v, c.near), near, far), t.big * decay.left, zero};
   }
 }
 
@@ -120,8 +144,7 @@ FUSEDKL_MEMBER FamilyGradient<O> family_gradient_terms(const FamilyConstants<O>&
     const auto rho = O::select(t.policy_big, zero - apart, apart);  // q/m - 1
     return {p * (zero - c.rest_beta * rho - policy_mean), q * (q_over_m - c.beta * rho - reference_mean)};
   } else {
-    const auto tau = O::select(t.policy_big, c.beta, c.rest_beta), log_z = value;
-    const auto w = t.big * O::exp_of(zero - (tau * t.v + log_z));
+    const auto log_z = value, w = t.weight * O::exp2_of(tilted_log2(c, t, log_z));
     const auto to_p = zero - c.beta * t.l - log_z, to_q = c.rest_beta * t.l - log_z;  // log(w/p), log(w/q)
     return {O::select(O::not_above(O::abs(to_p), c.near), p * O::one_minus_exp(zero - to_p), p - w),
             O::select(O::not_above(O::abs(to_q), c.near), zero - q * O::one_minus_exp(zero - to_q), w - q)};
@@ -139,16 +162,24 @@ struct ScalarOps {
   FUSEDKL_MEMBER static V fma(V a, V b, V c) { return a * b + c; }
   FUSEDKL_MEMBER static V h(V z) { return h_of(z); }
   FUSEDKL_MEMBER static V one_minus_exp(V u) { return -expm1(-u); }
-  FUSEDKL_MEMBER static V exp_of(V u) { return exp(u); }
+  FUSEDKL_MEMBER static Decay<ScalarOps> decay(V u) { return {-expm1(-u), exp(-u)}; }
+  FUSEDKL_MEMBER static V exp2_of(V u) { return exp2(u); }
 };
 
-FUSEDKL_HD static inline FamilyToken<ScalarOps> family_token(const RowState& s, double x, double y, double inv_t) {
+FUSEDKL_HD static inline FamilyToken<ScalarOps> family_token(Family family, const RowState& s, double x, double y, double inv_t) {
   const bool absent = x == -INFINITY && y == -INFINITY;
-  const double l = absent ? 0 : ((x - y) - s.centre) * inv_t - s.residual, v = fabs(l) < kFarthest ? fabs(l) : kFarthest;
+  const double l = absent ? 0 : ((x - y) - s.centre) * inv_t - s.residual, far = farthest(family);
+  const double v = fabs(l) < far ? fabs(l) : far;
   const bool policy_big = l > 0;
   const double log_big =
       policy_big ? (x * inv_t - s.policy_max) - s.policy_log_sum : (y * inv_t - s.reference_max) - s.reference_log_sum;
-  return {policy_big, policy_big ? v : -v, v, -expm1(-v), exp(-v), exp(log_big)};
+  return {policy_big, policy_big ? v : -v, v, -expm1(-v), exp(-v), exp(log_big), log_big * kLog2e, 1};
+}
+
+// log2 of a token's q^a p^(1-a)
+FUSEDKL_HD static inline double tilted_log2_at(const FamilyConstants<ScalarOps>& c, const RowState& s, double x, double y,
+                                               double inv_t) {
+  return tilted_log2(c, family_token(Family::tilted, s, x, y, inv_t), 0.0);
 }
 
 // run(a family as a constant); of the host or of the device as `run` is.
@@ -168,7 +199,7 @@ FUSEDKL_MEMBER auto family_switch(const FamilyKind& k, R run) {
 FUSEDKL_HD static inline FamilyGradient<ScalarOps> family_gradient_at(const FamilyConstants<ScalarOps>& c, const RowState& s,
                                                                       double x, double y, double inv_t) {
   if (x == -INFINITY && y == -INFINITY) return {0, 0};
-  const FamilyToken<ScalarOps> t = family_token(s, x, y, inv_t);
+  const FamilyToken<ScalarOps> t = family_token(c.kind.family, s, x, y, inv_t);
   return family_switch(c.kind, [&](auto f) {
     return family_gradient_terms<decltype(f)::value, ScalarOps>(c, t, s.policy_slope, s.reference_slope,
                                                                 gradient_value(c.kind, s));

@@ -87,7 +87,9 @@ def jsd(
 
     m = (1 - beta) p + beta q; nats, at most the entropy of (beta, 1 - beta), ln 2 at the default.
     beta = 0 is exactly forward_kl and beta = 1 exactly reverse_kl, as in TRL, although the limits
-    there are 0. Options, shapes, dtypes, gradients and errors: `divergence`. Equivalent to::
+    there are 0. A beta below 0.01 or above 0.99 takes double on cpu and cuda, which is slow, and
+    loses digits on triton (docs/numerics.md). Options, shapes, dtypes, gradients and errors:
+    `divergence`. Equivalent to::
 
         log_p, log_q = (torch.log_softmax(z.float() / T, -1) for z in (policy, reference))
         log_m = torch.logsumexp(torch.stack([log_p + log(1 - beta), log_q + log(beta)]), 0)
@@ -109,6 +111,8 @@ def skew_kl(
 ) -> Tensor:
     """KL(q || alpha q + (1 - alpha) p) of every row, 0 < alpha < 1: at most -log(alpha) nats.
 
+    An alpha below 0.02 or above 0.95 takes double on cpu and cuda, which is slow, and loses digits
+    on triton (docs/numerics.md).
     Options, shapes, dtypes, gradients and errors: `divergence`. Equivalent to::
 
         log_p, log_q = (torch.log_softmax(z.float() / T, -1) for z in (policy, reference))
@@ -130,8 +134,9 @@ def renyi(
 ) -> Tensor:
     """D_alpha(q || p) = log(sum q^alpha p^(1 - alpha)) / (alpha - 1) of every row, alpha > 0.
 
-    Nats. alpha = 1 is exactly forward_kl. Options, shapes, dtypes, gradients and errors:
-    `divergence`. Equivalent to::
+    Nats. alpha = 1 is exactly forward_kl. An alpha within 0.01 of 1 takes double on cpu and cuda,
+    which is slow, and loses digits on triton (docs/numerics.md). Options, shapes, dtypes, gradients
+    and errors: `divergence`. Equivalent to::
 
         log_p, log_q = (torch.log_softmax(z.float() / T, -1) for z in (policy, reference))
         torch.logsumexp(alpha * log_q + (1 - alpha) * log_p, -1) / (alpha - 1)

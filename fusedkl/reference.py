@@ -259,12 +259,14 @@ def sums_of_rows(
         t = t[:, :valid_vocab].to(dtype)
         t = t if softcap is None else capped(t, softcap)
         about = column[f"{name}_max"] / scale
-        prob = torch.exp((t - about) * scale - column[f"{name}_log_sum"])
+        log_mass = column[f"{name}_log_sum"]
+        prob = torch.exp((t - about) * scale - log_mass)
         nothing = torch.zeros_like(about)
         none = nothing.bool()
         support = t != -torch.inf
         logits = torch.where(support, t, 0)
-        return Softmax(none, none, support, logits, about, nothing, prob, nothing, nothing, prob)
+        exponent = torch.where(support, (logits - about) * scale, 0)
+        return Softmax(none, none, support, logits, about, exponent, prob, nothing, log_mass, prob)
 
     p, q = side(policy, "policy"), side(reference, "reference")
     joint = p.support & q.support

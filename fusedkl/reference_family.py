@@ -8,7 +8,8 @@
     renyi = log1p(-N) / (a - 1),  hellinger = N at a = 1/2
 
 Every sum has terms of one sign and none that cancels; where l is large, the larger of p and q
-stands for q e^l. A token that one row excludes adds the limit of its term.
+stands for q e^l. A token that one row excludes adds the limit of its term. Of renyi, 1 - N may have
+no number: its logarithm is formed from those of its terms.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference_parts import Gap, Softmax, row_sum
+from .reference_parts import Gap, Softmax, limits, row_sum
 
 
 class _Bend(torch.autograd.Function):
@@ -66,15 +67,18 @@ def _variation(p: Softmax, q: Softmax, l: Tensor) -> Tensor:  # noqa: E741
 
 
 def _affinity(p: Softmax, q: Softmax, l: Tensor, order: float) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Terms of N, and q^a p^(1-a)."""
+    """Terms of N, and log of q^a p^(1-a), -inf where that is 0."""
     t, joint = 1 - order, p.support & q.support
-    low = l.clamp(max=1)
-    tilted = p.prob * torch.exp(-order * l.clamp(min=1))
-    near = q.prob * (t * Gap.apply(low) - Gap.apply(t * low))
-    far = q.prob + t * (p.prob - q.prob) - tilted
-    lost = torch.where(joint, torch.where(l <= 1, near, far), q.prob + t * (p.prob - q.prob))
-    kept = torch.where(l <= 1, q.prob * torch.exp(t * low), tilted)
-    return lost, torch.where(joint, kept, 0)
+    _, largest = limits(l.dtype)
+    close, apart = l.clamp(-1, 1), t * (p.prob - q.prob)
+    near = q.prob * (t * Gap.apply(close) - Gap.apply(t * close))
+    # what is cut off here is beyond any use of N
+    below = apart - q.prob * torch.expm1((t * l.clamp(max=-1)).clamp(max=largest))
+    above = q.prob + apart - p.prob * torch.exp(-order * l.clamp(min=1))
+    lost = torch.where(l > 1, above, torch.where(l < -1, below, near))
+    log_p, log_q = (s.exponent - s.log_mass for s in (p, q))
+    kept = torch.where(l > 1, log_p - order * l, log_q + t * l)
+    return torch.where(joint, lost, q.prob + apart), torch.where(joint, kept, -torch.inf)
 
 
 def terms(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor) -> Tensor:  # noqa: E741
@@ -104,28 +108,38 @@ def value(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor)
     if name != "renyi":
         return total
     order = _given(name, parameter)
-    found = _renyi(total, row_sum(_affinity(p, q, l, order)[1]), order)
+    found = _renyi(total, _log_sum(_affinity(p, q, l, order)[1]), order)
     if order > 1:
         found = torch.where((q.support & ~p.support).any(-1, keepdim=True), torch.inf, found)
     return found
 
 
-def _renyi(lost: Tensor, kept: Tensor, order: float) -> Tensor:
-    """By N or by 1 - N, whichever has the digits."""
-    small = lost < 0.5
+def _log_sum(exponents: Tensor) -> Tensor:
+    """log sum e^exponent over the last dim; -inf where all are."""
+    top = exponents.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    here = exponents > -torch.inf
+    total = row_sum(torch.where(here, torch.exp(torch.where(here, exponents - top, 0)), 0))
+    return top + torch.where(total > 0, torch.log(torch.where(total > 0, total, 1)), -torch.inf)
+
+
+def _renyi(lost: Tensor, log_kept: Tensor, order: float) -> Tensor:
+    """By N or by the logarithm of 1 - N, whichever has the digits."""
+    small = lost.abs() < 0.5
+    none = log_kept.isinf()
     log_z = torch.where(
         small,
         torch.log1p(-torch.where(small, lost, 0)),
-        torch.log(torch.where(small | (kept == 0), 1, kept)),
+        torch.where(small | none, 0, log_kept),
     )
-    return torch.where(kept == 0, torch.inf, log_z / (order - 1))
+    return torch.where(none, torch.inf, log_z / (order - 1))
 
 
 def value_of_sums(name: str, parameter: float | None, found: Tensor) -> Tensor:
     """The divergence of every row [n] from [n, 3] of operator row_sums, of all its slices."""
     total, kept, _ = found.unbind(-1)
     if name == "renyi":
-        total = _renyi(total, kept, _given(name, parameter))
+        total = _renyi(total, torch.log(kept), _given(name, parameter))
     return total.clamp(0, 1 if name == "hellinger" else None)
 
 
@@ -136,7 +150,8 @@ def sums(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor) 
     """
     if name in ("hellinger", "renyi"):
         order = 0.5 if name == "hellinger" else _given(name, parameter)
-        lost, kept = (row_sum(t) for t in _affinity(p, q, l, order))
+        lost, kept = _affinity(p, q, l, order)
+        lost, kept = row_sum(lost), row_sum(torch.exp(kept))
         if order > 1:
             beyond = torch.where((q.support & ~p.support).any(-1, keepdim=True), torch.inf, 0.0)
             lost, kept = lost - beyond, kept + beyond

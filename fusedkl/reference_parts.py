@@ -10,7 +10,7 @@ from torch import Tensor
 from .forward_mode import applied
 
 
-def _limits(dtype: torch.dtype) -> tuple[float, float]:
+def limits(dtype: torch.dtype) -> tuple[float, float]:
     """What stands for infinity in a difference of logits, and the largest exponent to take."""
     return (1e300, 500.0) if dtype == torch.float64 else (1e37, 60.0)
 
@@ -131,7 +131,7 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
     # of the others', without cancellation on a peaked row.
     is_top = torch.zeros_like(support).scatter(-1, at, True) & ~bad
     others = support & ~is_top
-    far, _ = _limits(x.dtype)
+    far, _ = limits(x.dtype)
     exponent = torch.where(others, ((logits - top) * scale).clamp(min=-far), 0)
     weight = torch.where(others, torch.exp(exponent), 0)
     rest = row_sum(weight)
@@ -144,7 +144,7 @@ def softmax(x: Tensor, scale: Tensor) -> Softmax:
 
 def log_ratio(p: Softmax, q: Softmax, scale: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/q) on the joint support (0 elsewhere), and lse(x/T) - lse(y/T) [n, 1]."""
-    far, largest = _limits(p.prob.dtype)
+    far, largest = limits(p.prob.dtype)
     joint = p.support & q.support
     with torch.no_grad():
         # Two centres, neither of which changes the ratio: one token's own difference, so that a

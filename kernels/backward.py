@@ -62,11 +62,11 @@ def _alone(p, logit, top, log_sum, entropy, mass, information, inv_t, INFORMATIO
 
 @triton.jit
 def _probability(logit, slope, inv_t, shift, weight, top, log_sum, ROBUST: tl.constexpr):
-    """2^(logit slope - shift) and its weight; ROBUST where their product may leave the range."""
+    """2^e weight: e = logit slope - shift, and the weight; ROBUST where they leave the range."""
     if ROBUST:
-        return tl.exp2((_bounded((logit - top) * inv_t, FAR) - log_sum) * LOG2E), 1.0
+        return (_bounded((logit - top) * inv_t, FAR) - log_sum) * LOG2E, 1.0
     else:
-        return tl.exp2(multiply_add(logit, slope, -shift)), weight
+        return multiply_add(logit, slope, -shift), weight
 
 
 @triton.jit
@@ -97,15 +97,18 @@ def _token(
     gx = 0.0
     gy = 0.0
     scale = c[16] if PLAIN else 1.0
-    of_x, per_x = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    log_x, per_x = _probability(x, slope, inv_t, c[6], c[7] * scale, c[8], c[9], ROBUST)
+    of_x = tl.exp2(log_x)
     p = of_x * per_x
     q = p
     if FORWARD or REVERSE or REFERENCE or FAMILY != "":
-        of_y, per_y = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
-        q = of_y * per_y
+        log_y, per_y = _probability(y, slope, inv_t, c[11], c[12] * scale, c[13], c[14], ROBUST)
+        q = tl.exp2(log_y) * per_y
     if FAMILY != "":
-        l = bounded_ratio(centred(d, x, y, c[0], c[1], EXACT), x, inv_t)  # noqa: E741
-        of_p, of_q = family_slopes(p, q, l, c[24], c[25], c[26], kind, FAMILY)
+        l = bounded_ratio(centred(d, x, y, c[0], c[1], EXACT), x, inv_t, FAMILY)  # noqa: E741
+        of_p, of_q = family_slopes(
+            p, q, log_x, log_y, per_x, per_y, l, c[24], c[25], c[26], kind, FAMILY
+        )
         gx = of_p * c[27]
         gy = of_q * c[28]
         if FAMILY == "renyi":  # where it is infinite, so may be its slopes

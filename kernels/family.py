@@ -28,8 +28,19 @@ SECOND_SWEEP = ("jsd", "skew_kl", "renyi", "tvd", "hellinger")
 # jsd at 1/2 and 3e-6 for skew_kl at 0.7. There a term is large against what log2_of rounds.
 TERMS = tl.constexpr(7)
 CLOSE = tl.constexpr(0.625)
-# |l| of a token that one side excludes: e^-|l| is 0, and |l| times it too.
-FARTHEST = tl.constexpr(1e4)
+# A mixture's |l| goes up to here: e^-|l| is 0, and |l| times it too.
+FARTHEST = 1e4
+# Powers of e that may belong to a token whose p and q have underflowed in float32.
+LARGE = tl.constexpr(60.0)
+
+
+@triton.constexpr_function
+def farthest(field):
+    """|l| of a token that one side excludes, and the most that |l| is.
+
+    A tilted term has e^(-tau |l|) with any tau > 0, and no |l| times it.
+    """
+    return math.inf if field in ("renyi", "hellinger") else FARTHEST
 
 
 @triton.jit
@@ -105,10 +116,9 @@ def _logs(l, beta, rest):  # noqa: E741
 
 
 @triton.jit
-def _tilted(p, q, l, beta, rest, log_z):  # noqa: E741
-    """q^beta p^rest / Z."""
-    above = l > 0.0
-    return tl.where(above, p, q) * exp_of(-(tl.where(above, beta, rest) * tl.abs(l) + log_z))
+def tilted_log(l, beta, rest):  # noqa: E741
+    """log of q^beta p^rest over the larger of p and q."""
+    return -tl.where(l > 0.0, beta, rest) * tl.abs(l)
 
 
 @triton.jit
@@ -146,7 +156,10 @@ def family_terms(p, q, l, kind, FIELD: tl.constexpr):  # noqa: E741
         of_p = tl.where(close, small * series_at(slope, l), far_slope)
         return found, of_p, found * 0.0, found * 0.0
     else:
-        t = _tilted(p, q, l * LN2, beta, rest, 0.0)
+        u = tilted_log(l * LN2, beta, rest)
+        t = tl.where(l > 0.0, p, q) * exp_of(u)
+        if l.dtype == tl.float32:  # beyond: not finite, and in float64 then
+            t = tl.where(u > LARGE, float("inf"), t)
         lost = tl.where(close, ((q * l) * l) * series_at(value, l), tilted_lost(p, q, t, rest))
         return lost, t, lost * 0.0, lost * 0.0
 
@@ -168,8 +181,8 @@ def family_sums(a, b, c, d, FIELD: tl.constexpr):
 
 
 @triton.jit
-def family_value(a, b, c, d, rest, forward_kl, FIELD: tl.constexpr):
-    """The divergence of a whole row; float64."""
+def family_value(a, b, c, d, log_b, rest, forward_kl, FIELD: tl.constexpr):
+    """The divergence of a whole row; float64. log_b: log of the second sum of a tilted one."""
     if FIELD == "tvd":
         # two equal sums: the one over less mass knows the log-ratio of its tokens better
         return tl.where(c < d, b, a)
@@ -178,8 +191,8 @@ def family_value(a, b, c, d, rest, forward_kl, FIELD: tl.constexpr):
     elif FIELD == "hellinger":
         return tl.where(a < 0.0, 0.0, tl.where(a > 1.0, 1.0, a))
     else:
-        small = a < 0.5
-        log_z = tl.where(small, log1p(-tl.where(small, a, 0.0)), tl.log(b))
+        small = tl.abs(a) < 0.5
+        log_z = tl.where(small, log1p(-tl.where(small, a, 0.0)), log_b)
         found = log_z / -rest
         found = tl.where(found < 0.0, 0.0, found)
         return tl.where((rest < 0.0) & (forward_kl == float("inf")), float("inf"), found)
@@ -212,18 +225,25 @@ def row_factors(divergence, beta, rest, FIELD: tl.constexpr):
 
 
 @triton.jit
-def bounded_ratio(v, x, inv_t):
-    """l of v = T l, FARTHEST where one side has no token; anything where neither has.
+def bounded_ratio(v, x, inv_t, FIELD: tl.constexpr):
+    """l of v = T l, `farthest` where one side has no token; anything where neither has.
 
     v may be NaN where a logit is infinite.
     """
-    l = tl.maximum(tl.minimum(v * inv_t, FARTHEST), -FARTHEST)  # noqa: E741
-    return tl.where(x == float("-inf"), -FARTHEST, l)
+    far: tl.constexpr = farthest(FIELD)
+    l = tl.maximum(tl.minimum(v * inv_t, far), -far)  # noqa: E741
+    return tl.where(x == float("-inf"), -far, l)
 
 
 @triton.jit
-def family_slopes(p, q, l, policy_mean, reference_mean, number, kind, FIELD: tl.constexpr):  # noqa: E741
-    """p and q times their slopes less the means: a token's gradients but for `row_factors`."""
+def family_slopes(
+    p, q, log_p, log_q, weight_p, weight_q, l, policy_mean, reference_mean, number, kind,  # noqa: E741
+    FIELD: tl.constexpr,
+):  # fmt: skip
+    """p and q times their slopes less the means: a token's gradients but for `row_factors`.
+
+    p = weight_p 2^log_p and q likewise, also where they underflow.
+    """
     beta, rest, _, _, _, mixture = kind
     if FIELD == "tvd":
         # the masses of both sides of p = q; ties count with p < q, unless the rows are equal
@@ -247,7 +267,10 @@ def family_slopes(p, q, l, policy_mean, reference_mean, number, kind, FIELD: tl.
         # log(w/p) and log(w/q) of w = q^beta p^rest / Z
         to_p = -beta * l - number
         to_q = rest * l - number
-        w = tl.where(p + q > 0.0, _tilted(p, q, l, beta, rest, number), 0.0)
+        above = l > 0.0
+        largest = tl.where(above, log_p, log_q)
+        w = tl.exp2((tilted_log(l, beta, rest) - number) * LOG2E + largest)
+        w = tl.where(largest > float("-inf"), w * tl.where(above, weight_p, weight_q), 0.0)
         return (
             tl.where(tl.abs(to_p) <= NEAR, -p * expm1_near(to_p), p - w),
             tl.where(tl.abs(to_q) <= NEAR, q * expm1_near(to_q), w - q),

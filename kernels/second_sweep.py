@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .careful import load_exact
-from .family import FARTHEST, expm1_near, family_sums, family_terms, family_value
+from .family import expm1_near, family_sums, family_terms, family_value, farthest, tilted_log
 from .formulas import FAR, LN2, LOG2E, capped, capped_difference, difference, log1p
 from .layout import is_half, load_rest, load_wide, row_pointer, unspecialised, vectorised
 from .state import STATE_COLUMNS, load_state
@@ -121,8 +121,8 @@ def sweep_family(
 
 @triton.jit
 def _store(
-    out, values, states, row, counted, live, sums, kind, n, line, FIELD: tl.constexpr,
-    SLICE: tl.constexpr,
+    out, values, states, row, counted, live, sums, log_kept, kind, n, line,
+    FIELD: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """[3] of rows of `out`; or, of whole rows, their value and the last columns of the state."""
     a, b, c, d = sums
@@ -138,7 +138,7 @@ def _store(
         # neither row with a token
         known = tl.abs(tl.load(at + 5, mask=live, other=0.0)) < float("inf")
         known = known & (tl.load(at + 1, mask=live, other=0.0) > float("-inf"))
-        found = family_value(a, b, c, d, kind[1], forward_kl, FIELD)
+        found = family_value(a, b, c, d, log_kept, kind[1], forward_kl, FIELD)
         found = tl.where(known, found, float("nan"))
         found = tl.where(counted, found, 0.0)
         tl.store(at + 13, found, mask=live)
@@ -174,8 +174,9 @@ def finish_family(
     if FIELD == "tvd" and not SLICE:  # both sides of p = q are one number
         flagged = flagged | (tl.abs(a - b) > 1e-5 * (a + b))
     tl.store(flags + row, (flagged & counted).to(tl.float32), mask=live)
+    sums = (a, b, c, d)
     _store(
-        out, values, states, row, counted, live, (a, b, c, d), kind, n, line, FIELD, SLICE
+        out, values, states, row, counted, live, sums, tl.log(b), kind, n, line, FIELD, SLICE
     )  # fmt: skip
 
 
@@ -187,14 +188,24 @@ def _distribution(row, offsets, vocab, largest, log_sum, inv_t, cap, CAP: tl.con
 
 
 @triton.jit
-def log_ratio(x, y, state, inv_t):
-    """l in float64, FARTHEST where one side has no token; 0 where neither has."""
+def log_ratio(x, y, state, inv_t, FIELD: tl.constexpr):
+    """l in float64, `farthest` where one side has no token; 0 where neither has."""
+    most: tl.constexpr = farthest(FIELD)
     absent_x = x == float("-inf")
     absent_y = y == float("-inf")
-    far = tl.where(absent_x, tl.where(absent_y, 0.0, -FARTHEST), tl.where(absent_y, FARTHEST, 0.0))
+    far = tl.where(absent_x, tl.where(absent_y, 0.0, -most), tl.where(absent_y, most, 0.0))
     here = (absent_x == 0) & (absent_y == 0)
     l = tl.where(here, ((x - y) - state[4]) * inv_t - state[5], far)  # noqa: E741
-    return tl.maximum(tl.minimum(l, FARTHEST), -FARTHEST)
+    return tl.maximum(tl.minimum(l, most), -most)
+
+
+@triton.jit
+def _tilted_log(x, y, l, state, inv_t, kind):  # noqa: E741
+    """log of q^beta p^rest in float64."""
+    largest = tl.where(
+        l > 0.0, (x * inv_t - state[0]) - state[1], (y * inv_t - state[2]) - state[3]
+    )
+    return largest + tilted_log(l, kind[0], kind[1])
 
 
 @unspecialised
@@ -224,7 +235,7 @@ def careful_family(
         for i in tl.range(0, vocab, BLOCK):
             x, p = _distribution(x_row, i + lane, vocab, state[0], state[1], inv_t, cap, CAP)
             y, q = _distribution(y_row, i + lane, vocab, state[2], state[3], inv_t, cap, CAP)
-            l = log_ratio(x, y, state, inv_t)  # noqa: E741
+            l = log_ratio(x, y, state, inv_t, FIELD)  # noqa: E741
             close = tl.abs(l) <= 0.5
             moved = tl.where(close, q * expm1_near(tl.where(close, l, 0.0)), p - q)
             apart += tl.abs(moved)
@@ -240,7 +251,7 @@ def careful_family(
     for i in tl.range(0, vocab, BLOCK):
         x, p = _distribution(x_row, i + lane, vocab, state[0], state[1], inv_t, cap, CAP)
         y, q = _distribution(y_row, i + lane, vocab, state[2], state[3], inv_t, cap, CAP)
-        l = log_ratio(x, y, state, inv_t)  # noqa: E741
+        l = log_ratio(x, y, state, inv_t, FIELD)  # noqa: E741
         here = (x != float("-inf")) & (y != float("-inf"))
         l = tl.where(here, l - mended, l)  # noqa: E741
         a0, b0, c0, d0 = family_terms(p, q, l * LOG2E, kind, FIELD)
@@ -249,5 +260,24 @@ def careful_family(
         c += c0
         d += d0
     sums = (tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0))
+    log_kept = tl.log(sums[1])
+    if FIELD == "renyi" and not SLICE:
+        in_range = (sums[1] > 1e-290) & (sums[1] < float("inf"))
+        if in_range == 0:  # once more, about the largest term
+            top = zero + float("-inf")
+            for i in tl.range(0, vocab, BLOCK):
+                x = load_exact(x_row, i + lane, vocab, cap, CAP)
+                y = load_exact(y_row, i + lane, vocab, cap, CAP)
+                l = log_ratio(x, y, state, inv_t, FIELD)  # noqa: E741
+                top = tl.maximum(top, _tilted_log(x, y, l, state, inv_t, kind))
+            most = tl.max(top, 0)
+            kept = zero
+            for i in tl.range(0, vocab, BLOCK):
+                x = load_exact(x_row, i + lane, vocab, cap, CAP)
+                y = load_exact(y_row, i + lane, vocab, cap, CAP)
+                l = log_ratio(x, y, state, inv_t, FIELD)  # noqa: E741
+                u = _tilted_log(x, y, l, state, inv_t, kind)
+                kept += tl.where(u > float("-inf"), tl.exp(u - most), 0.0)
+            log_kept = most + tl.log(tl.sum(kept, 0))
     yes = vocab > 0
-    _store(out, values, states, row, yes, yes, sums, kind, n, line, FIELD, SLICE)
+    _store(out, values, states, row, yes, yes, sums, log_kept, kind, n, line, FIELD, SLICE)

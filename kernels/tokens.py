@@ -13,7 +13,7 @@ from .coefficients import (
     uniform_coefficient,
 )
 from .family import family_slopes
-from .formulas import cap_slope, capped, gap
+from .formulas import LOG2E, cap_slope, capped, gap
 from .layout import row_pointer, unspecialised
 from .second_sweep import log_ratio
 from .state import family_of, has, load_state
@@ -92,8 +92,9 @@ def token_gradients(
     FAMILY: tl.constexpr = family_of(FIELDS)
     if FAMILY != "":
         more = family_coefficients(gradients, states, row, row >= 0, inv_t, kind, FAMILY)
+        l = log_ratio(x, y, state, inv_t, FAMILY)  # noqa: E741
         slopes = family_slopes(
-            p, q, log_ratio(x, y, state, inv_t), more[0], more[1], more[2], kind, FAMILY
+            p, q, log_p * LOG2E, log_q * LOG2E, 1.0, 1.0, l, more[0], more[1], more[2], kind, FAMILY
         )
         own = slopes[0] * more[3] if POLICY else slopes[1] * more[4]
         finite = more[3] != 0.0 if POLICY else more[4] != 0.0

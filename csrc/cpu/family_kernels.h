@@ -17,8 +17,13 @@ struct LaneOps {
   SIMD_INLINE M not_above(V a, V b) { return fusedkl::not_above(a, b); }
   SIMD_INLINE V abs(V a) { return abs1(a); }
   SIMD_INLINE V fma(V a, V b, V c) { return fusedkl::fma(a, b, c); }
-  SIMD_INLINE V exp_of(V u) { return exp2_lanes(u * set1(static_cast<float>(kLog2e))); }
+  SIMD_INLINE V exp2_of(V u) { return exp2_lanes(u); }
   SIMD_INLINE V one_minus_exp(V u) { return set1(0.f) - expm1_lanes(split_exponential(set1(0.f) - u)); }
+  SIMD_INLINE Decay<LaneOps> decay(V u) {
+    const V zero = set1(0.f), infinite = set1(-INFINITY);
+    const Split e = split_exponential(zero - min2(set(kFarthest), u));
+    return {fusedkl::select(not_above(u, set(kLeast)), infinite, zero - expm1_lanes(e)), fma(e.s, e.q + e.r, e.s)};
+  }
 
   // h(z) = z - log1p(z), z > -1. With 1 + z = 2^k (1 + f): z - f - k ln2 +
   // h(f), and h(f) = f s - 2 s^3 (1/3 + s^2/5 + ...), s = f / (2 + f). For k =
@@ -40,23 +45,26 @@ struct FamilyFrame {
   GradientFrame f;
   explicit FamilyFrame(const GradientJob& job) : f(job) {}
 
-  template <DType D>
+  template <DType D, Family F>
   __attribute__((always_inline)) FamilyToken<LaneOps> token(vf x, vf y) const {
     const vf absent = set1(-INFINITY), zero = set1(0.f);
     const vm no_x = equal(x, absent), no_y = equal(y, absent), neither = mask_and(no_x, no_y);
-    const vf far = set1(static_cast<float>(kFarthest));
+    const vf far = LaneOps::set(farthest(F));
     vf l = gradient_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t;
     l = zero_unless(mask_not(neither), select(no_x, zero - far, select(no_y, far, l)));
     const vf v = min2(far, abs1(l));
     const vm policy_big = mask_not(not_above(l, zero));
-    const Split e = split_exponential(zero - v);
-    const vf big = exp2_lanes(fma_exact(select(policy_big, x, y), f.log2e, select(policy_big, f.shift_x, f.shift_y)));
+    const Split e = split_exponential(zero - min2(LaneOps::set(kFarthest), v));
+    const vf exponent = fma_exact(select(policy_big, x, y), f.log2e, select(policy_big, f.shift_x, f.shift_y));
+    const vf weight = select(policy_big, f.weight_x, f.weight_y);
     return {policy_big,
             select(policy_big, v, zero - v),
             v,
             zero - expm1_lanes(e),
             fma(e.s, e.q + e.r, e.s),
-            big * select(policy_big, f.weight_x, f.weight_y)};
+            exp2_lanes(exponent) * weight,
+            exponent,
+            weight};
   }
 };
 
@@ -117,7 +125,7 @@ static FamilySums family_row(const GradientJob& job) {
                    return;
                  }
                }
-               FamilyToken<LaneOps> t = frame.token<D>(x, y);
+               FamilyToken<LaneOps> t = frame.token<D, F>(x, y);
                if (tail) t.big = t.big * keep;
                const auto terms = family_terms<F>(c, t);
                a[0] = a[0] + terms.value;
@@ -172,7 +180,7 @@ static void family_gradient_row(const GradientJob& job) {
         return;
       }
     }
-    const FamilyToken<LaneOps> t = frame.token<D>(x, y);
+    const FamilyToken<LaneOps> t = frame.token<D, F>(x, y);
     const auto terms = family_gradient_terms<F>(c, t, policy_mean, reference_mean, value);
     gx = to_policy * terms.policy;
     if (alone) gx = gx + zero_unless(mask_not(equal(x, absent)), fma(mass, t.p(), uniform));
@@ -198,7 +206,7 @@ static void refine_slopes(GradientJob& job) {
     vf sx[2] = {set1(0.f), set1(0.f)}, sy[2] = {set1(0.f), set1(0.f)};
     sweep<D>(static_cast<const char*>(job.x) + i * kSize, static_cast<const char*>(job.y) + i * kSize,
              job.n - i < kBlock ? job.n - i : kBlock, [&](int group, vf x, vf y, vf keep, bool) STEP_INLINE {
-               const FamilyToken<LaneOps> t = frame.token<D>(x, y);
+               const FamilyToken<LaneOps> t = frame.token<D, Family::mixture>(x, y);
                const auto terms = family_gradient_terms<Family::mixture>(c, t, policy_mean, reference_mean, keep);
                sx[group] = sx[group] + terms.policy * keep;
                sy[group] = sy[group] + terms.reference * keep;

@@ -76,15 +76,16 @@ struct SeriesOps {
   static V abs(const V& a) { return a; }
   static V fma(const V& a, const V& b, const V& c) { return a * b + c; }
   static V h(const V& z) { return z - log1p_series(z); }
-  static V one_minus_exp(const V& u) { return set(1) - exp_of(set(0) - u); }
-  static V exp_of(const V& u) { return exp_series(u); }
+  static V one_minus_exp(const V& u) { return set(1) - exp_series(set(0) - u); }
+  static Decay<SeriesOps> decay(const V& u) { return {one_minus_exp(u), exp_series(set(0) - u)}; }
+  static V exp2_of(const V& u) { return exp_series(set(kLn2) * u); }
 };
 
 FamilyToken<SeriesOps> series_token() {
   Series l;
   l.c[1] = 1;
   const Series rest = exp_series(l), one = Series::constant(1);
-  return {false, l, Series() - l, one - rest, rest, one};
+  return {false, l, Series() - l, one - rest, rest, one, Series(), one};
 }
 
 // The polynomial of so few terms that is nearest to it up to |l| = reach: from the

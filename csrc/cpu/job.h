@@ -83,6 +83,7 @@ static inline bool beyond_float(const RowState& s, double inv_t) {
 RowState divergence_f64(const Logits& x, const Logits& y, int64_t n, double inv_t);
 RowState single_f64(const Logits& x, int64_t n, double inv_t);
 FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy);
+void add_log_sum_f64(const GradientJob& job, DType dx, DType dy, LogSum& sum);  // of q^a p^(1-a)
 void gradient_f64(const GradientJob& job, DType dx, DType dy);
 // One token's gradients, in double; y is -inf where there is no reference. Of the sides that have a gradient, before the cap.
 struct SideGradients {

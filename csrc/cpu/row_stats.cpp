@@ -126,20 +126,25 @@ static void write_values(const ForwardCall& c, int64_t r, const RowState& state,
   }
 }
 
-FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const RowState& row, Widened& room) {
-  const int64_t begin = segment * c.segment_length(), left = c.policy.length - begin;
-  const DType dx = c.policy.dtype, dy = c.reference->dtype;
+static GradientJob family_job(const ForwardCall& c, int64_t r, int64_t segment, const RowState& row) {
+  const int64_t begin = segment * c.segment_length();
   GradientJob job;
-  job.n = left < c.segment_length() ? left : c.segment_length();
+  job.n = std::min(c.segment_length(), c.policy.length - begin);
   job.inv_t = c.inv_t(r);
   job.state = row;
   job.cap = c.cap;
   job.kind = c.fields.kind;
   job.x = c.policy.row(r, begin);
   job.y = c.reference->row(r, begin);
+  return job;
+}
+
+FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const RowState& row, Widened& room) {
+  const DType dx = c.policy.dtype, dy = c.reference->dtype;
+  const GradientJob job = family_job(c, r, segment, row);
   FamilySums sums;
   const bool exact = row.whole < 0 && (dx == DType::f32 || dy == DType::f32);
-  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) &&
+  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
       !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t))) {
     GradientJob wide = job;
     const bool widened = is_widened(dx, dy, row, job.inv_t);
@@ -184,18 +189,8 @@ RowState merged_row(const ForwardCall& c, int64_t r, const RowState* parts) {
 static FamilySums family_in_double(const ForwardCall& c, int64_t r, RowState& s) {
   const DType dx = c.policy.dtype, dy = c.reference->dtype;
   std::vector<RowState> parts;
-  auto segment = [&](int64_t i) {
-    GradientJob job;
-    job.inv_t = c.inv_t(r);
-    job.cap = c.cap;
-    job.kind = c.fields.kind;
-    job.x = c.policy.row(r, i * c.segment_length());
-    job.y = c.reference->row(r, i * c.segment_length());
-    job.n = std::min(c.segment_length(), c.policy.length - i * c.segment_length());
-    return job;
-  };
   for (int64_t i = 0; i < c.segments(); i++) {
-    const GradientJob job = segment(i);
+    const GradientJob job = family_job(c, r, i, s);
     parts.push_back(divergence_f64({job.x, dx, c.cap}, {job.y, dy, c.cap}, job.n, job.inv_t));
   }
   RowState exact = merged_row(c, r, parts.data());
@@ -205,17 +200,18 @@ static FamilySums family_in_double(const ForwardCall& c, int64_t r, RowState& s)
   exact.tokens = s.tokens;
   s = exact;
   FamilySums sums;
-  for (int64_t i = 0; i < c.segments(); i++) {
-    GradientJob job = segment(i);
-    job.state = s;
-    sums.add(family_sums_f64(job, dx, dy));
-  }
+  for (int64_t i = 0; i < c.segments(); i++) sums.add(family_sums_f64(family_job(c, r, i, s), dx, dy));
   return sums;
 }
 
-static void finish_family(const ForwardCall& c, int64_t r, RowState& s, const FamilySums& sums) {
-  const bool apart = hardly_overlap(c.fields.kind, sums) && !c.in_double(c.inv_t(r));
-  set_family(s, c.fields.kind, apart ? family_in_double(c, r, s) : sums);
+static void finish_family(const ForwardCall& c, int64_t r, RowState& s, FamilySums sums) {
+  const FamilyKind& kind = c.fields.kind;
+  const bool apart = hardly_overlap(kind, sums) || wants_log_sum(kind, sums);
+  if (apart && !c.in_double(c.inv_t(r))) sums = family_in_double(c, r, s);
+  if (!wants_log_sum(kind, sums)) return set_family(s, kind, sums, log(sums.policy_slope));
+  LogSum log_sum;
+  for (int64_t i = 0; i < c.segments(); i++) add_log_sum_f64(family_job(c, r, i, s), c.policy.dtype, c.reference->dtype, log_sum);
+  set_family(s, kind, sums, log_sum.log_of());
 }
 
 void finish_row(const ForwardCall& c, int64_t r, const RowState& s) {

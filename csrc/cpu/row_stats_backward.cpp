@@ -123,7 +123,8 @@ static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, 
   const bool exact = job.gradient.family() && elsewhere && (dx == DType::f32 || dy == DType::f32);
   const bool slice_in_double =
       exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
-  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double)
+  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double ||
+      (job.gradient.family() && has_double_gradient(job.kind, job.state)))
     gradient_f64(job, dx, dy);
   else if (job.y && is_widened(dx, dy, job.state, job.inv_t)) widened_gradient(job, dx, dy, room);
   else if (job.gradient.family()) kernels().family_gradient[static_cast<int>(dx)](job);

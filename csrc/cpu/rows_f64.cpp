@@ -64,12 +64,18 @@ FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy) {
   const Logits x{job.x, dx, job.cap}, y{job.y, dy, job.cap};
   FamilySums out;
   for (int64_t i = 0; i < job.n; i++) {
-    const FamilyToken<ScalarOps> t = family_token(job.state, x[i], y[i], job.inv_t);
+    const FamilyToken<ScalarOps> t = family_token(c.kind.family, job.state, x[i], y[i], job.inv_t);
     const auto terms = family_switch(c.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(c, t); });
     const double apart = t.big * t.d;
     out.add({terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart});
   }
   return out;
+}
+
+void add_log_sum_f64(const GradientJob& job, DType dx, DType dy, LogSum& sum) {
+  const FamilyConstants<ScalarOps> c(job.kind);
+  const Logits x{job.x, dx, job.cap}, y{job.y, dy, job.cap};
+  for (int64_t i = 0; i < job.n; i++) sum.add(tilted_log2_at(c, job.state, x[i], y[i], job.inv_t));
 }
 
 static SideGradients gradients_of(const GradientJob& job, const FamilyConstants<ScalarOps>& c, double x, double y) {

@@ -8,7 +8,11 @@
 namespace fusedkl {
 namespace gpu {
 
-FUSEDKL_MEMBER Real FloatOps::exp_of(Real u) { return {exp2_fast(u.v * static_cast<float>(kLog2e))}; }
+FUSEDKL_MEMBER Real FloatOps::exp2_of(Real u) { return {exp2_fast(u.v)}; }
+FUSEDKL_MEMBER Decay<FloatOps> FloatOps::decay(Real u) {
+  const Real left = exp2_of({u.v * static_cast<float>(-kLog2e)});
+  return {u.v <= static_cast<float>(kLeast) ? Real{-INFINITY} : one_minus_exp(u), left};
+}
 
 // h(z) = z - log1p(z): near 0 by s = z / (2 + z), where log1p(z) = 2 atanh(s) and z - 2s = z s
 FUSEDKL_MEMBER Real FloatOps::h(Real z) {
@@ -107,19 +111,23 @@ struct AnyRows {
 };
 
 // `l` is of a token that both rows have
+template <Family F>
 FUSEDKL_DEVICE FamilyToken<FloatOps> family_token(const GradientFrame& f, float x, float y, float l) {
   const bool no_x = x == -INFINITY, no_y = y == -INFINITY;
-  const float far = static_cast<float>(kFarthest);
+  const float far = static_cast<float>(farthest(F));
   l = no_x ? (no_y ? 0.f : -far) : no_y ? far : l;
   const float v = fminf(far, fabsf(l));
   const bool policy_big = l > 0;
-  const float big = exp2_fast(fmaf(policy_big ? x : y, f.slope, -(policy_big ? f.p.shift : f.q.shift)));
+  const float exponent = fmaf(policy_big ? x : y, f.slope, -(policy_big ? f.p.shift : f.q.shift));
+  const float weight = policy_big ? f.p.weight : f.q.weight;
   return {policy_big,
           Real{policy_big ? v : -v},
           Real{v},
           FloatOps::one_minus_exp(Real{v}),
-          FloatOps::exp_of(Real{-v}),
-          Real{big * (policy_big ? f.p.weight : f.q.weight)}};
+          FloatOps::exp2_of({v * static_cast<float>(-kLog2e)}),
+          Real{exp2_fast(exponent) * weight},
+          Real{exponent},
+          Real{weight}};
 }
 
 struct LaneFamily {
@@ -138,7 +146,7 @@ FUSEDKL_DEVICE void family_sweep(const FamilyParameters& k, const GradientFrame&
   const ChunkFamily& c = k.chunk;
   const F2 slope = both(f.slope), minus_shift = both(-f.q.shift);
   auto add = [&](float x, float y, float l) {
-    const FamilyToken<FloatOps> t = family_token(f, x, y, static_cast<float>(kLn2) * l);
+    const FamilyToken<FloatOps> t = family_token<F>(f, x, y, static_cast<float>(kLn2) * l);
     const auto terms = family_terms<F, FloatOps>(k.fast, t);
     s.value += terms.value.v;
     s.policy += terms.policy.v;
@@ -230,7 +238,7 @@ FUSEDKL_DEVICE void family_gradients(const FamilyParameters& k, const GradientFr
   const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x), chunks = rows.length / kChunk;
   const LogRatio ratio(f, 1);
   auto at = [&](float x, float y, float l, float& to_x, float& to_y) {
-    const FamilyToken<FloatOps> t = family_token(f, x, y, l);
+    const FamilyToken<FloatOps> t = family_token<F>(f, x, y, l);
     const auto g =
         family_gradient_terms<F, FloatOps>(k.fast, t, Real{f.policy_mean}, Real{f.reference_mean}, Real{f.divergence_value});
     const float alone = x == -INFINITY ? 0.f : fmaf(t.p().v, f.mass, f.uniform);
@@ -277,8 +285,9 @@ FUSEDKL_DEVICE void refine_slopes(const GradientArgs& a, int64_t r, const Gradie
     float x, y;
     rows.one(i, x, y);
     const float l = rows.log_ratio({x, x}, {y, y}, ratio).x;
-    const auto g = family_gradient_terms<Family::mixture, FloatOps>(a.kind.fast, family_token(f, x, y, l), Real{f.policy_mean},
-                                                                    Real{f.reference_mean}, Real{f.divergence_value});
+    const auto g =
+        family_gradient_terms<Family::mixture, FloatOps>(a.kind.fast, family_token<Family::mixture>(f, x, y, l),
+                                                         Real{f.policy_mean}, Real{f.reference_mean}, Real{f.divergence_value});
     policy += g.policy.v;
     reference += g.reference.v;
   }

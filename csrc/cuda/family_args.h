@@ -31,7 +31,8 @@ struct FloatOps {
   FUSEDKL_MEMBER static V abs(V a) { return {fabsf(a.v)}; }
   FUSEDKL_MEMBER static V fma(V a, V b, V c) { return {fmaf(a.v, b.v, c.v)}; }
   FUSEDKL_MEMBER static V one_minus_exp(V u) { return {-expm1f(-u.v)}; }
-  FUSEDKL_MEMBER static V exp_of(V u);  // family.cuh
+  FUSEDKL_MEMBER static V exp2_of(V u);  // family.cuh
+  FUSEDKL_MEMBER static Decay<FloatOps> decay(V u);
   FUSEDKL_MEMBER static V h(V z);
 };
 

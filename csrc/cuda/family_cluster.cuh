@@ -40,8 +40,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1) family_cluster_kernel(Clus
       if (is_finite(all.value) && is_finite(all.policy_slope)) {
         room->decision = sweep < 2 && mend_log_ratio(s, all) ? kAgain : kValued;
         if constexpr (F == Family::tilted)
-          if (room->decision == kValued && hardly_overlap(g.kind.exact.kind, all)) room->decision = kLeft;
-        if (room->decision == kValued) set_family(s, g.kind.exact.kind, all);
+          if (room->decision == kValued && (hardly_overlap(g.kind.exact.kind, all) || wants_log_sum(g.kind.exact.kind, all)))
+            room->decision = kLeft;
+        if (room->decision == kValued) set_family(s, g.kind.exact.kind, all, log(all.policy_slope));
         room->frame = frame_of(RowPlan{}, s, inv_t);
       }
     }

@@ -12,7 +12,7 @@ FUSEDKL_DEVICE bool family_wants(const FamilyArgs& a, int64_t r) {
   return a.sweep == 0 ? a.sums || is_finite(a.state[r].residual) : a.again[r];
 }
 FUSEDKL_DEVICE bool family_in_float(const FamilyArgs& a, int64_t r) {
-  return !a.in.exact() && !beyond_sweeps(a.in, a.state[r], a.in.inv_t(r));
+  return !a.in.exact() && !a.kind.exact.kind.is_delicate() && !beyond_sweeps(a.in, a.state[r], a.in.inv_t(r));
 }
 
 template <Family F, class Rows>

@@ -70,6 +70,7 @@ RowState* states(const Tensor& t) { return static_cast<RowState*>(t.mutable_data
 ClusterArgs cluster_of(const Call& c) {
   const bool alike = c.in.dx == c.in.dy && (c.in.dx == DType::bf16 || c.in.dx == DType::f32);
   if (!alike || c.in.cap != 0 || c.at.mean_logprob >= 0) return {};
+  if (c.kind.is_delicate()) return ClusterArgs{};  // its rows are taken in double
   ClusterArgs cluster = cluster_for(c.in.length, 2 * size_of(c.in.dx));
   cluster.in = c.in;
   cluster.in.cut = {1, static_cast<int>(c.in.length)};

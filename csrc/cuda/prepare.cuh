@@ -67,7 +67,10 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   plan.reference = a.gy.data && !lost_reference && (!plan.g.reference_zero() || ref_token);
   // an invalid side, of which the other needs nothing, must not reach that one's sums as 0 * NaN
   const bool half = s.policy_log_sum != s.policy_log_sum || s.reference_log_sum != s.reference_log_sum;
-  plan.fate = a.in.exact() || half || beyond_sweeps(a.in, s, inv_t) ? kExact : plan.g.family() ? kFamily : kSweep;
+  const bool exact = a.in.exact() || half || beyond_sweeps(a.in, s, inv_t);
+  plan.fate = exact || (plan.g.family() && has_double_gradient(a.kind.exact.kind, s)) ? kExact
+              : plan.g.family()                                                       ? kFamily
+                                                                                      : kSweep;
   // an infinite value has its coefficients at 0 already; here it must only not make 0 * inf
   const double t = 1 / inv_t, F = s.forward_kl == INFINITY ? 0 : s.forward_kl, R = s.reverse_kl == INFINITY ? 0 : s.reverse_kl;
   plan.mean_p = (s.residual + R) * t;

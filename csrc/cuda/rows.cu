@@ -80,7 +80,7 @@ FUSEDKL_DEVICE FamilySums family_exact_sums(const FamilyArgs& a, int64_t r, cons
   const double inv_t = a.in.inv_t(r);
   FamilySums own;
   for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
-    const FamilyToken<ScalarOps> t = fusedkl::family_token(s, rows.policy(i), rows.reference(i), inv_t);
+    const FamilyToken<ScalarOps> t = fusedkl::family_token(a.kind.exact.kind.family, s, rows.policy(i), rows.reference(i), inv_t);
     const auto terms =
         family_switch(a.kind.exact.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(a.kind.exact, t); });
     const double apart = t.big * t.d;
@@ -88,6 +88,19 @@ FUSEDKL_DEVICE FamilySums family_exact_sums(const FamilyArgs& a, int64_t r, cons
   }
   return {block_sum(own.value, room), block_sum(own.policy_slope, room), block_sum(own.reference_slope, room),
           block_sum(own.apart, room), block_sum(own.excess, room)};
+}
+
+// log of sum q^a p^(1-a), the same in every thread.
+FUSEDKL_DEVICE double family_log_sum(const FamilyArgs& a, int64_t r, const RowState& s, double* room) {
+  const ExactRows rows = exact_rows(a.in, r);
+  const double inv_t = a.in.inv_t(r);
+  LogSum own;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x))
+    own.add(tilted_log2_at(a.kind.exact, s, rows.policy(i), rows.reference(i), inv_t));
+  LogSum all;
+  all.top = block_max(own.top, room);
+  all.sum = block_sum(own.sum > 0 ? own.sum * exp2(own.top - all.top) : 0, room);
+  return all.log_of();
 }
 
 // Of a whole row, instead of what sweeps in float found.
@@ -115,7 +128,9 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) family_finish_kernel
     for (int sweeps = 0; exact && (sweeps == 0 || (sweeps < 3 && !a.sums && mend_log_ratio(s, sums))); sweeps++)
       sums = family_exact_sums(a, r, s, room);
     again = !exact && !a.sums && a.sweep < 2 && mend_log_ratio(s, sums);
-    if (!exact && !again && !a.sums && hardly_overlap(a.kind.exact.kind, sums)) {
+    const FamilyKind& kind = a.kind.exact.kind;
+    const bool apart = hardly_overlap(kind, sums) || wants_log_sum(kind, sums);
+    if (apart && !again && !a.sums && !a.in.exact()) {
       s = state_in_double(a.in, r, s, room);
       sums = family_exact_sums(a, r, s, room);
     }
@@ -124,7 +139,7 @@ static __global__ void __launch_bounds__(kFinishThreads, 2) family_finish_kernel
       if (threadIdx.x < 3) a.sums[3 * r + threadIdx.x] = found[threadIdx.x];
       return;
     }
-    if (!again) set_family(s, a.kind.exact.kind, sums);
+    if (!again) set_family(s, kind, sums, wants_log_sum(kind, sums) ? family_log_sum(a, r, s, room) : log(sums.policy_slope));
   }
   if (threadIdx.x != 0) return;
   if (a.sums) {
