@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Models:
 
         sys.path.insert(0, str(DEMO))
         try:
-            import model as weights
+            weights = importlib.import_module("model")
         finally:
             sys.path.remove(str(DEMO))
         self.folder = weights.prepare(weights.SPECS["smollm2"], weights.cache_root())
