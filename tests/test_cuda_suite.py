@@ -34,7 +34,6 @@ MODULES = (
 # the same bits with or without the other gradient; here a lone gradient has a shorter loop.
 # And what is known to be wrong: docs/numerics.md, "Finite masks".
 LEFT_OUT = {
-    "test_finite_masks_of_the_reference",
     "test_reference_backend_where_there_is_no_float64",
     "test_the_same_bits_for_any_number_of_threads",
     "test_only_what_is_asked_for",

@@ -3,7 +3,8 @@
 // A warp keeps one centre and one reference exponent for its 32 lanes, and moves them only when a token outweighs what they
 // were made from (a vote per tile). So the loop has no running maximum, no rescaling, no shuffle and no barrier: two
 // exponentials, a polynomial and the sums. Weights are on the reference's scale about the centre:
-//   wy = 2^(y slope - exponent), wx = wy e^u = 2^(u log2(e) + (y slope - exponent)), slope = log2(e)/T, v = (x - y) - centre = T u
+//   wy = 2^(y slope - exponent), wx = wy e^u = 2^(x slope - policy_exponent), slope = log2(e)/T, v = (x - y) - centre = T u
+// wx is made of x, not of y and v: of a token that only the reference masks, by -1e9, these are both rounded by 64.
 #pragma once
 #include "args.h"
 #include "logits.cuh"
@@ -32,6 +33,7 @@ struct LaneSums {
 // The same in all lanes.
 struct Anchor {
   float exponent = -INFINITY;    // in powers of 2
+  float policy_exponent = NAN;   // exponent + centre slope; NaN if no float is
   float centre = 0, fine = 0;    // of x - y, in two floats (one for 16-bit logits)
   float policy_top = -INFINITY;  // largest logits so far; only where an entropy wants them
   float reference_top = -INFINITY;
@@ -56,12 +58,13 @@ constexpr float kSeries = kPoly4[J];
 
 // Constants of a warp's tiles, splatted. The temperature is in the coefficients: g(u) = v^2 sum_j (c_j / T^(j+2)) v^j.
 struct TileFrame {
-  F2 slope, minus_exponent, centre, fine, inv_t, coefficient[5];
+  F2 slope, minus_exponent, minus_policy, centre, fine, inv_t, coefficient[5];
   float near;
 
   FUSEDKL_DEVICE TileFrame(const Temperature& t, const Anchor& anchor) {
     slope = both(t.slope);
     minus_exponent = both(-anchor.exponent);
+    minus_policy = both(-anchor.policy_exponent);
     centre = both(anchor.centre);
     fine = both(anchor.fine);
     inv_t = both(t.inv_t);
@@ -83,12 +86,14 @@ struct Liveness {
 
 template <int MODE, DType X, DType Y, bool CHECKED>
 FUSEDKL_DEVICE void add_pair(LaneSums& s, const TileFrame& f, F2 x, F2 y, const Liveness& which) {
-  F2 v = centred<X, Y>(x, y, f.centre, f.fine), zy = fma2(y, f.slope, f.minus_exponent);
+  F2 v = centred<X, Y>(x, y, f.centre, f.fine);
+  F2 zy = fma2(y, f.slope, f.minus_exponent), zx = fma2(x, f.slope, f.minus_policy);
   if constexpr (CHECKED) {
     v = {which.live[0] ? v.x : 0.f, which.live[1] ? v.y : 0.f};
     zy = {which.live[0] ? zy.x : -INFINITY, which.live[1] ? zy.y : -INFINITY};
+    zx = {which.live[0] ? zx.x : -INFINITY, which.live[1] ? zx.y : -INFINITY};
   }
-  const F2 zx = fma2(v, f.slope, zy), wy = exp2_fast(zy), wx = exp2_fast(zx);
+  const F2 wy = exp2_fast(zy), wx = exp2_fast(zx);
   F2 p = f.coefficient[4];
 #pragma unroll
   for (int j = 3; j >= 0; j--) p = fma2(p, v, f.coefficient[j]);
@@ -142,6 +147,27 @@ FUSEDKL_DEVICE void for_each_live(const Fetch& fetch, int vectors, const Each& e
   }
 }
 
+// Sets the centre, near `origin + mean`, so that the policy's exponent is a float: both weights then are about one centre. A constant
+// difference stays the centre exactly; where its exponent is no float, the tokens that do differ are left to the exact kernel.
+template <bool EXACT>
+FUSEDKL_DEVICE void set_centre(Anchor& anchor, float origin, float mean, float slope) {
+  anchor.centre = origin + mean;
+  anchor.fine = EXACT ? mean - (anchor.centre - origin) : 0;
+  anchor.policy_exponent = fmaf(anchor.centre, slope, anchor.exponent);
+  // policy_exponent - exponent, in two floats
+  const float moved = anchor.policy_exponent - anchor.exponent, back = moved - anchor.policy_exponent;
+  const float rest = (anchor.policy_exponent - (moved - back)) - (anchor.exponent + back);
+  if (mean != 0) {
+    anchor.centre = moved / slope;
+    const float left = (fmaf(-anchor.centre, slope, moved) + rest) / slope;
+    anchor.fine = EXACT ? left : 0;
+  } else {
+    const float product = origin * slope;
+    const float off = (product - moved) + (fmaf(origin, slope, -product) - rest);
+    if (!(fabsf(off) < 0x1p-20f)) anchor.policy_exponent = NAN;
+  }
+}
+
 // The exponent from the tile's largest reference logit, the centre from its weighted mean. The mean is taken about the
 // difference at that logit: a constant difference then is the centre exactly, and its divergence exactly 0.
 template <DType X, DType Y, class Fetch>
@@ -166,8 +192,7 @@ FUSEDKL_DEVICE void anchor_on_tile(Anchor& anchor, const Fetch& fetch, int vecto
   weight = warp_sum(weight);
   mean = warp_sum(mean) / weight;
   if (!is_finite(mean)) mean = 0;
-  anchor.centre = origin + mean;
-  anchor.fine = kExactDifference<X, Y> ? mean - (anchor.centre - origin) : 0;
+  set_centre<kExactDifference<X, Y>>(anchor, origin, mean, t.slope);
 }
 
 }  // namespace gpu
