@@ -105,7 +105,8 @@ void check_family(int64_t length, const FamilyKind& kind, int skew, int blocks, 
     job.y = rows.in.y.row(r);
     job.kind = kind;
     job.state = divergence_f64({job.x, DType::bf16}, {job.y, DType::bf16}, length, 1);
-    set_family(job.state, kind, family_sums_f64(job, DType::bf16, DType::bf16));
+    const FamilySums sums = family_sums_f64(job, DType::bf16, DType::bf16);
+    set_family(job.state, kind, sums, log(sums.policy_slope));
     const RowState& found = state[static_cast<size_t>(r)];
     expect(close(found.divergence, job.state.divergence, 1e-5), "family", length, found.divergence, job.state.divergence);
     if (blocks == 0)
