@@ -79,29 +79,31 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     fresh = {n: t.view_as(t) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
     given = dict(fresh)
-    live = _live(grad, i)
+    number = _numbers(i)
     for name in OF_TOKENS:  # what other tokens hold would reach the weights as 0 * NaN
         if name in given:
-            given[name] = torch.where(live[:, None], given[name], 0)
+            given[name] = torch.where(number[:, None], given[name], 0)
     values = composed(i.changed(given))
     found = slopes(values, [fresh[n] for n in names], grad, create_graph=True)
-    got = dict(zip(names, found, strict=True))
+    # not above, where a gradient of torch.func's would hide that values depend on the tokens
+    lost = torch.where(~number & (grad != 0).any(0), torch.nan, 0.0)
+    lost = lost if i.mask is None else torch.where(i.mask, lost, 0)
+    got = {
+        name: g + (lost[:, None] if name in OF_TOKENS else lost.sum()).to(g.dtype)
+        for name, g in zip(names, found, strict=True)
+    }
     return [got.get(name) for name in i._fields[:DIFFERENTIABLE]]
 
 
-def _live(grad: Tensor, i: Inputs) -> Tensor:
-    """The tokens that count, but for those of NaN or infinity that a gradient of 0 silences.
-
-    Others with a gradient of 0 stay: theirs has a derivative by it.
-    """
-    number = torch.ones_like(grad[0], dtype=torch.bool)
+def _numbers(i: Inputs) -> Tensor:
+    """The tokens that count and hold no NaN and no infinity."""
+    number = torch.ones(i.hidden.shape[:1], dtype=torch.bool, device=i.hidden.device)
     for name in OF_TOKENS:
         t = getattr(i, name)
         if t is not None:
             absent = t == -torch.inf if name == "ref_logits" else False  # not a token of the row
             number = number & (t.isfinite() | absent).all(-1)
-    live = number | (grad != 0).any(0)
-    return live if i.mask is None else live & i.mask
+    return number if i.mask is None else number & i.mask
 
 
 def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:
