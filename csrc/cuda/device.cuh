@@ -33,6 +33,15 @@ FUSEDKL_MEMBER float exp2_fast(float v) {
 #endif
 }
 
+// a / b to two units in the last place, for b below 2^126
+FUSEDKL_MEMBER float divide_fast(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // log2 v, right to 2^-22 absolutely where v is near 1, relatively elsewhere
 FUSEDKL_MEMBER float log2_fast(float v) {
 #if defined(__CUDA_ARCH__)

@@ -48,8 +48,9 @@ FUSEDKL_DEVICE Stretch stretch_of(const LaneSums& s, const Anchor& anchor) {
   return out;
 }
 
+// The policy's own sum may be NaN, where nothing needs it: part_of() looks.
 FUSEDKL_DEVICE bool usable(const Stretch& s) {
-  return is_finite(((s.reference + s.policy) + (s.a + s.b)) + (s.c + (s.policy_log + s.reference_log)));
+  return is_finite((s.reference + (s.a + s.b)) + (s.c + (s.policy_log + s.reference_log)));
 }
 
 template <int MODE>

@@ -33,7 +33,7 @@ struct LaneSums {
 // The same in all lanes.
 struct Anchor {
   float exponent = -INFINITY;    // in powers of 2
-  float policy_exponent = NAN;   // exponent + centre slope; NaN if no float is
+  float policy_exponent = NAN;   // exponent + centre slope; NaN: not known
   float centre = 0, fine = 0;    // of x - y, in two floats (one for 16-bit logits)
   float policy_top = -INFINITY;  // largest logits so far; only where an entropy wants them
   float reference_top = -INFINITY;
@@ -147,25 +147,11 @@ FUSEDKL_DEVICE void for_each_live(const Fetch& fetch, int vectors, const Each& e
   }
 }
 
-// Sets the centre, near `origin + mean`, so that the policy's exponent is a float: both weights then are about one centre. A constant
-// difference stays the centre exactly; where its exponent is no float, the tokens that do differ are left to the exact kernel.
-template <bool EXACT>
-FUSEDKL_DEVICE void set_centre(Anchor& anchor, float origin, float mean, float slope) {
-  anchor.centre = origin + mean;
-  anchor.fine = EXACT ? mean - (anchor.centre - origin) : 0;
-  anchor.policy_exponent = fmaf(anchor.centre, slope, anchor.exponent);
-  // policy_exponent - exponent, in two floats
-  const float moved = anchor.policy_exponent - anchor.exponent, back = moved - anchor.policy_exponent;
-  const float rest = (anchor.policy_exponent - (moved - back)) - (anchor.exponent + back);
-  if (mean != 0) {
-    anchor.centre = moved / slope;
-    const float left = (fmaf(-anchor.centre, slope, moved) + rest) / slope;
-    anchor.fine = EXACT ? left : 0;
-  } else {
-    const float product = origin * slope;
-    const float off = (product - moved) + (fmaf(origin, slope, -product) - rest);
-    if (!(fabsf(off) < 0x1p-20f)) anchor.policy_exponent = NAN;
-  }
+// exponent + centre slope, or NaN where its rounding would show in wx - wy (4e-6): a row with tokens far from the centre then is left
+// to the exact kernel, others need no wx.
+FUSEDKL_DEVICE float policy_exponent(const Anchor& anchor, float slope) {
+  const float whole = fmaf(anchor.centre, slope, anchor.exponent);
+  return fabsf(whole) < 64 ? whole : NAN;
 }
 
 // The exponent from the tile's largest reference logit, the centre from its weighted mean. The mean is taken about the
@@ -190,9 +176,11 @@ FUSEDKL_DEVICE void anchor_on_tile(Anchor& anchor, const Fetch& fetch, int vecto
     if (w > 0 && is_finite(v.x)) weight += w, mean = fmaf(w, v.x, mean);
   });
   weight = warp_sum(weight);
-  mean = warp_sum(mean) / weight;
+  mean = divide_fast(warp_sum(mean), weight);
   if (!is_finite(mean)) mean = 0;
-  set_centre<kExactDifference<X, Y>>(anchor, origin, mean, t.slope);
+  anchor.centre = origin + mean;
+  anchor.fine = kExactDifference<X, Y> ? mean - (anchor.centre - origin) : 0;
+  anchor.policy_exponent = policy_exponent(anchor, t.slope);
 }
 
 }  // namespace gpu
