@@ -10,11 +10,11 @@ constexpr int kForwardWarps = 4, kForwardThreads = kForwardWarps * kWarp;
 constexpr int kSlots = 16;    // stretches of a warp; a segment that needs more is left to the exact kernel
 constexpr float kJump = 4.f;  // nats by which a token may exceed the anchor's exponent
 
-// What the registers of a sweep allow; 40 KiB of loads in flight per multiprocessor at 5.
+// What the registers of a sweep allow (3: with both entropies); 40 KiB of loads in flight per multiprocessor at 5.
 template <int MODE, bool ANYWHERE>
-constexpr int kBlocksPerSm = ANYWHERE          ? 3
-                             : MODE < kEntropy ? 5
-                                               : 4;
+constexpr int kBlocksPerSm = ANYWHERE || MODE > (kReverse | kEntropy) ? 3
+                             : MODE < kEntropy                        ? 5
+                                                                      : 4;
 
 // Four warps work on a segment together; a block is one such team, or several.
 FUSEDKL_DEVICE int team_thread() { return static_cast<int>(threadIdx.x) % kForwardThreads; }
