@@ -11,8 +11,9 @@ namespace gpu {
 
 constexpr int kGradientThreads = 256;
 // Blocks of a multiprocessor: what the registers of the general sweep allow, where fp32 is computed in pairs and where it is not.
+template <DType X, DType Y>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kGeneralBlocks = 2;
+constexpr int kGeneralBlocks = X == DType::f32 && Y == DType::f32 ? 1 : 2;
 #else
 constexpr int kGeneralBlocks = 3;
 #endif
@@ -156,7 +157,7 @@ FUSEDKL_DEVICE void store_tokens(const GradientArgs& a, int64_t r, const double*
 
 // PLAIN: the policy's gradient of forward KL alone. Blocks share a row; what a block reads it reads before it writes there.
 template <bool PLAIN, DType X, DType Y, bool SHIFTED>
-__global__ void __launch_bounds__(kGradientThreads, PLAIN ? 4 : kGeneralBlocks) gradient_kernel(GradientArgs a) {
+__global__ void __launch_bounds__(kGradientThreads, (PLAIN ? 4 : kGeneralBlocks<X, Y>)) gradient_kernel(GradientArgs a) {
   const int64_t pieces = a.in.pieces(), r = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece;
   const bool last = begin + kPiece >= a.in.length;
   const int64_t end = last ? a.in.length : begin + kPiece;
