@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kl_div_cases import needs_kernel
-from patch_cases import LOSSES, Calls, N, V, agree, both, logits
+from patch_cases import (  # noqa: F401 (fixtures)
+    LOSSES,
+    Calls,
+    N,
+    V,
+    agree,
+    both,
+    logits,
+    nothing_left_behind,
+    poisoned_memory,
+)
 from test_memory import peak
 from torch import Tensor
 
@@ -18,17 +28,6 @@ import fusedkl
 from fusedkl.backends import BACKENDS
 
 pytestmark = needs_kernel
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: results are compared with torch's, and memory is measured."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    yield
-    assert "softmax" not in vars(torch.Tensor)
 
 
 @pytest.fixture

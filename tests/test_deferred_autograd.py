@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kl_div_cases import needs_kernel
-from patch_cases import LOSSES, agree, both, logits
+from patch_cases import (  # noqa: F401 (fixtures)
+    LOSSES,
+    agree,
+    both,
+    logits,
+    nothing_left_behind,
+    poisoned_memory,
+)
 from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -20,17 +27,6 @@ from torch.utils.checkpoint import (
 import fusedkl
 
 pytestmark = needs_kernel
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: results are compared with torch's."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    yield
-    assert "softmax" not in vars(torch.Tensor)
 
 
 class Square(torch.autograd.Function):

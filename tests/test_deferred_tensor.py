@@ -5,14 +5,23 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kl_div_cases import needs_kernel, outcome
-from patch_cases import LOSSES, Calls, N, V, both, logits
+from patch_cases import (  # noqa: F401 (fixtures)
+    LOSSES,
+    Calls,
+    N,
+    V,
+    both,
+    logits,
+    nothing_left_behind,
+    poisoned_memory,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,17 +30,6 @@ from fusedkl.deferred import Deferred, plan_of
 from fusedkl.deferred_kl import SMALLEST
 
 pytestmark = needs_kernel
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Off here: results are compared with torch's, and memory is measured."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    yield
-    assert "softmax" not in vars(torch.Tensor)
 
 
 @pytest.fixture
