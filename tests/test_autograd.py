@@ -26,6 +26,7 @@ def composed(policy: Tensor, reference: Tensor, kind: str, temperature: float = 
     return {"forward_kl": forward, "reverse_kl": reverse, "jeffreys": forward + reverse}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_gradcheck_and_gradgradcheck(backend: str, kind: str, reduction: str) -> None:

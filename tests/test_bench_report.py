@@ -85,6 +85,7 @@ def test_comparison_tells_changes_from_noise() -> None:
     assert (found.time, found.ratio, found.peak) == (2.0, 2.0, 1.0)
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run(found: Any, tmp_path: Path) -> None:
     changes = suite_compare.rows(found.entries, found.entries)
     suite_outputs.write(found, tmp_path, changes, Path("old.json"))

@@ -24,6 +24,7 @@ from bench_modules import (
 from torch import Tensor
 
 Case = suite_batch.Case
+pytestmark = pytest.mark.slow
 KL = Case("models", "forward_kl", "small", 16)
 QUICK = speed.Settings(True, rounds=2, seconds=0.05)
 

@@ -15,7 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedkl
 
 # torch's own tracing warns of its own deprecations.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

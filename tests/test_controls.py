@@ -71,6 +71,7 @@ def capped(logits: Tensor, softcap: float, scale: float) -> Tensor:
     return softcap * torch.tanh(scale * logits.double() / softcap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [1e-6, 0.1, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_softcap_and_scale(backend: str, dtype: torch.dtype, sigma: float) -> None:

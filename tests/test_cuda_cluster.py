@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fusedkl
 
+# The kernels are compiled first.
+pytestmark = pytest.mark.slow
 Fused = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 

@@ -20,6 +20,7 @@ import torch
 
 import fusedkl
 
+pytestmark = pytest.mark.slow
 MODULES = (
     test_controls,
     test_edges,

@@ -323,6 +323,7 @@ def test_torchscript_sees_torchs_functions() -> None:
 
 
 # Dynamo's own look at .grad where it resumes after a graph break.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiled_code_gets_torchs_functions_and_deferred_inputs() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
+pytestmark = pytest.mark.slow
 NAMES = ("memory", "model", "report", "text", "train", "run")
 SETTINGS = {
     "model": "a model",

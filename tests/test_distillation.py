@@ -203,6 +203,7 @@ def test_several_blocks_and_slices(monkeypatch: pytest.MonkeyPatch, backend: str
     assert none == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_it_differentiates_twice(temperature: float, backend: str) -> None:
     x, y = torch.randn(2, 2, 5, dtype=torch.float64).requires_grad_().unbind()
@@ -215,6 +216,7 @@ def test_it_differentiates_twice(temperature: float, backend: str) -> None:
     assert torch.autograd.gradgradcheck(loss, (x, y))
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(backend: str) -> None:
     x, y, labels = inputs(torch.float32)
     compiled = torch.compile(fusedkl.distillation_loss, fullgraph=True, backend="aot_eager")

@@ -19,6 +19,7 @@ def examples(page: str) -> list[str]:
 
 
 # The README's are run by test_readme.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "README.md" and examples(name)])
 def test_examples_run(page: str) -> None:
     namespace: dict[str, Any] = {}
@@ -100,6 +101,7 @@ KINDS = ["results-avx512", "results-avx2", "memory-model", "linear-results", "li
 KINDS += ["dropin", "trainers", "sharding"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_the_committed_file(kind: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(ROOT / "bench"), kind]

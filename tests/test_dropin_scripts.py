@@ -62,6 +62,7 @@ def test_the_same_losses_under_patch(name: str, monkeypatch: pytest.MonkeyPatch)
     assert len(fused) == 4 * FUSED.get(name, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled"])
 def test_the_same_losses_with_the_compilers_pass(name: str) -> None:
     module = script(name)

@@ -34,7 +34,10 @@ REAL_STEPS = {
 PAGE = (EXAMPLES.parent / "docs" / "recipes.md").read_text()
 
 # functorch loads torch's own decompositions through torch.jit.script
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")

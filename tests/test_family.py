@@ -47,7 +47,7 @@ def run(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("temperature", ["T=1", "T per row"])
+@pytest.mark.parametrize("temperature", ["T=1", pytest.param("T per row", marks=pytest.mark.slow)])
 def test_values_and_gradients(
     backend: str, scenario: str, dtype: torch.dtype, temperature: str
 ) -> None:
@@ -91,6 +91,7 @@ def test_equal_rows_are_exactly_zero(backend: str, name: str, dtype: torch.dtype
             assert torch.equal(part, torch.zeros_like(part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_rows_agree_with_the_reference_backend(backend: str, dtype: torch.dtype) -> None:
     """Lengths around vectors, blocks and segments; rows near, far, and both in one."""
@@ -169,6 +170,7 @@ def test_disjoint_supports(backend: str) -> None:
         assert not gx.isnan().any() and not gy.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_a_bad_row_stays_alone(backend: str, bad: float | None) -> None:
     for width in (300, 70_000):
@@ -234,6 +236,7 @@ def test_sums_of_slices_are_the_sums_of_the_row(backend: str, name: str) -> None
     torch.testing.assert_close(whole, other, rtol=2e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jsd 0.1", "skew_kl 0.7", "renyi 0.5", "hellinger"])
 def test_double_backward(backend: str, name: str) -> None:
     kind, parameter = FAMILY[name]
@@ -328,6 +331,7 @@ def test_renyi_of_a_policy_that_collapsed_onto_an_unlikely_token(
     assert oracle.relative_error(found, true, SMALLEST) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [5000, 40_001])
 def test_renyi_of_rows_that_hardly_overlap(backend: str, width: int, dtype: torch.dtype) -> None:

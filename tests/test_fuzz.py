@@ -27,6 +27,7 @@ def test_nothing_is_found_in_many_calls(family: str) -> None:
     assert fuzz.run(family, 1000, 7) >= 1000
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row in a hundred calls is off by a thousandth, on one backend."""
     true = fusedkl.logsumexp
@@ -40,6 +41,7 @@ def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         fuzz.run("one_row", 2000, 0)  # ends with the first; which it is, differs by installation
 
 
+@pytest.mark.slow
 def test_a_changed_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     true = fusedkl.entropy
 

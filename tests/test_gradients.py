@@ -194,6 +194,7 @@ def test_slices_get_the_gradient_of_their_copies(backend: str) -> None:
     assert torch.equal(leaf.grad[:, -1], torch.zeros(3, 29))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_long_rows_agree_with_the_reference_backend(

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedkl
 from fusedkl.inductor.passes import is_ours
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedkl
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.slow]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

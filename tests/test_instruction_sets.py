@@ -179,6 +179,7 @@ def test_instruction_set(isa: str, others: tuple[str, ...]) -> None:
     assert int(done.stdout.split(" passed")[0].split()[-1]) > (500 if others else 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["AVX2", "avx512,avx2"])
 def test_a_wrong_name_is_an_error_that_lists_the_right_ones(wrong: str) -> None:
     compute = (

@@ -260,6 +260,7 @@ def test_second_derivatives(backend: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_compiled_and_as_a_module(backend: str) -> None:
     torch.compiler.reset()
     case = Case(torch.float32)

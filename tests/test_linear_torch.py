@@ -37,6 +37,7 @@ def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return (value.detach(), *torch.autograd.grad(value, leaves))
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_not_for_each_shape(backend: str) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -61,6 +62,7 @@ def test_compiles_whole_and_not_for_each_shape(backend: str) -> None:
     assert counts[1] == counts[2] <= 2  # the first shape may be taken for a constant one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["divergence", "top-k", "statistics"])
 def test_compiles_where_nothing_needs_a_gradient(what: str, backend: str) -> None:
     torch.compiler.reset()
@@ -169,6 +171,7 @@ def large(dtype: torch.dtype) -> Heads:
     return Heads({name: t.to(dtype) for name, t in made.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_is_that_of_tiles(
@@ -334,6 +337,7 @@ for run in (forward, both):
 """
 
 
+@pytest.mark.slow
 def test_resident_memory_is_that_of_tiles() -> None:
     demo = Path(__file__).resolve().parents[1] / "demo"
     done = subprocess.run(

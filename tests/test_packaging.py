@@ -68,6 +68,7 @@ def test_sources_are_listed_once_and_exist() -> None:
     assert sorted(listed) == sorted([*there, *both_libraries])
 
 
+@pytest.mark.slow
 def test_without_the_compiled_library(tmp_path: Path) -> None:
     """The Python files alone import, say what is missing, and compute."""
     for name in sources(ROOT, ("fusedkl", "kernels")):

@@ -279,6 +279,7 @@ def test_a_replacement_in_between_comes_back() -> None:
     F.kl_div = ORIGINAL
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     """Overlapping patches of many threads: in force while any is active, undone after the last."""
     start, wrong = threading.Barrier(8), []
@@ -327,6 +328,7 @@ assert [dict(vars(m)) for m in modules] == before
 """
 
 
+@pytest.mark.slow
 def test_import_patches_nothing() -> None:
     subprocess.run([sys.executable, "-c", IMPORT], check=True)
 

@@ -111,6 +111,7 @@ def agrees(policy: Tensor, reference: Tensor, kind: str, **options: object) -> N
     check_against_float64(found, true, offset)
 
 
+@pytest.mark.slow
 @bounded(120)
 @given(pair=rows(), kind=st.sampled_from(cases.KINDS), temperature=st.sampled_from([1.0, 0.6, 3.0]))
 def test_float64_agrees(pair: list[Tensor], kind: str, temperature: float) -> None:

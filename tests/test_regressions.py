@@ -20,6 +20,7 @@ KINDS = ["forward_kl", "reverse_kl", "jeffreys"]
 WIDTHS = [5000, 70_001]
 widths = pytest.mark.parametrize("width", WIDTHS)
 inf = torch.inf
+pytestmark = pytest.mark.slow
 
 
 def results(policy: Tensor, reference: Tensor, kind: str, backend: str) -> list[Tensor]:

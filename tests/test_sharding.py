@@ -24,9 +24,12 @@ CASES = [
     and any(isinstance(d, ast.Name) and d.id == "case" for d in node.decorator_list)
 ]
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
+    ),
+]
 Found = dict[str, dict[int, dict[str, Any]]]
 
 

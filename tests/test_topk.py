@@ -338,6 +338,7 @@ def test_an_id_of_no_token_where_nobody_looks_is_nan(backend: str) -> None:
     assert bool(found[:2].isfinite().all()) and found[2].isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_differentiates_twice(kind: str, tail: str, backend: str) -> None:
@@ -363,6 +364,7 @@ def test_threads_and_batches_do_not_show(backend: str) -> None:
     assert torch.equal(alone, one[4:5])
 
 
+@pytest.mark.slow
 def test_operators_pass_opcheck_and_compile(backend: str) -> None:
     x, ids, log_q = case(2.0, 1.0, torch.float32)
     log_q, ids = log_q.nan_to_num(-3.0).float(), ids.contiguous()

@@ -172,6 +172,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
         torch.testing.assert_close(value, FUNCTIONS[name](x, y), msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*QUICK, *LATER])
 def test_compiled_autograd(name: str) -> None:
     x, y = logits(torch.float32)

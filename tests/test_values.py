@@ -126,6 +126,7 @@ def test_directions_swap_with_their_arguments(backend: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_long_rows_agree_with_the_reference_backend(backend: str, dtype: torch.dtype) -> None:
     # Lengths around the sizes of segments, blocks and vectors; the oracle would take minutes.
@@ -165,6 +166,7 @@ def layouts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return view, view.clone(memory_format=torch.contiguous_format)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
