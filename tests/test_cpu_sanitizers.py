@@ -7,6 +7,7 @@ tensor that claims more logits than its memory has is a fault that the check mus
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def call(environment: dict[str, str], *command: str) -> subprocess.CompletedProc
 def test_a_planted_overrun_is_seen(environment: dict[str, str]) -> None:
     done = call(environment, "-c", PLANTED)
     assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr and "fusedkl" in done.stderr, done.stderr
+    # "unknown-crash": a vector that begins inside of the memory and ends beyond it
+    report = r"AddressSanitizer: (heap-buffer-overflow|unknown-crash).*\nREAD of size"
+    assert re.search(report, done.stderr) and "csrc/cpu" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("isa", ["best", "portable"])

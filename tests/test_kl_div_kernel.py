@@ -248,7 +248,7 @@ def test_instruction_sets(isa: str) -> None:
     names = "forced or length or logarithm or long_sum or address or half_numbers or special_values"
     files = [str(here), str(here.with_name("test_kl_div.py"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-k", names],
+        [sys.executable, "-m", "pytest", *files, "-qx", "-p", "no:cacheprovider", "-k", names],
         env={**os.environ, "FUSEDKL_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
