@@ -73,6 +73,24 @@ def test_16_bit_rows_far_from_each_other(backend: str) -> None:
                 assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"{kind} {dtype}: {error:.1e}"
 
 
+@pytest.mark.parametrize("gaps", [(50.0, 17.0), (40.0, 25.0), (45.0, 33.0), (25.0, 17.0)])
+def test_one_token_has_nearly_all_of_both_masses(backend: str, gaps: tuple[float, float]) -> None:
+    """Its p - q is a small part of the divergence, whose rounding was in it: 0.2 off at 1e-12."""
+    # docs/numerics.md, "Gradients that cancel"
+    limit, least = (1e-5, 1e-12) if backend in ("cpu", "reference") else (5e-5, 1e-10)
+    for rows, width in ((64, 7), (2, 3001)):
+        policy = 0.3 * torch.randn(rows, width)
+        reference = policy + 0.2 * torch.randn(rows, width)
+        policy[:, 3] += gaps[0]
+        reference[:, 3] += gaps[1]
+        exact = policy.double(), reference.double()
+        promised = fusedkl.forward_kl(*exact, backend="reference") >= least
+        found = gradients(policy, reference, kind="forward_kl", backend=backend)
+        true = gradients(*exact, backend="reference")
+        for a, b in zip(found, true, strict=True):
+            assert oracle.relative_l2(a[promised], b[promised]) <= limit
+
+
 def test_half_keeps_elements_that_only_the_scale_makes_representable(backend: str) -> None:
     policy, reference = cases.make("flat 1", torch.float16)
     scale = 2.0**16 / 2.0**6  # every element then is between 2^-24 and 65504

@@ -96,8 +96,8 @@ def check_against_float64(found: list[Tensor], true: list[Tensor], offset: float
         else:
             # A gradient that nearly cancels is as right as float64 holds what it came from: the
             # value, and logits of size `offset`; and as two floats hold the mean of the
-            # differences that it is compared with, whose size is up to 64 here.
-            floor = 64 * 2.0**-48 + 8 * torch.finfo(torch.float64).eps * offset
+            # differences that it is compared with, which may be an offset of one row alone.
+            floor = max(64, offset) * 2.0**-48 + 8 * torch.finfo(torch.float64).eps * offset
             scaled = [g[finite] / (1 + exact[finite, None]) for g in (a.double(), b)]
             assert oracle.relative_l2(*scaled, floor / limit) <= limit
 
