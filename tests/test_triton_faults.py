@@ -81,17 +81,17 @@ FAULTS = {
         False,
         "WRONG",
     ),
-    "an anchor that never moves": (
+    "weights that stay where the anchor was": (
         "sweep.py",
-        "if tl.max(larger.to(tl.int32), 0) > 0:",
-        "if (tl.max(larger.to(tl.int32), 0) > 0) & (anchor < -1e29):",
+        "            s = f * kept_s\n",
+        "            s = kept_s\n",
         False,
         "WRONG",
     ),
     "a wrong merge": (
         "formulas.py",
         "_kl_of_shares(pb, qb, bf, bps, bqs, lb)",
-        "_kl_of_shares(pa, qb, bf, bps, bqs, lb)",
+        "_kl_of_shares(pb, qa, bf, bps, bqs, lb)",
         False,
         "WRONG",
     ),
