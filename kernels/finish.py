@@ -297,9 +297,9 @@ def merge_rows(
     logit_sum = inv_t * 0.0
     tokens = inv_t * 0.0
     for i in range(count):
-        at = parts + (i * n + row) * STATE_COLUMNS
-        logit_sum += tl.load(at + 11, mask=live, other=0.0)
-        tokens += tl.load(at + 12, mask=live, other=0.0)
+        slice_state = parts + (i * n + row) * STATE_COLUMNS
+        logit_sum += tl.load(slice_state + 11, mask=live, other=0.0)
+        tokens += tl.load(slice_state + 12, mask=live, other=0.0)
     store_row(
         state, row, live, live, values, states, values, values, values, n, 0, 0, inv_t, 1.0, whole,
         logit_sum, tokens, FIELDS, PAIR, False,
