@@ -47,4 +47,4 @@ def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_half_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "", 100 if "test_family.py" in files else 200)
+    run(files, "", 100 if "test_family.py" in files else 150)
