@@ -148,8 +148,8 @@ FAULTS = {
         "cuda/family_cluster.cuh",
         "cluster.sync();  // before the sums are written again",
         "__syncthreads();  // before the sums are written again",
-        "races",
-        "data race",
+        "plain",
+        "after the last cluster barrier",
     ),
     "slopes exchanged": (
         "family_terms.h",
