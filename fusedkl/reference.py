@@ -202,7 +202,8 @@ def _value(
     if name == "logsumexp":
         return p.top * scale + p.log_mass
     if name == "mean_logprob":
-        below = torch.where(p.support, (x - p.top) * scale, -torch.inf)
+        absent = -torch.inf + (p.top.detach() - p.top) * scale  # below the top as the others are
+        below = torch.where(p.support, (x - p.top) * scale, absent)
         return row_sum(below) / x.shape[-1] - p.log_mass
     if name == "logprob":
         return _at_tokens(x, p, scale, token_ids)
