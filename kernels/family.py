@@ -21,7 +21,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .formulas import LN2, LOG2E, NEAR, gap, gap_coefficients, gap_polynomial, log1p
+from .formulas import FAR, LN2, LOG2E, NEAR, gap, gap_coefficients, gap_polynomial, log1p
 
 SECOND_SWEEP = ("jsd", "skew_kl", "renyi", "tvd", "hellinger")
 # Coefficients of a series: the nearest singularity is at pi, the relative error at CLOSE 1e-7 for
@@ -270,7 +270,8 @@ def family_slopes(
         above = l > 0.0
         largest = tl.where(above, log_p, log_q)
         w = tl.exp2((tilted_log(l, beta, rest) - number) * LOG2E + largest)
-        w = tl.where(largest > float("-inf"), w * tl.where(above, weight_p, weight_q), 0.0)
+        # a token that neither row has is at -FAR or below, and its l is infinite
+        w = tl.where(largest > -FAR, w * tl.where(above, weight_p, weight_q), 0.0)
         return (
             tl.where(tl.abs(to_p) <= NEAR, -p * expm1_near(to_p), p - w),
             tl.where(tl.abs(to_q) <= NEAR, q * expm1_near(to_q), w - q),

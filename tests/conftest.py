@@ -23,7 +23,7 @@ LONG += ("bad_row_stays_alone", "several_segments")
 LARGE = ("test_family.py", "test_controls.py", "test_topk.py")
 # Of float64 logits, which this backend does not take.
 DOUBLE = ("torch.float64", "one_backward_for_any", "token_of_another_slice", "double_backward")
-DOUBLE += ("test_inequalities", "triton-float64", "gradcheck")
+DOUBLE += ("test_inequalities", "triton-float64", "gradcheck", "differentiates_twice")
 if INTERPRETED and importlib.util.find_spec("triton"):
     import triton_interpreter
 

@@ -112,7 +112,8 @@ def test_benchmark(tmp_path: Path) -> None:
     assert len(results) >= 3
     for found in results:
         numbers = found["loss_and_gradient_norms"]
-        assert numbers["ours"] == pytest.approx(numbers["trl"], rel=1e-4), found["case"]
+        rounding = 1e-3 if "bf16" in found["case"] else 1e-4  # of the gradients that are stored
+        assert numbers["ours"] == pytest.approx(numbers["trl"], rel=rounding), found["case"]
     steps = json.loads(out.read_text())["agreement"]
     assert [found["trainer"] for found in steps] == list(RUNS)
     for found in steps:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,9 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def needs(tool: str) -> None:
-    if importlib.util.find_spec(tool) is None:
+    try:
+        metadata.distribution(tool)
+    except metadata.PackageNotFoundError:
         pytest.skip(f"{tool} is not installed: pip install 'fusedkl[dev]'")
 
 
