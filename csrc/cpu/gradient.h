@@ -260,7 +260,7 @@ static Lacking lacking(const GradientJob& job, bool slice) {
   };
   const bool means = (job.gradient.reverse != 0 || job.gradient.ref_forward != 0) && (kl.F + kl.R > 0.02 || peaked());
   // A token with nearly all of both masses, which the sample has, and others so far apart that they make the divergence.
-  const bool one_token = D == DType::f32 && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
+  const bool one_token = D == DType::f32 && !slice && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
   const bool ratio = kl.F > 0 && kl.F < 1e-3 && (one_token || ((slice || fabs(s.residual) > 10 * kl.F) && peaked()));
   return {means, ratio};
 }
@@ -272,9 +272,15 @@ static Means means_of(const GradientJob& job) {
   return {{s.centre, (s.residual + kl.R) * t}, {s.centre, (s.residual - kl.F) * t}};
 }
 
-// The log-ratio by the masses beside the top tokens, or else by the mean of the differences.
+static void set_ratio(RowState& s, const Means& m, double inv_t) {
+  s.centre = m.reference.base;
+  s.residual = s.forward_kl + m.reference.rest * inv_t;
+}
+
+// The log-ratio by the masses beside the top tokens, or else by the mean of the differences. Of whole rows: a slice's gradient to the
+// reference makes that mean of the log-ratio and the divergence, whose rounding must be in both.
 template <DType D>
-static void set_ratio(const GradientJob& job, const Means& m, RowState& s) {
+static void set_ratio_of_row(const GradientJob& job, const Means& m, RowState& s) {
   if constexpr (D == DType::f32) {
     const RowState x = single_segment<D>(job.x, job.n, job.inv_t, true), y = single_segment<D>(job.y, job.n, job.inv_t, true);
     if (fmax(x.policy_log_sum, y.policy_log_sum) < few_others(s.forward_kl)) {
@@ -283,8 +289,7 @@ static void set_ratio(const GradientJob& job, const Means& m, RowState& s) {
       return;
     }
   }
-  s.centre = m.reference.base;
-  s.residual = s.forward_kl + m.reference.rest * job.inv_t;
+  set_ratio(s, m, job.inv_t);
 }
 
 // What a gradient over the whole row would find out by itself, for the state of a row that will be a slice of a longer one.
@@ -296,7 +301,7 @@ static void sharpen_state(GradientJob job, RowState& out) {
   Means m = means_of(job);
   refine_means<D>(job, m);
   if (lack.ratio) {
-    set_ratio<D>(job, m, out);
+    set_ratio(out, m, job.inv_t);
   } else if (out.forward_kl + out.reverse_kl > 0.02) {  // a smaller value is known better by its own sum than by its mean
     if (is_finite(out.forward_kl)) out.forward_kl = fmax(0, out.residual - m.reference.rest * job.inv_t);
     if (is_finite(out.reverse_kl) && out.reverse_kl > 0) out.reverse_kl = fmax(0, m.policy.rest * job.inv_t - out.residual);
@@ -318,7 +323,7 @@ static void gradient_row(GradientJob job) {
   // the mean over a slice would be another mean
   const Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
   if (lack.any()) refine_means<D>(job, m);
-  if (lack.ratio) set_ratio<D>(job, m, job.state);
+  if (lack.ratio) set_ratio_of_row<D>(job, m, job.state);
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
   else if (!job.gy) general_gradient<D, false>(job, m);
   else general_gradient<D, true>(job, m);
