@@ -227,7 +227,8 @@ def test_sums_of_slices_are_the_sums_of_the_row(backend: str, name: str) -> None
         op.row_sums(policy[:, s], reference[:, s], state, kind, number, *(None,) * 4, backend)
         for s in (slice(0, 1200), slice(1200, 1201), slice(1201, 5000))
     ]
-    torch.testing.assert_close(sum(parts), whole, rtol=2e-6, atol=1e-9)
+    rtol = 2e-6 if backend == "triton" else 1e-6
+    torch.testing.assert_close(sum(parts), whole, rtol=rtol, atol=1e-9)
     value, _ = op.row_stats(policy, reference, None, [kind], number, *(None,) * 4, backend)
     if kind != "renyi":
         torch.testing.assert_close(whole[:, 0].float(), value[0], rtol=1e-6, atol=1e-9)
@@ -454,7 +455,8 @@ def test_tokens_that_neither_row_has(backend: str) -> None:
             true = run(x.double(), y.double(), name, backend="reference")
             for part, exact in zip(found[1:], true[1:], strict=True):
                 assert not part[:, ::3].any(), name
-                assert oracle.relative_l2(part, exact) <= 2 * oracle.GRADIENT_TOLERANCE[dtype], name
+                slack = 2 if backend == "triton" else 1
+                assert oracle.relative_l2(part, exact) <= slack * oracle.GRADIENT_TOLERANCE[dtype]
 
 
 def test_parameters_near_their_ends(backend: str) -> None:
