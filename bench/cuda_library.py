@@ -47,7 +47,11 @@ def build(folder: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-c", _BUILD, "build_ext", *places],
         cwd=ROOT,
-        env={**os.environ, "FUSEDKL_BUILD_CUDA": "1"},
+        env={
+            **os.environ,
+            "FUSEDKL_BUILD_CUDA": "1",
+            "NVCC_APPEND_FLAGS": "-Werror all-warnings",
+        },
         capture_output=True,
         text=True,
     )
@@ -66,6 +70,22 @@ def targets(library: Path) -> dict[str, list[str]]:
         )
         names = set(re.findall(r"sm_\d+a?", said.stdout))
         found[kind] = sorted(names, key=lambda name: int(name[3:].rstrip("a")))
+    return found
+
+
+def stack_bytes(library: Path) -> dict[str, dict[str, int]]:
+    """Of every kernel, by target: where nothing spills and no array is indexed, it is 0."""
+    found: dict[str, dict[str, int]] = {}
+    said = subprocess.run(
+        [sass.tool("cuobjdump"), "--dump-resource-usage", library],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    pattern = r"^ *arch = (\w+)|Function (\w+):\s+REG:\d+ STACK:(\d+)"
+    for target, kernel, stack in re.findall(pattern, said.stdout, flags=re.MULTILINE):
+        if target:
+            of_target = found.setdefault(target, {})
+        else:
+            of_target[kernel] = int(stack)
     return found
 
 

@@ -1,9 +1,13 @@
-"""The CUDA library as a whole, for every target, on a machine without a GPU."""
+"""The CUDA kernels compiled, without a GPU: no spills; the library links, loads and is small.
+
+What their loops issue: test_static.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +29,24 @@ assert float(fusedkl.forward_kl(x, x).sum()) == 0
 """
 
 
+# Work in double, a block or a thread per row: no hot loop. All others keep everything in registers.
+DOUBLE = re.compile(r"merge_kernel|prepare_kernel|finish_kernel|topk_")
+MOST_STACK_BYTES = 200
+
+
+@pytest.mark.slow
+def test_one_source_does_not_spill() -> None:
+    """The one whose code test_static.py counts; the library's test asks it of all."""
+    if nvcc.toolkit("bin/nvcc") is None:
+        pytest.skip("no nvcc: install a toolkit, or the packages of `make cuda-tools`")
+    _, log = nvcc.cubin("bf16", "90a")
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert len(frames) >= 6 and set(frames) == {("0", "0")}, log
+
+
 @pytest.mark.full
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA")
-def test_it_links_loads_and_is_small(tmp_path: Path) -> None:
+def test_it_links_loads_is_small_and_does_not_spill(tmp_path: Path) -> None:
     if nvcc.toolkit("bin/nvcc", "include/cuda_runtime.h") is None:
         pytest.skip("no CUDA toolkit")
     library = cuda_library.build(tmp_path)
@@ -35,6 +54,12 @@ def test_it_links_loads_and_is_small(tmp_path: Path) -> None:
     assert size <= cuda_library.MOST_BYTES, f"{size / 2**20:.1f} MiB"
     for_code = [f"sm_{target}" for target in nvcc.TARGETS]
     assert cuda_library.targets(library) == {"machine code": for_code, "PTX": for_code[-1:]}
+    for target, stacks in cuda_library.stack_bytes(library).items():
+        assert len(stacks) > 100, target
+        spilling = {
+            k: n for k, n in stacks.items() if n > MOST_STACK_BYTES * bool(DOUBLE.search(k))
+        }
+        assert not spilling, (target, spilling)
     done = subprocess.run(
         [sys.executable, "-c", LOADS, library],
         env={**os.environ, "PYTHONPATH": str(cuda_library.ROOT)},

@@ -66,6 +66,7 @@ def rate(cases: list[Written]) -> float:
     return sum(map(check, cases)) / len(cases)
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 def test_a_sample_of_the_product() -> None:
     assert rate(random.Random(0).sample(ALL, 60)) >= 0.9

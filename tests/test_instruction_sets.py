@@ -155,7 +155,7 @@ OTHERS = ("values", "gradients", "edges", "regressions", "inplace_grad")
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param((), marks=pytest.mark.slow, id="here"),
+        pytest.param((), marks=(pytest.mark.slow, pytest.mark.sample), id="here"),
         pytest.param(OTHERS, marks=pytest.mark.full, id="everywhere"),
     ],
 )

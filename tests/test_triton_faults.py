@@ -122,6 +122,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
     assert done.returncode != 0 and says in done.stdout + done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 def test_a_sample_is_clean_and_its_race_is_found(tmp_path: Path) -> None:
     """The sanitizer on two short rows; then where both rows leave their sums in one place."""

@@ -38,6 +38,7 @@ def run(files: tuple[str, ...], marks: str, least: int) -> None:
     assert passed is not None and int(passed[1]) >= least, done.stdout
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 @pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
 def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:

@@ -89,16 +89,22 @@ def test_the_page_shows_the_example() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", RUNS)
+def test_twenty_steps(models: Any, tmp_path: Path, name: str) -> None:
+    agree(name, models, tmp_path, 20)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_kinds_of_distillation(models: Any, tmp_path: Path, beta: float) -> None:
-    agree("distillation", models, tmp_path, 20, beta=beta)
-    agree("gkd", models, tmp_path, 20, beta=beta)
+    agree("distillation", models, tmp_path, 4, beta=beta)
+    agree("gkd", models, tmp_path, 4, beta=beta)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_model(tmp_path: Path, name: str) -> None:
-    agree(name, Models(None, tmp_path), tmp_path, 20)
+    agree(name, Models(None, tmp_path), tmp_path, 5)
 
 
 @pytest.mark.full

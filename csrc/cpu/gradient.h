@@ -277,19 +277,19 @@ static void set_ratio(RowState& s, const Means& m, double inv_t) {
   s.residual = s.forward_kl + m.reference.rest * inv_t;
 }
 
-// The log-ratio by the masses beside the top tokens, or else by the mean of the differences. Of whole rows: a slice's gradient to the
-// reference makes that mean of the log-ratio and the divergence, whose rounding must be in both.
+// The log-ratio by the masses beside the top tokens, where they are known better than the divergence. Of whole rows: a slice's
+// gradient to the reference makes the mean of the differences of the log-ratio and the divergence, whose rounding must be in both.
 template <DType D>
-static void set_ratio_of_row(const GradientJob& job, const Means& m, RowState& s) {
+static bool set_ratio_by_masses(GradientJob& job) {
   if constexpr (D == DType::f32) {
     const RowState x = single_segment<D>(job.x, job.n, job.inv_t, true), y = single_segment<D>(job.y, job.n, job.inv_t, true);
-    if (fmax(x.policy_log_sum, y.policy_log_sum) < few_others(s.forward_kl)) {
-      s.centre = (x.policy_max - y.policy_max) / job.inv_t;
-      s.residual = x.policy_log_sum - y.policy_log_sum;
-      return;
+    if (fmax(x.policy_log_sum, y.policy_log_sum) < few_others(job.state.forward_kl)) {
+      job.state.centre = (x.policy_max - y.policy_max) / job.inv_t;
+      job.state.residual = x.policy_log_sum - y.policy_log_sum;
+      return true;
     }
   }
-  set_ratio(s, m, job.inv_t);
+  return false;
 }
 
 // What a gradient over the whole row would find out by itself, for the state of a row that will be a slice of a longer one.
@@ -321,9 +321,10 @@ static void gradient_row(GradientJob job) {
   if (!job.y) return single_gradient<D>(job);
   Means m = means_of(job);
   // the mean over a slice would be another mean
-  const Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
+  Lacking lack = job.state.whole != 0 ? lacking<D>(job, false) : Lacking{};
+  if (lack.ratio && set_ratio_by_masses<D>(job)) lack.ratio = false;
   if (lack.any()) refine_means<D>(job, m);
-  if (lack.ratio) set_ratio_of_row<D>(job, m, job.state);
+  if (lack.ratio) set_ratio(job.state, m, job.inv_t);
   if (!job.gy && g.reverse == 0 && g.mass == 0 && g.information == 0 && g.uniform == 0) forward_gradient<D>(job);
   else if (!job.gy) general_gradient<D, false>(job, m);
   else general_gradient<D, true>(job, m);
