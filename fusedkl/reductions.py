@@ -22,6 +22,8 @@ def counted_tokens(
     """bool [N], True = counted, from mask and labels together; None if all are."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits; got {ignore_index}")
     counted = None
     if mask is not None:
         mask = validation.per_row("mask", mask, policy)
@@ -32,7 +34,9 @@ def counted_tokens(
         labels = validation.per_row("labels", labels, policy)
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"labels must be an integer tensor; got {labels.dtype}")
-        labelled = labels != ignore_index
+        labelled = (
+            labels.long() != ignore_index
+        )  # a narrow type would wrap the number that it is compared with
         counted = labelled if counted is None else counted & labelled
     elif ignore_index != -100:
         raise ValueError(f"ignore_index={ignore_index} has no effect without labels")

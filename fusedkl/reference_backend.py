@@ -204,9 +204,10 @@ def row_sums(
     out = state.new_zeros((x.shape[0], 3))
     for part in blocks(*x.shape):
         inv, counted = (_part(t, part) for t in (inv_temperature, mask))
-        sums = sums_of_rows(
-            x[part], y[part], state[part], field, parameter, inv, valid_vocab, softcap
-        )
+        with _recording():
+            sums = sums_of_rows(
+                x[part], y[part], state[part], field, parameter, inv, valid_vocab, softcap
+            ).detach()
         out[part] = sums if counted is None else torch.where(counted[:, None], sums, 0)
     return out
 

@@ -60,8 +60,9 @@ def logits(name: str, value: object, sliced: bool = False) -> None:
     if t.dtype not in DTYPES:
         accepted = ", ".join(_said(d) for d in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {accepted}; got {_said(t.dtype)}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}")
+    if t.layout != torch.strided or t.is_nested:
+        layout = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
     if t.dim() < 1:
         raise ValueError(f"{name} must have shape [..., V]; got a 0-d tensor")
     if t.shape[-1] == 0 and not sliced:
@@ -120,7 +121,13 @@ def controls(softcap: object, logit_scale: object) -> float | None:
     if softcap is None:
         return None
     assert isinstance(softcap, (int, float)) and isinstance(logit_scale, (int, float))
-    return softcap / logit_scale
+    quotient = softcap / logit_scale
+    if not 0 < quotient < math.inf:
+        raise ValueError(
+            "softcap / logit_scale must be positive and finite; "
+            f"got softcap={softcap}, logit_scale={logit_scale}"
+        )
+    return quotient
 
 
 def on_device(name: str, value: Tensor, policy: Tensor) -> None:

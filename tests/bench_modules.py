@@ -36,6 +36,7 @@ def _load() -> dict[str, ModuleType]:
 
 
 _MODULES = _load()
+accuracy = _MODULES["accuracy"]
 capture = _MODULES["capture"]
 cases = _MODULES["cases"]
 contenders = _MODULES["contenders"]

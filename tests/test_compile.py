@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedkl
+from fusedkl import shard_states
+from fusedkl._library import OPERATORS
 
 # torch's own tracing warns of its own deprecations.
 pytestmark = [
@@ -59,7 +61,23 @@ def op_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
                 backward.append((grad, x, y, *saved, *wanted, name))
         inplace.append((grad, x.clone(), y, *saved, y is not None, name))
     logits = torch.randn(2, 3, 5)
+    both = (["forward_kl"], None, inverse, mask, None, None, backend)
+    state = torch.ops.fusedkl.row_stats(policy, reference, None, *both)[1]
+    one = torch.ones((1, 4), dtype=state.dtype)
+    swept = (policy, reference, state, "jsd", 0.3, inverse, mask, None, None, backend)
+    of_slice = (["forward_kl"], inverse, mask, None, None, True, False, backend)
+    rest = ["forward_kl"], inverse
+    gathered = shard_states.pack(state, [], ("forward_kl",), inverse, torch.float32).expand(
+        2, -1, -1
+    )
     return {
+        "row_stats_with_gradient": [(one, policy, reference, *both)],
+        "row_sums": [swept],
+        "scale_gradient_": [(policy.clone(), torch.tensor(2.0), backend)],
+        "merge_states": [(torch.stack([state, state]), *rest, backend)],
+        "slice_state": [(policy, reference, *of_slice)],
+        "merge_payload": [(gathered, *rest, backend)],
+        "merge_shards": [(gathered, *rest, mask, None, backend)],
         "row_stats": row_stats,
         "row_stats_backward": backward,
         "row_stats_backward_": inplace,
@@ -80,17 +98,10 @@ def op_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "row_stats",
-        "row_stats_backward",
-        "row_stats_backward_",
-        "log_softmax",
-        "log_softmax_backward",
-        "ordered_sum",
-    ],
-)
+SLICES = ["slice_state", "merge_payload", "merge_shards"]
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, *SLICES])
 def test_opcheck(backend: str, name: str) -> None:
     op = getattr(torch.ops.fusedkl, name).default
     for arguments in op_samples(backend)[name]:

@@ -100,11 +100,15 @@ CALLS = {
     "renyi": "renyi(policy, reference, alpha=alpha, temperature=T)",
     "tvd": "tvd(policy, reference, temperature=T)",
     "hellinger": "hellinger(policy, reference, temperature=T)",
+    "log_softmax": "log_softmax(logits, dim, dtype)",
     "token_stats": "token_stats(policy, reference, token_ids, temperature=T).reverse_kl",
     "entropy": "entropy(logits, temperature=temperature)",
     "logsumexp": "logsumexp(logits, temperature=temperature)",
     "selective_log_softmax": "selective_log_softmax(logits, index, temperature=temperature)",
     "topk_divergence": "topk_divergence(policy_logits, topk_ids, topk_logprobs, temperature=T)",
+    "distillation_loss": "distillation_loss(student_logits, teacher_logits, labels, **mixed)",
+    "linear_divergence": "linear_divergence(*heads, kind, mask=mask, temperature=temperature)",
+    "linear_token_stats": "linear_token_stats(*heads, token_ids=token_ids, fields=fields)",
     "gaussian_kl": "gaussian_kl(mu, logvar, prior_mu, prior_logvar)",
     "fisher_vector_product": "fisher_vector_product(logits, vector, temperature=T)",
     "kl_estimate": 'kl_estimate(l, torch.zeros_like(l), "k3")',
@@ -137,7 +141,25 @@ def test_the_equivalent_code_is_equivalent(name: str) -> None:
         "index": known["token_ids"],
         "l": policy[0],
         "nats": policy,
+        "student_logits": policy,
+        "teacher_logits": known["reference"],
+        "labels": known["token_ids"],
+        "ce_weight": 0.3,
+        "label_smoothing": 0.1,
+        "kind": "reverse_kl",
+        "reduction": "none",
+        "dim": 1,
+        "dtype": torch.float64,
+        "fields": ["logprob", "ref_entropy"],
     }
+    mix = {name: known[name] for name in ("ce_weight", "label_smoothing")}
+    known["mixed"] = {**mix, "temperature": known["T"], "reduction": "mean", "scale_t2": True}
+    if name.startswith("linear"):
+        hidden, ref_hidden, weight, ref_weight = torch.randn(4, 5, 6)
+        heads = (hidden, weight, ref_hidden, ref_weight)
+        known |= dict(zip(("hidden", "weight", "ref_hidden", "ref_weight"), heads, strict=True))
+        known |= {"heads": heads, "token_ids": torch.arange(5), "mask": torch.arange(5) != 2}
+        known |= {"divergence": fusedkl.divergence, "token_stats": fusedkl.token_stats}
     program = ast.parse(equivalent(name))
     expressions = [node for node in program.body if isinstance(node, ast.Expr)]
     for node in program.body:
@@ -150,4 +172,7 @@ def test_the_equivalent_code_is_equivalent(name: str) -> None:
         assert isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name)
         theirs = known[last.targets[0].id]
     ours = eval(f"fusedkl.{CALLS[name]}", {**known, "fusedkl": fusedkl})
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-5, atol=1e-5)
+    for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (ours, theirs)), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=1e-5)

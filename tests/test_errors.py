@@ -150,6 +150,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"ignore_index .* got float",
     ),
+    "ignore_index beyond 64 bits": (
+        lambda: call(labels=ROWS.long(), ignore_index=2**63),
+        ValueError,
+        r"ignore_index must fit into 64 bits; got 9223372036854775808",
+    ),
+    "a cap that scaling takes out of range": (
+        lambda: call(softcap=1e-300, logit_scale=1e100),
+        ValueError,
+        r"softcap / logit_scale must be .* got softcap=1e-300, logit_scale=1e\+100",
+    ),
     "inplace_grad of a wrong type": (
         lambda: call(inplace_grad=1),
         TypeError,

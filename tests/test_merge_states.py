@@ -162,8 +162,3 @@ def test_bad_input(backend: str) -> None:
             OPS.merge_states(parts, fields, None, backend)
     with pytest.raises(ValueError, match="inv_temperature must have shape"):
         OPS.merge_states(state[None], FIELDS, torch.ones(2, dtype=torch.float64), backend)
-
-
-def test_opcheck(backend: str) -> None:
-    state = torch.stack([stats(*torch.randn(2, 3, 9), None, backend)[1] for _ in range(2)])
-    torch.library.opcheck(OPS.merge_states.default, (state, FIELDS, None, backend))

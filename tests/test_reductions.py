@@ -67,6 +67,17 @@ def test_definition(backend: str, kind: str, masked: str, weighted: bool, reduct
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignored"),
+    [(torch.uint8, 156, -100), (torch.int8, 44, 300), (torch.int16, -100, -100)],
+)
+def test_labels_of_a_narrow_type(dtype: torch.dtype, label: int, ignored: int) -> None:
+    """156 is -100 in eight bits, but not the token that is ignored."""
+    labels = torch.full(SHAPE[:2], label, dtype=dtype)
+    value = fusedkl.forward_kl(*inputs(), labels=labels, ignore_index=ignored)
+    assert bool((value == 0).all()) == (label == ignored)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 def test_nothing_counts(backend: str, reduction: str) -> None:
     """0 with a connected graph, not 0/0: a batch of padding must not kill a training step."""

@@ -375,6 +375,12 @@ def test_operators_pass_opcheck_and_compile(backend: str) -> None:
         (x, ids, inverse, mask, backend),
         test_utils=("test_schema", "test_faketensor"),
     )
+    log_p, state = torch.ops.fusedkl.topk_logprobs(x, ids, inverse, mask, backend)
+    torch.library.opcheck(
+        torch.ops.fusedkl.topk_logprobs_backward.default,
+        (torch.rand_like(log_p), x, ids, state, inverse, backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     compiled = torch.compile(fusedkl.topk_divergence, fullgraph=True, backend="aot_eager")
     x.requires_grad_()
     for kind in KINDS:

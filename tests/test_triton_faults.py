@@ -36,7 +36,7 @@ def check(
     environment.pop("TRITON_INTERPRET", None)
     if sanitized:
         if importlib.util.find_spec("ttsem") is None:
-            pytest.skip("the sanitizer ttsem is not installed: `make venv` does it")
+            pytest.skip("the sanitizer ttsem is not installed: `make test` does it")
         command = [sys.executable, "-m", "ttsem.sanitize", script, "--", scope, str(folder)]
     else:
         environment["TRITON_INTERPRET"] = "1"
