@@ -31,6 +31,10 @@ __all__ = ["SPECIAL", "Deferred", "Plan", "plan_of", "result", "under_later_hook
 _Compute = Callable[..., Tensor]
 _UNTOUCHED = torch._C.DisableTorchFunctionSubclass
 _Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
+_NO_MEMORY = (
+    "what {} returned under fusedkl.patch() has no memory before Python code uses it. Where it is "
+    "assigned to the .data of a tensor, or handed to C++ code, use its .detach()"
+)
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
@@ -212,6 +216,9 @@ def _wrapper(plan: Plan) -> Deferred:
     out: Deferred = torch.Tensor._make_wrapper_subclass(
         Deferred, first.shape, dtype=plan.dtype, device=first.device
     )
+    with _UNTOUCHED():  # C++ that reads the memory meets this in place of a null pointer
+        storage = out.untyped_storage()._cdata
+    torch._C._set_storage_data_ptr_access_error_msg(storage, _NO_MEMORY.format(plan.name))
     out.plan = plan
     return out
 
