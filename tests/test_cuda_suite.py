@@ -33,7 +33,6 @@ MODULES = (
 )
 # Of the CPU and the reference alone: threads, a backend without float64. And a promise of the CPU:
 # the same bits with or without the other gradient; here a lone gradient has a shorter loop.
-# And what is known to be wrong: docs/numerics.md, "Finite masks".
 LEFT_OUT = {
     "test_reference_backend_where_there_is_no_float64",
     "test_the_same_bits_for_any_number_of_threads",
