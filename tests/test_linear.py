@@ -283,6 +283,26 @@ def test_float32_tiles_and_fast_ones(native: bool, monkeypatch: pytest.MonkeyPat
     assert 1e-3 < errors["fast"] < 0.5 if native else errors["fast"] == errors[None]
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_gradients_of_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits that bfloat16 holds: its rounding of tiles of gradients and of their products."""
+    monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: True)
+    t, v = linear_cases.T, linear_cases.V
+    whole = {
+        "hidden": torch.randint(-2, 3, (t, 8)),
+        "weight": torch.randint(-2, 3, (v, 8)) / 4,
+        "ref_hidden": torch.randint(-2, 3, (t, 8)),
+        "ref_weight": torch.randint(-2, 3, (v, 8)) / 4,
+    }
+    h = Heads({name: n.bfloat16() for name, n in whole.items()})
+    assert torch.equal(
+        (h.tensors["hidden"] @ h.tensors["weight"].t()).double(), h.double().logits("")
+    )
+    compare(h, ALL, kind, 1.5e-2, tile=TILE, precision="fast", backend="cpu")
+    # of one tile: nothing is added to what was rounded
+    compare(h, ALL, kind, 5e-3, tile=(64, 512), precision="fast", backend="cpu")
+
+
 def test_who_has_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"_is_mkldnn_bf16_supported": lambda: True, "_is_mkldnn_fp16_supported": lambda: False}
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**said))
