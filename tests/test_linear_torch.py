@@ -86,6 +86,27 @@ def test_compiles_where_nothing_needs_a_gradient(what: str, backend: str) -> Non
         assert torch.equal(compiled(hidden.clone().requires_grad_()), step(hidden))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_inductor(kind: str, backend: str, compiler: None) -> None:
+    """Its generated code around the operators gives the numbers of eager, at two sizes."""
+    h = heads(torch.float32)
+
+    def step(hidden: Tensor, weight: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+        other = Heads(h.tensors | {"ref_hidden": ref})
+        return loss(hidden * 1.5, weight, other, kind=kind, mask=mask, tile=TILE, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for tokens in (linear_cases.T, 21):
+        leaves = h.tensors["hidden"][:tokens].clone(), h.tensors["weight"].clone()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        rest = h.tensors["ref_hidden"][:tokens].clone(), torch.arange(tokens) % 3 != 0
+        got = gradients(compiled(*leaves, *rest), *leaves)
+        want = gradients(step(*leaves, *rest), *leaves)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+
+
 def test_autocast_casts_as_a_linear_layer_does() -> None:
     h = heads(torch.float32)
     leaves = h.leaves("hidden", "weight")
