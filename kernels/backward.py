@@ -241,29 +241,33 @@ def gradients(
                 tl.store(gy_row + (i + lane), gy.to(reference_grad.dtype.element_ty))
     else:
         whole = whole * 0
-    read = tl.where((action == 1.0) | (action == 3.0), vocab - begin, 0)
+    both = (action == 1.0) | (action == 3.0)
+    read_x = tl.where(both | (action == 4.0) | (action == 5.0), vocab - begin, 0)
+    read_y = tl.where(both | (action == 6.0) | (action == 7.0), vocab - begin, 0)
     rest = tl.arange(0, TAIL)
-    fill = tl.where(action == 0.0, 0.0, float("nan"))
+    fill_x = tl.where((action == 0.0) | (action == 6.0), 0.0, float("nan"))
+    fill_y = tl.where((action == 0.0) | (action == 4.0), 0.0, float("nan"))
     for i in tl.range(whole, size, TAIL):
-        real = i + rest < read
+        real_x = i + rest < read_x
+        real_y = i + rest < read_y
         x = 0.0
         y = 0.0
         if NEEDS_X:
-            x = tl.load(x_row + (i + rest), mask=real, other=0.0).to(tl.float32)
+            x = tl.load(x_row + (i + rest), mask=real_x, other=0.0).to(tl.float32)
         if NEEDS_Y:
-            y = tl.load(y_row + (i + rest), mask=real, other=0.0).to(tl.float32)
+            y = tl.load(y_row + (i + rest), mask=real_y, other=0.0).to(tl.float32)
         gx, gy = _token(
             x, y, c, inv_t, series, kind, cap,
             FIELDS, POLICY, REFERENCE, ACCURATE, PLAIN, True, CAP,
         )  # fmt: skip
-        other = tl.where(begin + i + rest < vocab, fill, 0.0)
+        exists = begin + i + rest < vocab
         if POLICY:
-            gx = tl.where(real, gx, other)
+            gx = tl.where(real_x, gx, tl.where(exists, fill_x, 0.0))
             tl.store(
                 gx_row + (i + rest), gx.to(policy_grad.dtype.element_ty), mask=i + rest < x_size
             )
         if REFERENCE:
-            gy = tl.where(real, gy, other)
+            gy = tl.where(real_y, gy, tl.where(exists, fill_y, 0.0))
             tl.store(
                 gy_row + (i + rest), gy.to(reference_grad.dtype.element_ty), mask=i + rest < y_size
             )

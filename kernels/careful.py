@@ -12,7 +12,7 @@ import triton.language as tl
 from .finish import store_row
 from .formulas import capped, kl_terms, log1p
 from .layout import row_pointer, unspecialised
-from .state import STATE_COLUMNS
+from .state import STATE_COLUMNS, family_of, with_nan
 from .sweep import COLUMNS
 
 # Tokens of a trip: float64, so few values a thread.
@@ -56,16 +56,22 @@ def careful(
 
     largest_x = zero + absent
     largest_y = zero + absent
-    bad = zero
+    nan_x = zero
+    nan_y = zero
     for i in tl.range(0, vocab, BLOCK):
         x = load_exact(x_row, i + lane, vocab, cap, CAP)
         y = load_exact(y_row, i + lane, vocab, cap, CAP)
         largest_x = tl.maximum(largest_x, x)
         largest_y = tl.maximum(largest_y, y)
-        bad += ((x != x) | (y != y)).to(tl.float64)
+        nan_x += (x != x).to(tl.float64)
+        nan_y += (y != y).to(tl.float64)
     top_x = tl.max(largest_x, 0)
     top_y = tl.max(largest_y, 0)
-    bad_row = (tl.sum(bad, 0) > 0.0) | (top_x == float("inf")) | (top_y == float("inf"))
+    bad_x = (tl.sum(nan_x, 0) > 0.0) | (top_x == float("inf"))
+    bad_y = (tl.sum(nan_y, 0) > 0.0) | (top_y == float("inf"))
+    if family_of(FIELDS) != "":  # its sweep takes the two rows together
+        bad_x = bad_x | bad_y
+        bad_y = bad_x
     none_x = top_x == absent
     none_y = top_y == absent
     top_x = tl.where(none_x, 0.0, top_x)
@@ -112,21 +118,21 @@ def careful(
         ratio = tl.where(both, ((x - y) - centre) * inv_t - residual, 0.0)
         forward += tl.where(both, kl_terms(p, q, ratio), p)
         reverse += tl.where(both, kl_terms(q, p, -ratio), q)
-    nan = tl.where(bad_row, float("nan"), 0.0)
     forward_kl = tl.where(tl.sum(only_y, 0) > 0.0, float("inf"), tl.sum(forward, 0))
     reverse_kl = tl.where(tl.sum(only_x, 0) > 0.0, float("inf"), tl.sum(reverse, 0))
     state = (
-        top_x * inv_t + nan,
-        p_sum + nan,
-        top_y * inv_t + nan,
-        q_sum + nan,
-        centre + nan,
-        residual + nan,
-        forward_kl + nan,
-        reverse_kl + nan,
-        p_sum + tl.sum(gap_x, 0) / mass_x + nan,
-        q_sum + tl.sum(gap_y, 0) / mass_y + nan,
+        top_x * inv_t,
+        p_sum,
+        top_y * inv_t,
+        q_sum,
+        centre,
+        residual,
+        forward_kl,
+        reverse_kl,
+        p_sum + tl.sum(gap_x, 0) / mass_x,
+        q_sum + tl.sum(gap_y, 0) / mass_y,
     )
+    state = with_nan(state, bad_x, bad_y)
     yes = vocab > 0
     # as the sweep found them
     logit_sum = tl.load(states + row * STATE_COLUMNS + 11)

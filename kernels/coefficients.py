@@ -19,6 +19,7 @@ from .state import (
     is_of_second_sweep,
     is_of_tokens,
     load_state,
+    select,
 )
 
 NAMES = (
@@ -30,7 +31,10 @@ NAMES = (
     *("ref_moved", "ref_forward", "mass_y", "information_y"),
     *("policy_slope", "reference_slope", "number"),  # of family.py, see family_slopes
     *("divergence", "ref_divergence", "uniform"),
-    "action",  # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, far logits
+    # 0: the gradient is 0, do not read the row;  1: compute;  2: NaN;  3: 1, far logits;
+    # 4: 3 of the policy alone, and 0 for a reference that is no distribution;  5: and NaN for it;
+    # 6, 7: the same with the sides exchanged
+    "action",
 )
 CONSTANTS = tl.constexpr(len(NAMES))
 
@@ -59,11 +63,18 @@ def store_distribution(out, n, live, largest, log_sum, entropy, inv_t):
 
 
 @triton.jit
+def is_none(log_sum):
+    """Whether a row with this column of the state is no distribution."""
+    return (log_sum == float("-inf")) | (log_sum != log_sum)
+
+
+@triton.jit
 def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
-    """Gradients of a row's values by kind, the tokens' summed, and whether any is not 0.
+    """Gradients of a row's values by kind, the tokens' summed, and which are not all 0.
 
     Those of forward_kl, reverse_kl, entropy; of a mass and of the mean of log p; the same of the
-    reference but for the mean; of a divergence of the second sweep.
+    reference but for the mean; of a divergence of the second sweep. Whether any is not 0 of a value
+    of both rows, of the policy's own, of the reference's own.
     """
     zero = tl.where(row == row, 0.0, 0.0).to(tl.float64)
     forward = zero
@@ -74,44 +85,59 @@ def row_gradients(grad, row, n, k, live, FIELDS: tl.constexpr):
     ref_mass = zero
     mean = zero
     divergence = zero
-    live_row = row != row
+    of_both = row != row
+    of_x = of_both
+    of_y = of_both
     at = grad + row
     for i in tl.static_range(len(FIELDS)):
         if is_of_tokens(FIELDS[i]):
             for _ in range(k):
                 g = tl.load(at, mask=live, other=0.0).to(tl.float64)
-                live_row = live_row | (g != 0.0)
                 if FIELDS[i] == "logprob":
                     mass -= g
+                    of_x = of_x | (g != 0.0)
                 elif FIELDS[i] == "ref_logprob":
                     ref_mass -= g
+                    of_y = of_y | (g != 0.0)
                 else:
                     mass -= g
                     ref_mass += g
+                    of_both = of_both | (g != 0.0)
                 at += n
         else:
             g = tl.load(at, mask=live, other=0.0).to(tl.float64)
-            live_row = live_row | (g != 0.0)
+            given = g != 0.0
             if FIELDS[i] == "forward_kl":
                 forward = g
+                of_both = of_both | given
             elif FIELDS[i] == "reverse_kl":
                 reverse = g
+                of_both = of_both | given
             elif FIELDS[i] == "entropy":
                 entropy = g
+                of_x = of_x | given
             elif FIELDS[i] == "ref_entropy":
                 ref_entropy = g
+                of_y = of_y | given
             elif FIELDS[i] == "logsumexp":
                 mass += g
+                of_x = of_x | given
             elif FIELDS[i] == "mean_logprob":
                 mass -= g
                 mean = g
+                of_x = of_x | given
             elif is_of_second_sweep(FIELDS[i]):
                 divergence = g
+                of_both = of_both | given
             else:
                 tl.static_assert(FIELDS[i] == "ref_logsumexp", "unknown field")
                 ref_mass += g
+                of_y = of_y | given
             at += n
-    return forward, reverse, entropy, mass, ref_entropy, ref_mass, mean, divergence, live_row
+    return (
+        forward, reverse, entropy, mass, ref_entropy, ref_mass, mean, divergence,
+        of_both, of_x, of_y,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -120,7 +146,7 @@ def coefficients(gradients, state, inv_t):
 
     Where a KL is +inf its policy gradient is p - q and its reference gradient 0.
     """
-    forward, reverse, entropy, mass, ref_entropy, ref_mass, _, _, _ = gradients
+    forward, reverse, entropy, mass, ref_entropy, ref_mass, _, _, _, _, _ = gradients
     f_infinite = state[6] == float("inf")
     r_infinite = state[7] == float("inf")
     kept = tl.where(r_infinite, 0.0, inv_t * reverse)
@@ -180,6 +206,20 @@ def prepare(
     state = load_state(states, row, live)
     gradients = row_gradients(grad, row, n, k, live, FIELDS)
     c = coefficients(gradients, state, inv_t)
+    _, _, _, _, _, _, _, _, of_both, of_x, of_y = gradients
+    bad_x = is_none(state[1])
+    bad_y = is_none(state[3])
+    alone_x = bad_y & (bad_x == 0) & (of_both == 0)
+    alone_y = bad_x & (bad_y == 0) & (of_both == 0)
+    FAMILY: tl.constexpr = family_of(FIELDS)
+    if FAMILY != "":
+        alone_x = alone_x & (alone_x == 0)
+        alone_y = alone_x
+    # numbers in place of a side's that is not looked at
+    z = inv_t * 0.0
+    x_only = (state[0], state[1], z, z, z, z, z, z, state[8], z)
+    y_only = (z, z, state[2], state[3], z, z, z, z, z, state[9])
+    state = select(alone_x, x_only, select(alone_y, y_only, state))
     forward = tl.where(state[6] == float("inf"), 0.0, state[6])
     reverse = tl.where(state[7] == float("inf"), 0.0, state[7])
     out = constants + row
@@ -190,7 +230,6 @@ def prepare(
     store_distribution(out + 11 * n, n, live, state[2], state[3], state[9], inv_t)
     for i in tl.static_range(8):
         tl.store(out + (16 + i) * n, c[i].to(tl.float32), mask=live)
-    FAMILY: tl.constexpr = family_of(FIELDS)
     if FAMILY != "":
         more = family_coefficients(gradients, states, row, live, inv_t, kind, FAMILY)
         for i in tl.static_range(5):
@@ -199,10 +238,11 @@ def prepare(
     if has(FIELDS, "mean_logprob"):
         uniform = uniform_coefficient(gradients, states, row, live, inv_t)
         tl.store(out + 29 * n, uniform.to(tl.float32), mask=live)
-    none = (state[1] == float("-inf")) | (state[3] == float("-inf"))
-    bad = none | (state[1] != state[1])
     beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
     if HALF:
         beyond = beyond | difference_too_coarse(state[4] * inv_t, state[6])
-    action = tl.where(gradients[8], tl.where(bad, 2.0, tl.where(beyond, 3.0, 1.0)), 0.0)
+    action = tl.where(bad_x | bad_y, 2.0, tl.where(beyond, 3.0, 1.0))
+    action = tl.where(alone_x, tl.where(of_y, 5.0, 4.0), action)
+    action = tl.where(alone_y, tl.where(of_x, 7.0, 6.0), action)
+    action = tl.where(of_both | of_x | of_y, action, 0.0)
     tl.store(out + (CONSTANTS - 1) * n, action.to(tl.float32), mask=live)

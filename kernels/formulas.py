@@ -246,19 +246,20 @@ def merge(a, b, inv_t):
     entropy += _entropy_of_shares(pb, bp, bps, bh, p_max, p_sum)
     reference_entropy = _entropy_of_shares(qa, aq, aqs, ai, q_max, q_sum)
     reference_entropy += _entropy_of_shares(qb, bq, bqs, bi, q_max, q_sum)
-    nan = (aps != aps) | (aqs != aqs) | (bps != bps) | (bqs != bqs)
-    bad = tl.where(nan, float("nan"), 0.0)
+    bad_x = tl.where((aps != aps) | (bps != bps), float("nan"), 0.0)
+    bad_y = tl.where((aqs != aqs) | (bqs != bqs), float("nan"), 0.0)
+    bad = bad_x + bad_y
     return (
-        p_max + bad,
-        p_sum + bad,
-        q_max + bad,
-        q_sum + bad,
+        p_max + bad_x,
+        p_sum + bad_x,
+        q_max + bad_y,
+        q_sum + bad_y,
         centre + bad,
         residual + bad,
         forward + bad,
         reverse + bad,
-        entropy + bad,
-        reference_entropy + bad,
+        entropy + bad_x,
+        reference_entropy + bad_y,
     )
 
 

@@ -89,10 +89,21 @@ def select(condition, a, b):
 
 
 @triton.jit
+def with_nan(state, bad_x, bad_y):
+    """NaN for all that is of a side that is bad, the other's own columns as they are."""
+    x = tl.where(bad_x, float("nan"), 0.0).to(tl.float64)
+    y = tl.where(bad_y, float("nan"), 0.0).to(tl.float64)
+    p_max, p_sum, q_max, q_sum, centre, residual, forward, reverse, entropy, ref_entropy = state
+    both = x + y
+    return (
+        p_max + x, p_sum + x, q_max + y, q_sum + y, centre + both, residual + both,
+        forward + both, reverse + both, entropy + x, ref_entropy + y,
+    )  # fmt: skip
+
+
+@triton.jit
 def without_mass(state, PAIR: tl.constexpr):
-    """NaN throughout for a row that is no distribution."""
-    bare = state[1] == float("-inf")
-    if PAIR:
-        bare = bare | (state[3] == float("-inf"))
-    nan = state[0] * 0.0 + float("nan")
-    return select(bare, (nan, nan, nan, nan, nan, nan, nan, nan, nan, nan), state)
+    """NaN for a side that is no distribution."""
+    bare_x = state[1] == float("-inf")
+    bare_y = (state[3] == float("-inf")) if PAIR else state[3] != state[3]
+    return with_nan(state, bare_x, bare_y)

@@ -9,6 +9,7 @@ from .coefficients import (
     CONSTANTS,
     coefficients,
     family_coefficients,
+    is_none,
     row_gradients,
     uniform_coefficient,
 )
@@ -107,7 +108,10 @@ def token_gradients(
     if has(FIELDS, "log_ratio"):
         direct = _direct(grad, token_ids, row, n, k, token, ratio_line) * inv_t
         value += direct if POLICY else -direct
-    nan = tl.where(state[1] != state[1], float("nan"), 0.0)
+    _, _, _, _, _, _, _, _, of_both, of_x, of_y = gradients
+    bad = of_both & (is_none(state[1]) | is_none(state[3]))
+    bad = bad | ((of_x & is_none(state[1])) if POLICY else (of_y & is_none(state[3])))
+    nan = tl.where(bad, float("nan"), 0.0)
     tl.store(found + row * k + j, value * slope + nan, mask=j < k)
 
 

@@ -205,25 +205,60 @@ def test_an_id_beyond_the_vocabulary_is_nan_where_nobody_looks(
         torch.testing.assert_close(slope, true)
 
 
+def leaves_the_other_alone(backend: str, width: int) -> None:
+    policy, reference = torch.randn(2, 2, width)
+    reference[1, 7] = torch.nan
+    policy.requires_grad_(), reference.requires_grad_()
+    ids = torch.randint(0, width, (2,))
+    stats = fusedkl.token_stats(policy, reference, ids, backend=backend)
+    own = fusedkl.token_stats(policy, None, ids, backend=backend)
+    for name in TokenStats._fields:
+        mine = name in ("logprob", "entropy", "logsumexp")
+        assert bool(getattr(stats, name)[1].isnan()) != mine, name
+        if mine:
+            torch.testing.assert_close(getattr(stats, name), getattr(own, name))
+    (gradient,) = torch.autograd.grad((stats.entropy + stats.logprob).sum(), policy)
+    assert bool(gradient.isfinite().all())
+    (gradient,) = torch.autograd.grad(own.logsumexp.sum(), policy)
+    assert bool(gradient.isfinite().all())
+
+
 def test_a_bad_side_leaves_the_other_alone(backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("a side that is no distribution makes NaN of its whole row there")
-    for width in (300, 70_000):  # one segment, and more
-        policy, reference = torch.randn(2, 2, width)
-        reference[1, 7] = torch.nan
-        policy.requires_grad_(), reference.requires_grad_()
-        ids = torch.randint(0, width, (2,))
-        stats = fusedkl.token_stats(policy, reference, ids, backend=backend)
-        own = fusedkl.token_stats(policy, None, ids, backend=backend)
-        for name in TokenStats._fields:
-            mine = name in ("logprob", "entropy", "logsumexp")
-            assert bool(getattr(stats, name)[1].isnan()) != mine, name
-            if mine:
-                torch.testing.assert_close(getattr(stats, name), getattr(own, name))
-        (gradient,) = torch.autograd.grad((stats.entropy + stats.logprob).sum(), policy)
-        assert bool(gradient.isfinite().all())
-        (gradient,) = torch.autograd.grad(own.logsumexp.sum(), policy)
-        assert bool(gradient.isfinite().all())
+    leaves_the_other_alone(backend, 300)
+
+
+def test_a_bad_side_of_several_segments_leaves_the_other_alone(backend: str) -> None:
+    leaves_the_other_alone(backend, 70_000)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["policy", "reference"])
+def test_a_bad_side_has_bad_gradients_alone(backend: str, side: int) -> None:
+    """NaN of what is of it, the clean row's numbers of what is of the other, and 0 of neither."""
+    clean = torch.randn(2, 4, 300).unbind()
+    rows = [t.clone() for t in clean]
+    rows[side][1, 7], rows[side][2, 7], rows[side][3] = torch.nan, torch.inf, -torch.inf
+    for leaf in (*clean, *rows):
+        leaf.requires_grad_()
+    ids = torch.randint(0, 300, (4,))
+    found = fusedkl.token_stats(*rows, ids, backend=backend)
+    true = fusedkl.token_stats(*clean, ids, backend=backend)
+    policy, reference = {"logprob", "entropy", "logsumexp"}, {"ref_entropy", "ref_logsumexp"}
+    own = (policy, reference | {"ref_logprob"})
+    for name in TokenStats._fields:
+        of = [i for i in (0, 1) if name not in own[1 - i]]
+        numbers = [getattr(stats, name) for stats in (found, true)]
+        slopes = [
+            torch.autograd.grad(value.sum(), leaves, retain_graph=True)
+            for value, leaves in zip(numbers, (rows, clean), strict=True)
+        ]
+        pairs = [(numbers, side in of)]
+        pairs += [((slopes[0][i], slopes[1][i]), side in of and i in of) for i in (0, 1)]
+        for (a, b), bad in pairs:
+            if bad:
+                assert bool(a[1:].isnan().all()), name
+                a, b = a[0], b[0]
+            torch.testing.assert_close(a, b)
+            assert bool(a.any()) == bool(b.any()), name
 
 
 def test_a_token_of_another_slice(backend: str) -> None:
