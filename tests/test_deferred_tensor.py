@@ -225,11 +225,15 @@ def test_changed_logits_raise(change: str, use: str) -> None:
                 q * 2
 
 
-def test_changed_between_forward_and_backward_raises() -> None:
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("who", ["policy", "teacher"])
+def test_changed_between_forward_and_backward_raises(who: str, reduction: str) -> None:
     x, y = logits()
     with fusedkl.patch():
-        loss = F.kl_div(F.log_softmax(x * 1, -1), F.softmax(y, -1), reduction="sum")
-        y.add_(1)
+        z = x * 1
+        loss = F.kl_div(F.log_softmax(z, -1), F.softmax(y, -1), reduction=reduction)
+        loss = loss if reduction == "sum" else loss.sum(-1).sum()
+        (z.detach() if who == "policy" else y).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
