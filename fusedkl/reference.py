@@ -238,7 +238,9 @@ def _at_tokens(x: Tensor, p: Softmax, scale: Tensor, token_ids: Tensor | None) -
     chosen = x.gather(-1, token_ids.clamp(0, x.shape[-1] - 1))
     elsewhere = -(p.log_mass + p.top * scale).expand_as(chosen)
     value = (chosen - p.top) * scale - p.log_mass
-    return torch.where(token_ids >= 0, value, elsewhere - elsewhere.detach())
+    value = torch.where(token_ids >= 0, value, elsewhere - elsewhere.detach())
+    # where nobody has looked at the ids: a token that there is not
+    return torch.where((token_ids < -1) | (token_ids >= x.shape[-1]), torch.nan, value)
 
 
 def sums_of_rows(
