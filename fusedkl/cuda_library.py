@@ -28,10 +28,31 @@ def _load() -> str | None:
 _MISSING = _load()
 
 
+# Of sm_80, sm_90a, sm_100 and sm_120 (setup.py), and of nothing older.
+_OLDEST = (8, 0)
+
+
+def _no_code_for(device: torch.device) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= _OLDEST:
+        return None
+    own, least = (".".join(map(str, number)) for number in (found, _OLDEST))
+    return (
+        f"the GPU has compute capability {own}, and the kernels are compiled for {least} and later"
+    )
+
+
+# Of the device alone: a compiler takes what it says, and puts no call into the graph. As in
+# shard_agreement.py.
+_no_code_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not(device: torch.device | None) -> str | None:
     """None if the CUDA kernels can be used (on this device), else the reason in words."""
     if _MISSING is not None:
         return _MISSING
     if device is None:
-        return None if torch.cuda.is_available() else "no GPU is visible"
-    return None if device.type == "cuda" else f"the tensors are on {device.type}"
+        count = torch.cuda.device_count()
+        reasons = [_no_code_for(torch.device("cuda", i)) for i in range(count)]
+        return None if None in reasons else next(iter(reasons), "no GPU is visible")
+    return _no_code_for(device) if device.type == "cuda" else f"the tensors are on {device.type}"

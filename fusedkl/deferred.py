@@ -31,6 +31,10 @@ __all__ = ["SPECIAL", "Deferred", "Plan", "plan_of", "result", "under_later_hook
 _Compute = Callable[..., Tensor]
 _UNTOUCHED = torch._C.DisableTorchFunctionSubclass
 _Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
+_NO_MEMORY = (
+    "what {} returned under fusedkl.patch() has no memory before Python code uses it. Where it is "
+    "assigned to the .data of a tensor, or handed to C++ code, use its .detach()"
+)
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
@@ -96,6 +100,7 @@ class Plan:
         self.requires_grad: bool = torch.is_grad_enabled() and any(given)
         self.recorded = [self.requires_grad and wanted for wanted in given]
         self.value: Tensor | None = None
+        self._severed = False
         self._made: tuple[Any, ...] = ()
         self._found = [(x, _state(x)) for x in logits]
         self._lock = threading.Lock()
@@ -112,6 +117,16 @@ class Plan:
             "before changing the logits, or change a clone of them."
         )
 
+    def severed(self) -> bool:
+        """Whether logits that the calls recorded have come off the graph (requires_grad_(False)).
+
+        If so when the result was computed, it has no graph; its Deferred, made before, has.
+        """
+        if self.value is not None:
+            return self._severed
+        both = zip(self.logits, self.recorded, strict=False)
+        return any(wanted and not x.requires_grad for x, wanted in both)
+
     def sources(self) -> tuple[Tensor, ...]:
         """The logits, without a gradient where the original calls recorded none; () once gone."""
         logits = self.logits
@@ -124,6 +139,7 @@ class Plan:
         with self._lock:
             if self.value is None:
                 self.check_unchanged()
+                self._severed = self.severed()
                 with temporarily_clear_interpreter_stack():  # a result is nobody's torch.func level
                     given = self.logits
                     if self.parts:
@@ -193,9 +209,10 @@ class _Recorded(torch.autograd.Function):
 
 
 class _Value(torch.autograd.Function):
-    """The result of a Deferred that an autograd.Function of others returned as its own output.
+    """The result of a Deferred, whose gradient goes to the Deferred and not to its logits.
 
-    Its gradient is that function's business now, so it goes to the Deferred, not to its logits.
+    Where an autograd.Function of others returned it as its own output, that is its function's
+    business now; where the logits have come off the graph since, only the Deferred still is on it.
     """
 
     @staticmethod
@@ -212,6 +229,9 @@ def _wrapper(plan: Plan) -> Deferred:
     out: Deferred = torch.Tensor._make_wrapper_subclass(
         Deferred, first.shape, dtype=plan.dtype, device=first.device
     )
+    with _UNTOUCHED():  # C++ that reads the memory meets this in place of a null pointer
+        storage = out.untyped_storage()._cdata
+    torch._C._set_storage_data_ptr_access_error_msg(storage, _NO_MEMORY.format(plan.name))
     out.plan = plan
     return out
 
@@ -220,7 +240,7 @@ def plan_of(value: object) -> Plan | None:
     """The plan of a Deferred whose result nobody has seen, or None."""
     if type(value) is not Deferred or value.plan.value is not None or _adopted(value):
         return None
-    return value.plan
+    return None if value.plan.severed() else value.plan
 
 
 def _stands(value: Any) -> bool:
@@ -247,7 +267,10 @@ def result(value: Any) -> Any:
     """torch's result in place of a Deferred; anything else as it is."""
     if type(value) is not Deferred:
         return value
-    return _Value.apply(value) if _adopted(value) else value.plan.evaluate()
+    if not _adopted(value) and not value.plan.severed():
+        return value.plan.evaluate()
+    with torch.enable_grad():
+        return _Value.apply(value)
 
 
 def _without_graph(value: Any) -> Any:

@@ -88,8 +88,9 @@ def linear_divergence(
             temperature 1, from the same tiles. No T^2 factor. At 0 the labels only mask, at 1 the
             reference is not read.
         precision: None: tiles of float32 logits. "fast": tiles in the dtype of hidden, whose
-            rounding is an error of the divergence; docs/linear.md shows its size. On a CPU without
-            16-bit products, where they would be emulated and slower, the same as None.
+            rounding is an error of the divergence; docs/linear.md shows its size. In bfloat16 on a
+            CPU the gradients' products are rounded for each tile, too. On a CPU without 16-bit
+            products, where they would be emulated and slower, the same as None.
         tile: tokens and vocabulary entries of a tile; None: chosen (`fusedkl.linear_plan`).
         group: a process group whose ranks each hold the rows of weight, ref_weight, bias, ref_bias
             and the columns of ref_logits of a slice of the vocabulary; hidden states are the same
@@ -98,7 +99,8 @@ def linear_divergence(
 
     Returns:
         shape hidden.shape[:-1], or a scalar; float32, or float64 for float64 inputs; nats.
-        Gradients come in each input's dtype, accumulated in float32 and rounded once.
+        Gradients come in each input's dtype, accumulated in float32 and rounded once ("fast":
+        see there).
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from . import reference
 from .linear_products import Products
 from .linear_tiles import Engine, Rows, Side
 from .linear_topk import add_gradient, put_back
+
+OPS: Any = torch.ops.fusedkl
 
 
 class Wanted(NamedTuple):
@@ -108,23 +110,26 @@ class _Sums:
             self._bias = self._room("bias", 1, size)[0].zero_()
 
     def take(self, gradient: Tensor, logits: Tensor, tokens: slice, columns: slice) -> None:
-        """Add the products of one tile of gradients; `logits` are those of `_logits`."""
+        """Add the products of one tile of gradients; `logits` are those of `_logits`.
+
+        Both are overwritten.
+        """
         side = self.side
         if side.softcap is not None:  # tanh' = 1 - tanh^2
             # of a token without a gradient the logit may be NaN
-            inside = torch.where(logits.isfinite(), logits / side.softcap, 0)
-            gradient = gradient * (1 - inside * inside)
+            inside = logits.div_(side.softcap).nan_to_num_(0.0, 0.0, 0.0)
+            gradient *= inside.square_().neg_().add_(1)
         if side.scale != 1:
-            gradient = gradient * side.scale
+            gradient *= side.scale
         if self.out.given is not None:
             if self.scale is not None:
-                gradient = gradient.to(self.products.total) * self.scale.down
+                gradient = gradient.to(self.products.total).mul_(self.scale.down)
             rows = tokens if side.live is None else side.live[tokens]
             self.out.given[rows, columns] = gradient.to(self.out.given.dtype)
             return
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
-        gradient = gradient.to(self.products.gradient)
+        gradient = self.products.as_operand(gradient)
         if self.out.hidden is not None and side.weight is not None:
             self.products.add(self.out.hidden[tokens], gradient, side.weight[columns])
         if self._weight is not None and side.hidden is not None:
@@ -153,6 +158,48 @@ class _Sums:
         return t if self.scale is None else t.mul_(self.scale.down)
 
 
+def _tile(
+    engine: Engine,
+    asked: list[Rows],
+    grads: list[Tensor],
+    states: list[Tensor],
+    policy: _Sums,
+    other: _Sums | None,
+    tokens: slice,
+    columns: slice,
+) -> None:
+    """Both sides' sums of one tile; what it allocates is gone before the next."""
+    x, y = engine.logits(tokens, columns)
+    dx: Tensor | None = None
+    left = len(asked)
+    for one, grad, state in zip(asked, grads, states, strict=True):
+        left -= 1
+        ids, inverse = one.part(tokens, columns)
+        apart = one.take_out(x, tokens, columns)
+        own = 0 if apart is None else apart.at.shape[1]  # rows of grad
+        read = (
+            grad[own:, tokens], x, y if one.paired else None, ids, state[tokens],
+            one.fields, one.parameter, inverse, None, None,
+        )  # fmt: skip
+        to_y = one.paired and other is not None
+        over = policy.wanted and policy.side.softcap is None and not left
+        if over:  # nobody reads x again
+            gx, gy = x, OPS.row_stats_backward_(*read, to_y, one.backend)
+        else:
+            gx, gy = OPS.row_stats_backward(*read, policy.wanted, to_y, one.backend)
+        if apart is not None:
+            if not over:
+                put_back(x, apart)
+            if policy.wanted:
+                add_gradient(gx, grad[:own, tokens], apart, inverse)
+        if policy.wanted:
+            dx = gx if dx is None else gx.add_(dx)
+        if other is not None and one.paired and y is not None:
+            other.take(gy, y, tokens, columns)
+    if dx is not None:
+        policy.take(dx, x, tokens, columns)
+
+
 def backward(
     engine: Engine,
     asked: list[Rows],
@@ -176,27 +223,7 @@ def backward(
         for side in sides:
             side.begin(columns)
         for tokens in engine.blocks():
-            x, y = engine.logits(tokens, columns)
-            dx: Tensor | None = None
-            for one, grad, state in zip(asked, grads, states, strict=True):
-                ids, inverse = one.part(tokens, columns)
-                apart = one.take_out(x, tokens, columns)
-                own = 0 if apart is None else apart.at.shape[1]  # rows of grad
-                gx, gy = torch.ops.fusedkl.row_stats_backward(
-                    grad[own:, tokens], x, y if one.paired else None, ids, state[tokens],
-                    one.fields, one.parameter, inverse, None, None, policy.wanted,
-                    one.paired and other is not None, one.backend,
-                )  # fmt: skip
-                if apart is not None:
-                    put_back(x, apart)
-                    if policy.wanted:
-                        add_gradient(gx, grad[:own, tokens], apart, inverse)
-                if policy.wanted:
-                    dx = gx if dx is None else dx.add_(gx)
-                if other is not None and one.paired and y is not None:
-                    other.take(gy, y, tokens, columns)
-            if dx is not None:
-                policy.take(dx, x, tokens, columns)
+            _tile(engine, asked, grads, states, policy, other, tokens, columns)
         for side in sides:
             side.end(columns)
     return policy.finish(), Gradients() if other is None else other.finish()

@@ -16,6 +16,29 @@ from .layout import dense, inverse_temperature
 from .linear_arguments import Inputs
 
 PRECISIONS = (None, "fast")
+WIDTH = ("H", "hidden size")
+
+
+def options(
+    precision: str | None,
+    tile: tuple[int, int] | None,
+    scales: tuple[float, float],
+    softcaps: tuple[float | None, float | None],
+) -> None:
+    """What can be said of them without a tensor."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be None or "fast"; got {precision!r}')
+    for name, value in zip(("logit_scale", "ref_logit_scale"), scales, strict=True):
+        _number(name, value)
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite; got {value}")
+    for name, cap in zip(("softcap", "ref_softcap"), softcaps, strict=True):
+        if cap is not None:
+            _number(name, cap)
+            if not 0 < cap < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {cap}")
+    if tile is not None:
+        _tile(tile)
 
 
 def per_token(
@@ -54,19 +77,7 @@ def inputs_of(
     sliced: bool = False,
 ) -> Inputs:
     """The two heads, checked, with tokens flattened."""
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision must be None or "fast"; got {precision!r}')
-    for name, value in zip(("logit_scale", "ref_logit_scale"), scales, strict=True):
-        _number(name, value)
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{name} must be finite; got {value}")
-    for name, cap in zip(("softcap", "ref_softcap"), softcaps, strict=True):
-        if cap is not None:
-            _number(name, cap)
-            if not 0 < cap < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {cap}")
-    if tile is not None:
-        _tile(tile)
+    options(precision, tile, scales, softcaps)
     if ref_weight is weight:
         ref_weight = None
     hidden, weight = _autocast(hidden), _autocast(weight)
@@ -76,7 +87,7 @@ def inputs_of(
     if ref_logits is not None:
         validation.logits("ref_logits", ref_logits, sliced)
     if ref_hidden is not None:
-        validation.logits("ref_hidden", ref_hidden)
+        validation.logits("ref_hidden", ref_hidden, last=WIDTH)
         if ref_logits is not None:
             raise ValueError(
                 "one form of reference is accepted; got ref_hidden of shape "
@@ -141,14 +152,13 @@ def _alike(name: str, given: Tensor, hidden: Tensor) -> None:
         raise ValueError(
             f"{name} must have the tokens of hidden, {list(hidden.shape)}; got {list(given.shape)}"
         )
-    if given.device != hidden.device:
-        raise ValueError(f"{name} must be on {hidden.device} as hidden; got {given.device}")
+    _beside(name, given, "hidden", hidden)
 
 
 def _head(prefix: str, hidden: Tensor, weight: object, bias: object, sliced: bool) -> None:
     """One side's tensors fit together."""
     ours, theirs = f"{prefix}hidden", f"{prefix}weight"
-    validation.logits(ours, hidden)
+    validation.logits(ours, hidden, last=WIDTH)
     w = validation.tensor(theirs, weight)
     if w.dim() != 2 or w.shape[1] != hidden.shape[-1] or (w.shape[0] == 0 and not sliced):
         raise ValueError(
@@ -166,6 +176,16 @@ def _head(prefix: str, hidden: Tensor, weight: object, bias: object, sliced: boo
         held.append((f"{prefix}bias", b))
     for name, t in held:
         if t.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of {ours}, {hidden.dtype}; got {t.dtype}")
-        if t.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as {ours}; got {t.device}")
+            raise TypeError(
+                f"{name} must have the dtype of {ours}, {hidden.dtype} of shape "
+                f"{list(hidden.shape)}; got {t.dtype} of shape {list(t.shape)}"
+            )
+        _beside(name, t, ours, hidden)
+
+
+def _beside(name: str, t: Tensor, ours: str, hidden: Tensor) -> None:
+    if t.device != hidden.device:
+        raise ValueError(
+            f"{name} must be on {hidden.device} as {ours}, which has shape {list(hidden.shape)}; "
+            f"got {t.device}, shape {list(t.shape)}"
+        )

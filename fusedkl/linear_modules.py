@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import divergences, topk, validation
+from . import divergences, linear_inputs, topk, validation
 from .linear import linear_divergence
 
 
@@ -44,6 +44,11 @@ class LinearDivergenceLoss(nn.Module):
         validation.reduction(reduction)
         if tail is not None:
             validation.one_of("tail", tail, topk.TAILS)
+        if ce_weight is not None:
+            validation.share("ce_weight", ce_weight)
+        linear_inputs.options(
+            precision, tile, (logit_scale, ref_logit_scale), (softcap, ref_softcap)
+        )
         self.kind, self.ignore_index = kind, ignore_index
         self.options: dict[str, Any] = {
             "temperature": temperature,

@@ -95,6 +95,17 @@ def _read(args: tuple[Any, ...]) -> tuple[Inputs, Inputs, Tensor | None]:
     return whole, whole if index is None else _of(whole, index), index
 
 
+def _cleared(i: Inputs, live: Tensor) -> Inputs:
+    """Hidden states of 0 where a token has no gradient: 0 times its NaN would be one in d weight.
+
+    Where such tokens are not dropped. Their rows of ref_logits no kernel reads.
+    """
+    clear: dict[str, Any] = {"hidden": torch.where(live[:, None], i.hidden, 0)}
+    if i.ref_hidden is not None:
+        clear["ref_hidden"] = torch.where(live[:, None], i.ref_hidden, 0)
+    return i._replace(**clear)
+
+
 def _spread(t: Tensor, dim: int, n: int, index: Tensor | None) -> Tensor:
     """Numbers of the tokens that were read as those of all n, 0 elsewhere."""
     if index is None:
@@ -157,11 +168,8 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     index = _places(live)
     if index is not None:
         i, grad, states = _of(i, index), grad[:, index], states[:, index]
-    elif live.device.type != "cpu":  # 0 times a masked token's NaN would be NaN in d weight
-        clean: dict[str, Any] = {"hidden": torch.where(live[:, None], i.hidden, 0)}
-        if i.ref_hidden is not None:
-            clean["ref_hidden"] = torch.where(live[:, None], i.ref_hidden, 0)
-        i = i._replace(**clean)
+    elif live.device.type != "cpu":
+        i = _cleared(i, live)
     found: list[Tensor | None] = [None] * DIFFERENTIABLE
     with torch.no_grad():
         if i.hidden.shape[0] != 0 and i.weight.shape[0] != 0:

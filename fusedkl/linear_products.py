@@ -1,4 +1,7 @@
-"""The matrix products of a fused lm_head: by torch's own library, accumulated and stored in fp32.
+"""The matrix products of a fused lm_head: by torch's own library, summed over tiles in fp32.
+
+Tiles of logits are stored in fp32; those of "fast" in the 16-bit type of the operands. On a
+CPU "fast" also rounds each bfloat16 product of a tile of gradients to it before adding it up.
 
 On the CPU torch has no bfloat16 x bfloat16 -> float32 product. The one used here is the float32
 product that oneDNN computes with bfloat16 multipliers: the operands, widened by blocks, are exact
@@ -93,6 +96,13 @@ class Products:
             self._rooms[name] = kept = torch.empty(rows * columns, dtype=dtype, device=self.device)
         return kept[: rows * columns].view(rows, columns)
 
+    def as_operand(self, gradient: Tensor) -> Tensor:
+        """A tile of gradients in the dtype that `add` takes; valid until the next one."""
+        if gradient.dtype == self.gradient:
+            return gradient
+        rows, columns = gradient.shape
+        return self.room("gradient", rows, columns, self.gradient).copy_(gradient)
+
     def _widened(self, name: str, t: Tensor) -> Tensor:
         return self.room(name, t.shape[0], t.shape[1], self.total).copy_(t)
 
@@ -120,12 +130,11 @@ class Products:
         beta = 0 if fresh else 1
         if self.operands == self.total:
             torch.addmm(total, gradient, other, beta=beta, out=total)
+        elif self.stores_wide:
+            torch.addmm(total, gradient, other, out_dtype=self.total, beta=beta, out=total)
         elif self.gradient == self.operands:
-            product = (
-                torch.mm(gradient, other, out_dtype=self.total)
-                if self.stores_wide
-                else torch.mm(gradient, other)
-            )
+            room = self.room("product", total.shape[0], total.shape[1], self.operands)
+            product = torch.mm(gradient, other, out=room)
             total.copy_(product) if fresh else total.add_(product)
         else:
             for at in range(0, other.shape[1], self.inner):

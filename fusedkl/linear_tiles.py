@@ -155,8 +155,9 @@ def _logits(side: Side, products: Products, name: str, tokens: slice, columns: s
         out *= side.scale
     if side.softcap is not None:
         # -inf, from a bias, is an absent token, not a logit of -softcap
-        capped = torch.tanh(out / side.softcap) * side.softcap
-        out.copy_(torch.where(out == -torch.inf, out, capped))
+        room = products.room(f"{name} absent", out.shape[0], out.shape[1], torch.bool)
+        absent = torch.eq(out, -torch.inf, out=room)
+        out.div_(side.softcap).tanh_().mul_(side.softcap).masked_fill_(absent, -torch.inf)
     return out
 
 

@@ -2,7 +2,7 @@
 
 What is replaced, for the whole process:
 
-    torch.nn.functional.kl_div                by fusedkl.kl_div
+    torch.nn.functional.kl_div                by fusedkl.kl_div (an object of its own)
     softmax and log_softmax, of torch.Tensor  by functions that defer large ones (deferred.py);
         and of torch                          F.softmax, F.log_softmax and the modules call these
 

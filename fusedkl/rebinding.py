@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional
 
+from .deferred import SPECIAL
 from .deferred_kl import SMALLEST, softmax_of
 from .kl_div import fuse_from, kl_div
 
@@ -44,6 +45,16 @@ def _deferring(name: str, original: Any) -> Any:
     function.__module__ = "torch"
     function.__doc__ = original.__doc__
     return function
+
+
+def _same_code(function: Any) -> Any:
+    """Another object, by which a name that was imported while patched is known for torch's."""
+    code, names = function.__code__, function.__globals__
+    copy = FunctionType(code, names, function.__name__, function.__defaults__)
+    copy.__annotations__ = function.__annotations__
+    copy.__module__ = "torch.nn.functional"
+    SPECIAL[copy] = SPECIAL[function]
+    return copy
 
 
 def _large(x: Any = None) -> bool:
@@ -89,7 +100,7 @@ class Target:
 
 
 TARGETS = (
-    Target(torch.nn.functional, "kl_div", kl_div),
+    Target(torch.nn.functional, "kl_div", _same_code(kl_div)),
     Target(torch, "log_softmax", _deferring("log_softmax", _LOG_SOFTMAX)),
     Target(torch, "softmax", _deferring("softmax", _SOFTMAX)),
     Target(torch.Tensor, "log_softmax", _deferring("log_softmax", _TENSOR_LOG_SOFTMAX)),
@@ -99,7 +110,6 @@ TARGETS = (
 # (module, name, what it held) of every name that was rebound, and by which function of ours.
 _rebound: list[tuple[ModuleType, str, Any, Any]] = []
 _searched: set[int] = set()  # modules, since nothing was rebound
-# A module that imports a name while patched has ours for torch's; fusedkl.kl_div has other holders.
 _ORIGINALS = {
     id(f): (f, target.ours)
     for f, target in zip(
@@ -139,15 +149,15 @@ def rebind() -> None:
 
 
 def restore() -> None:
-    """Undo `rebind`, also in modules that imported one of our softmaxes from torch since."""
+    """Undo `rebind`, also in modules that imported one of ours from torch since."""
     _searched.clear()
     while _rebound:
         module, name, value, ours = _rebound.pop()
         if vars(module).get(name) is ours:
             setattr(module, name, value)
-    softmaxes = {id(t.ours): getattr(t.holder, t.attribute) for t in TARGETS[1:3]}
-    for module, name, value in names_of(set(softmaxes), set()):
-        setattr(module, name, softmaxes[id(value)])
+    due = {id(t.ours): getattr(t.holder, t.attribute) for t in TARGETS[:3]}
+    for module, name, value in names_of(set(due), set()):
+        setattr(module, name, due[id(value)])
 
 
 def rebound() -> list[str]:
@@ -206,7 +216,7 @@ def _holds(cell: CellType, function: Any) -> bool:
 
 def name_of(function: Any) -> str:
     """module.name of a function, for messages."""
-    if function is kl_div:
+    if function is kl_div or function is TARGETS[0].ours:
         return "fusedkl.kl_div"
     for target in TARGETS[1:]:
         if function is target.ours:

@@ -54,8 +54,13 @@ def _refuse_dtensor(name: str, value: Any) -> None:
     )
 
 
-def logits(name: str, value: object, sliced: bool = False) -> None:
-    """A dense floating-point tensor [..., V] with V >= 1; a slice of a vocabulary may be empty."""
+def logits(
+    name: str, value: object, sliced: bool = False, last: tuple[str, str] = ("V", "vocabulary")
+) -> None:
+    """A dense floating-point tensor [..., V] with V >= 1; a slice of a vocabulary may be empty.
+
+    last: the last dim's symbol and name, where it is none.
+    """
     t = tensor(name, value)
     if t.dtype not in DTYPES:
         accepted = ", ".join(_said(d) for d in DTYPES)
@@ -64,9 +69,9 @@ def logits(name: str, value: object, sliced: bool = False) -> None:
         layout = "nested" if t.is_nested else t.layout
         raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
     if t.dim() < 1:
-        raise ValueError(f"{name} must have shape [..., V]; got a 0-d tensor")
+        raise ValueError(f"{name} must have shape [..., {last[0]}]; got a 0-d tensor")
     if t.shape[-1] == 0 and not sliced:
-        raise ValueError(f"{name} must have a vocabulary of at least 1; got {list(t.shape)}")
+        raise ValueError(f"{name} must have a {last[1]} of at least 1; got {list(t.shape)}")
 
 
 def pair(

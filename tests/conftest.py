@@ -19,11 +19,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Minutes each under the interpreter, which takes tens of milliseconds for a tile.
 LONG = ("long_rows", "long_half_row", "any_number_of_threads", "rounds_once", "layout_does_not")
 LONG += ("bad_row_stays_alone", "several_segments")
-# Of ten divergences each: a smaller sample.
-LARGE = ("test_family.py", "test_controls.py", "test_topk.py")
+# Of many combinations each: a smaller sample.
+LARGE = ("test_family.py", "test_controls.py", "test_topk.py", "test_distillation.py")
+LARGE += ("test_reductions.py",)
+# Ten seconds each: in the half alone.
+HALF = ("strided_and_expanded_masks", "several_blocks_and_slices")
 # Of float64 logits, which this backend does not take.
-DOUBLE = ("torch.float64", "one_backward_for_any", "token_of_another_slice", "double_backward")
+DOUBLE = ("torch.float64", "any_combination[triton]", "token_of_another_slice", "double_backward")
 DOUBLE += ("test_inequalities", "triton-float64", "gradcheck", "differentiates_twice")
+DOUBLE += ("product_of_equal_rows", "depends_on_the_policy", "differentiable_at_zero")
+DOUBLE += ("function_transforms", "vmap_over_temperatures")
 if INTERPRETED and importlib.util.find_spec("triton"):
     import triton_interpreter
 
@@ -43,7 +48,7 @@ def _interpreted(item: pytest.Item, everything: bool) -> bool:
         return True
     each = 20 if any(part in name for part in LARGE) else 10
     share = zlib.crc32(name.encode()) % (2 if everything else each) == 0
-    left = any(part in name for part in (*LONG, *DOUBLE))
+    left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else HALF)))
     return "[triton" in name and not left and (share or "[triton]" in name)
 
 

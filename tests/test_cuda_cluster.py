@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
+from fusedkl.backends import BACKENDS
 
 # The kernels are compiled first.
 pytestmark = pytest.mark.slow
@@ -89,3 +90,31 @@ def test_masked_rows_and_logits_that_do_not_exist(fused: Fused) -> None:
     assert not gradient[:, 2900:].any()
     true = fusedkl.forward_kl(x[:, :2900].double(), y[:, :2900].double(), backend="reference")
     assert oracle.relative_error(values[0, mask], true[mask]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jeffreys", "jsd"])
+def test_a_mean_and_its_gradient_are_one_cluster_launch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the public function; the launches that follow are there for rows that it left."""
+    assert BACKENDS["cuda"].gradient_ahead
+    monkeypatch.setenv("SHIM_SHARED_BYTES", str(40 * 1024))
+    y = 3 * torch.randn(3, 15_000)
+    x = (y + 0.05 * torch.randn(3, 15_000)).bfloat16().requires_grad_()
+    with cuda_on_cpu.registered() as backend, cuda_on_cpu.launches() as log:
+        value = fusedkl.divergence(x, y.bfloat16(), kind, reduction="mean", backend=backend)
+        value.backward()
+    first, *others = log
+    family = kind == "jsd"
+    assert first.name == ("family_cluster_kernel" if family else "cluster_kernel")
+    assert first.cluster == 4 and first.blocks == 3 * 4
+    assert all(launch.cluster == 1 for launch in others)
+    second_sweep = ["family_sums_kernel", "family_finish_kernel"] * 3 if family else []
+    backward = ["prepare_kernel", "gradient_kernel"] + ["family_gradient_kernel"] * family
+    names = ["finish_kernel", *second_sweep, *backward, "ordered_sum_kernel", "scale_kernel"]
+    assert [launch.name for launch in others] == names
+    exact = x.detach().double().requires_grad_()
+    mean = fusedkl.divergence(exact, y.bfloat16().double(), kind, reduction="mean")
+    mean.backward()
+    assert oracle.relative_error(value.detach(), mean.detach()) <= 1e-5
+    assert oracle.relative_l2(x.grad, exact.grad) <= oracle.GRADIENT_TOLERANCE[x.dtype]

@@ -1,6 +1,6 @@
 """The CUDA kernels compiled, without a GPU: no spills; the library links, loads and is small.
 
-What their loops issue: test_static.py.
+What their loops issue: test_static.py. And on which GPUs the backend is chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from bench_modules import cuda_library, nvcc
+
+from fusedkl import cuda_library as loader
+from fusedkl.backends import BACKENDS
 
 # Loads the library beside the package that is there, and asks what it has.
 LOADS = """
@@ -73,3 +76,63 @@ def test_the_page_shows_the_library_that_was_built() -> None:
     content = json.loads(cuda_library.RESULTS.read_text())
     assert cuda_library.section(content) in cuda_library.PAGE.read_text()
     assert content["bytes"] <= cuda_library.MOST_BYTES
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs that there are; the library is there and loads."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(loader, "_MISSING", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        assert not torch.compiler.is_dynamo_compiling()  # torch's own would become a node
+        return found[device.index]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    return found
+
+
+def test_a_gpu_without_code_is_not_taken(gpus: list[tuple[int, int]]) -> None:
+    gpus += [(7, 5), (8, 0), (12, 0)]
+    why_not = BACKENDS["cuda"].why_not
+    old, *served = (torch.device("cuda", i) for i in range(3))
+    assert "capability 7.5, and the kernels are compiled for 8.0 and later" in str(why_not(old))
+    assert [why_not(device) for device in served] == [None, None]
+    assert why_not(None) is None  # one GPU will do
+    del gpus[1:]
+    assert why_not(None) == why_not(old)
+    gpus.clear()
+    assert why_not(None) == "no GPU is visible"
+    assert why_not(torch.device("cpu")) == "the tensors are on cpu"
+
+
+def test_the_oldest_target_is_the_oldest_gpu() -> None:
+    major, minor = loader._OLDEST
+    assert min(int(target.rstrip("a")) for target in nvcc.TARGETS) == 10 * major + minor
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_a_compiler_is_told_too(gpus: list[tuple[int, int]], capability: tuple[int, int]) -> None:
+    gpus.append(capability)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + (loader.why_not(torch.device("cuda", 0)) is None)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == float(capability >= (8, 0))
+
+
+def test_importing_asks_no_gpu() -> None:
+    """Asking one starts CUDA, after which a process cannot fork."""
+    script = """
+import torch
+def asked(*_):
+    raise AssertionError("a GPU was asked")
+torch.cuda.get_device_capability = torch.cuda.get_device_properties = asked
+torch.cuda.device_count = torch.cuda.is_available = torch.cuda._lazy_init = asked
+import fusedkl
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

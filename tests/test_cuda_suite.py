@@ -8,32 +8,41 @@ from collections.abc import Iterator
 import cuda_on_cpu
 import oracle
 import pytest
+import test_autograd
+import test_compile
 import test_controls
+import test_distillation
 import test_edges
 import test_family
 import test_gradients
 import test_offsets64
+import test_reductions
+import test_second_order
 import test_token_stats
 import test_topk
 import test_values
 import torch
 
 import fusedkl
+from fusedkl._library import OPERATORS
 
 pytestmark = pytest.mark.slow
 MODULES = (
+    test_autograd,
     test_controls,
+    test_distillation,
     test_edges,
     test_family,
     test_gradients,
     test_offsets64,
+    test_reductions,
+    test_second_order,
     test_token_stats,
     test_topk,
     test_values,
 )
 # Of the CPU and the reference alone: threads, a backend without float64. And a promise of the CPU:
 # the same bits with or without the other gradient; here a lone gradient has a shorter loop.
-# And what is known to be wrong: docs/numerics.md, "Finite masks".
 LEFT_OUT = {
     "test_reference_backend_where_there_is_no_float64",
     "test_the_same_bits_for_any_number_of_threads",
@@ -43,7 +52,9 @@ LEFT_OUT = {
 WIDE = {
     "test_a_bad_row_stays_alone",
     "test_double_backward",
+    "test_gradcheck_and_gradgradcheck",
     "test_inequalities",
+    "test_it_compiles_whole",
     "test_it_differentiates_twice",
     "test_long_rows_agree_with_the_reference_backend",
     "test_operators_pass_opcheck_and_compile",
@@ -65,6 +76,20 @@ def of_the_suite(wide: bool) -> dict[str, object]:
 
 
 globals().update(of_the_suite(wide=False))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", [*OPERATORS, *test_compile.SLICES])
+def test_opcheck(backend: str, name: str) -> None:
+    test_compile.test_opcheck(backend, name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", ["everything"])
+def test_fullgraph_and_dynamic_without_recompiling(backend: str, name: str) -> None:
+    test_compile.test_fullgraph_and_dynamic_without_recompiling(backend, name)
 
 
 def test_any_alignment_is_as_accurate(backend: str) -> None:

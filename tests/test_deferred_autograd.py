@@ -141,3 +141,55 @@ def test_double_backward() -> None:
         return g.square().sum()
 
     agree(both(curvature, x, y), 1e-8)
+
+
+OFF_THE_GRAPH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "requires_grad_": lambda x, z: x.requires_grad_(False),
+    "detach_": lambda x, z: z.detach_(),
+}
+LATER: dict[str, Callable[[Tensor, Tensor, Callable[[], object]], Tensor]] = {}
+
+
+def _later(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    LATER[function.__name__] = function
+    return function
+
+
+@_later
+def summed(x: Tensor, y: Tensor, cut: Callable[[], object]) -> Tensor:
+    p, q = F.log_softmax(x, -1), F.softmax(y, -1)
+    cut()
+    return F.kl_div(p, q, reduction="sum") + (p.exp() * p).sum()
+
+
+@_later
+def rows(x: Tensor, y: Tensor, cut: Callable[[], object]) -> Tensor:
+    kl = F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none")
+    cut()
+    return kl.sum(-1)
+
+
+@_later
+def used_before(x: Tensor, y: Tensor, cut: Callable[[], object]) -> Tensor:
+    p = F.log_softmax(x, -1)
+    first = p.exp().square().sum()
+    cut()
+    return first + p[:, 0].sum()
+
+
+@pytest.mark.parametrize("teacher", [False, True], ids=["policy", "both"])
+@pytest.mark.parametrize("way", OFF_THE_GRAPH)
+@pytest.mark.parametrize("name", LATER)
+def test_logits_that_come_off_the_graph_before_the_result(
+    name: str, way: str, teacher: bool
+) -> None:
+    """requires_grad_(False) of a leaf: no gradient, no error. detach_(): the gradient of before."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        z = x if way == "requires_grad_" else x * 2
+        return LATER[name](z, y, lambda: OFF_THE_GRAPH[way](x, z))
+
+    x, y = logits()
+    results = both(loss, x, y.requires_grad_(teacher))
+    assert (results[0][1][0] is None) == (way == "requires_grad_")
+    agree(results, 1e-5)

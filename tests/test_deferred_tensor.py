@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +124,42 @@ def test_a_parameter_is_made_of_a_detached_result() -> None:
         assert torch.equal(torch.nn.Parameter(q.detach()), torch.softmax(y, -1))
 
 
+WITHOUT_MEMORY = """
+import torch, fusedkl
+import torch.nn.functional as F
+from torch.utils.dlpack import to_dlpack
+x = torch.randn(4, 8192)
+wanted = torch.softmax(x, -1)
+names = {"softmax": lambda t: F.softmax(t, -1), "log_softmax": lambda t: t.log_softmax(-1),
+         "kl_div": lambda t: F.kl_div(t.log_softmax(-1), t.softmax(-1), reduction="none")}
+def assigned(value):
+    w = torch.nn.Parameter(torch.randn(2, 3))
+    w.data = value
+    return w
+with fusedkl.patch():
+    for grad in (False, True):
+        for name, function in names.items():
+            uses = [lambda t: assigned(t).sum(), lambda t: assigned(t)[0, 0].item()]
+            for use in uses if grad else [*uses, to_dlpack]:  # which takes none with a gradient
+                try:
+                    use(function(x.clone().requires_grad_(grad)))
+                except RuntimeError as error:
+                    assert f"what {name} returned" in str(error), error
+                else:
+                    raise AssertionError(name)
+    assert torch.equal(assigned(F.softmax(x, -1).detach()), wanted)
+    assert torch.equal(torch.from_dlpack(to_dlpack(F.softmax(x, -1).detach())), wanted)
+"""
+
+
+@pytest.mark.slow
+def test_code_that_reads_the_memory_gets_an_error_and_no_null_pointer() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
 def test_a_written_result_is_not_fused() -> None:
     x, y = logits()
     with fusedkl.patch():
@@ -187,11 +225,15 @@ def test_changed_logits_raise(change: str, use: str) -> None:
                 q * 2
 
 
-def test_changed_between_forward_and_backward_raises() -> None:
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("who", ["policy", "teacher"])
+def test_changed_between_forward_and_backward_raises(who: str, reduction: str) -> None:
     x, y = logits()
     with fusedkl.patch():
-        loss = F.kl_div(F.log_softmax(x * 1, -1), F.softmax(y, -1), reduction="sum")
-        y.add_(1)
+        z = x * 1
+        loss = F.kl_div(F.log_softmax(z, -1), F.softmax(y, -1), reduction=reduction)
+        loss = loss if reduction == "sum" else loss.sum(-1).sum()
+        (z.detach() if who == "policy" else y).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fusedkl
-from fusedkl import layout
+from fusedkl import contents, layout, validation
 
 N, V = 6, 67
 TEMPERATURES = [1.0, 2.0, torch.rand(N) + 0.5]
@@ -181,6 +181,29 @@ def test_the_ends_of_ce_weight_and_no_t2(backend: str) -> None:
         x, y.detach() * math.nan, labels, temperature=2.0, ce_weight=1, backend=backend
     )
     torch.testing.assert_close(hard, F.cross_entropy(x, labels))
+
+
+def test_a_label_beyond_the_vocabulary_is_nan_where_nobody_looks(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend in ("cpu", "reference"):
+        pytest.skip("takes labels on the CPU alone, which are looked at")
+    for module, name in ((validation, "token_range"), (contents, "row_stats")):
+        monkeypatch.setattr(module, name, lambda *arguments: None)
+    x, y, labels = inputs(torch.float32)
+    wrong = torch.tensor([True, False, False, True, False, False])
+    outside = torch.where(wrong, torch.tensor([V, 0, 0, -1, 0, 0]), labels)
+    for temperature, label_smoothing in ((1.0, 0.0), (2.0, 0.2)):
+        right, found = (
+            fusedkl.distillation_loss(
+                x, y, given, temperature=temperature, label_smoothing=label_smoothing,
+                reduction="none", backend=backend,
+            )
+            for given in (labels, outside)
+        )  # fmt: skip
+        assert torch.equal(found.isnan(), wrong) and torch.equal(found[~wrong], right[~wrong])
+        slopes = [torch.autograd.grad(value[~wrong].sum(), x)[0] for value in (found, right)]
+        torch.testing.assert_close(*slopes)
 
 
 def test_several_blocks_and_slices(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

@@ -18,6 +18,7 @@ from inductor_cases import MARKS, gradients
 from test_memory import peak
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import fusedkl
 from fusedkl.inductor.passes import is_ours
@@ -90,6 +91,34 @@ def test_what_a_step_writes_is_written() -> None:
     assert len(report.rewritten) == len(report.missed) == 1
     assert "before backward would read it" in report.missed[0].reason
     torch.testing.assert_close(found, run(keeping_state), rtol=1e-4, atol=1e-7)
+
+
+def checkpointed(x: Tensor, y: Tensor) -> Tensor:
+    value: Tensor = checkpoint(distil, x, y, use_reentrant=False)
+    return value * 2
+
+
+def changed_after_the_checkpoint(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    value = checkpointed(z, y)
+    z.add_(1)
+    return value + z.square().sum()
+
+
+def test_a_checkpoint_is_rewritten_inside() -> None:
+    """Its body is a graph of its own, to which the compiler applies the passes."""
+    x, y = make(8, 300)
+    with fusedkl.inductor.enable():
+        found = gradients(torch.compile(checkpointed, fullgraph=True), x, y)
+        report = fusedkl.inductor.report()
+        assert [r.kinds for r in report.rewritten] == ["forward_kl"] and report.missed == ()
+        # No pass sees what is done to its inputs outside: then as in eager code, and not wrong.
+        for function in (torch.compile(changed_after_the_checkpoint), changed_after_the_checkpoint):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                function(x, y).backward()
+    wanted = gradients(checkpointed, x, y)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-9)
 
 
 def one_sequence(x: Tensor, y: Tensor) -> Tensor:

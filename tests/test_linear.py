@@ -283,6 +283,26 @@ def test_float32_tiles_and_fast_ones(native: bool, monkeypatch: pytest.MonkeyPat
     assert 1e-3 < errors["fast"] < 0.5 if native else errors["fast"] == errors[None]
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_gradients_of_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of logits that bfloat16 holds: its rounding of tiles of gradients and of their products."""
+    monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: True)
+    t, v = linear_cases.T, linear_cases.V
+    whole = {
+        "hidden": torch.randint(-2, 3, (t, 8)),
+        "weight": torch.randint(-2, 3, (v, 8)) / 4,
+        "ref_hidden": torch.randint(-2, 3, (t, 8)),
+        "ref_weight": torch.randint(-2, 3, (v, 8)) / 4,
+    }
+    h = Heads({name: n.bfloat16() for name, n in whole.items()})
+    assert torch.equal(
+        (h.tensors["hidden"] @ h.tensors["weight"].t()).double(), h.double().logits("")
+    )
+    compare(h, ALL, kind, 1.5e-2, tile=TILE, precision="fast", backend="cpu")
+    # of one tile: nothing is added to what was rounded
+    compare(h, ALL, kind, 5e-3, tile=(64, 512), precision="fast", backend="cpu")
+
+
 def test_who_has_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"_is_mkldnn_bf16_supported": lambda: True, "_is_mkldnn_fp16_supported": lambda: False}
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**said))
@@ -320,8 +340,31 @@ def test_the_module_holds_the_options() -> None:
     want = call(h, kind="reverse_kl", labels=labels, ignore_index=-1, **options)
     assert torch.equal(got, want)
     assert torch.equal(module(**h.tensors), call(h, kind="reverse_kl", **options))
-    with pytest.raises(ValueError, match="kind must be one of"):
-        fusedkl.LinearDivergenceLoss("kl")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"kind": "kl"}, ValueError, "kind must be one of"),
+        ({"ce_weight": 3}, ValueError, "ce_weight must be from 0 to 1; got 3"),
+        ({"ce_weight": "all"}, TypeError, "ce_weight must be a number; got str"),
+        ({"tile": 3}, TypeError, "tile must be two positive ints.* got int"),
+        ({"tile": (3, 0)}, ValueError, r"tile .*\(3, 0\)"),
+        ({"precision": "x"}, ValueError, "precision must be None or \"fast\"; got 'x'"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive and finite; got -1.0"),
+        ({"ref_softcap": "2"}, TypeError, "ref_softcap must be a number; got str"),
+        ({"logit_scale": math.inf}, ValueError, "logit_scale must be finite; got inf"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        ({"tail": "none"}, ValueError, "tail must be one of"),
+        ({"beta": 0.1}, ValueError, "beta=0.1 has no effect"),
+    ],
+)
+def test_the_module_refuses_options_when_it_is_made(
+    options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        fusedkl.LinearDivergenceLoss(**options)
 
 
 # -- tiles ---------------------------------------------------------------------------------------
@@ -381,13 +424,93 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
         (HIDDEN, WEIGHT.half(), REF, REF_W),
         {},
         TypeError,
-        r"weight must have the dtype of hidden, torch.float32; got torch.float16",
+        r"weight must have the dtype of hidden, torch.float32 of shape \[5, 8\]; "
+        r"got torch.float16 of shape \[20, 8\]",
+    ),
+    "dtypes of the reference": (
+        (HIDDEN, WEIGHT, REF, REF_W.double()),
+        {},
+        TypeError,
+        r"ref_weight must have the dtype of ref_hidden, torch.float32 of shape \[5, 6\]; "
+        r"got torch.float64 of shape \[20, 6\]",
+    ),
+    "dtype of a shared weight": (
+        (HIDDEN, WEIGHT, HIDDEN.bfloat16()),
+        {},
+        TypeError,
+        r"ref_weight .*ref_hidden, torch.bfloat16 of shape \[5, 8\]; got torch.float32 .*\[20, 8\]",
+    ),
+    "dtype of a bias": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"bias": torch.zeros(20).half()},
+        TypeError,
+        r"bias .* of hidden, torch.float32 of shape \[5, 8\]; got torch.float16 of shape \[20\]",
+    ),
+    "dtype of the reference's bias": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"ref_bias": torch.zeros(20).bfloat16()},
+        TypeError,
+        r"ref_bias .* of ref_hidden, .*\[5, 6\]; got torch.bfloat16 of shape \[20\]",
+    ),
+    "ints": (
+        (HIDDEN.long(), WEIGHT.long(), REF, REF_W),
+        {},
+        TypeError,
+        "hidden must have one of the dtypes .*; got int64",
+    ),
+    "logits that are ints": (
+        (HIDDEN, WEIGHT),
+        {"ref_logits": torch.zeros(5, 20, dtype=torch.int64)},
+        TypeError,
+        "ref_logits must have one of the dtypes .*; got int64",
     ),
     "device": (
         (HIDDEN, WEIGHT, REF.to("meta"), REF_W.to("meta")),
         {},
         ValueError,
-        "ref_hidden must be on cpu as hidden; got meta",
+        r"ref_hidden must be on cpu as hidden, .*\[5, 8\]; got meta, shape \[5, 6\]",
+    ),
+    "device of the weight": (
+        (HIDDEN, WEIGHT.to("meta"), REF, REF_W),
+        {},
+        ValueError,
+        r"weight must be on cpu as hidden, .*\[5, 8\]; got meta, shape \[20, 8\]",
+    ),
+    "device of the reference's weight": (
+        (HIDDEN, WEIGHT, REF, REF_W.to("meta")),
+        {},
+        ValueError,
+        r"ref_weight must be on cpu as ref_hidden, .*\[5, 6\]; got meta, shape \[20, 6\]",
+    ),
+    "device of a bias": (
+        (HIDDEN, WEIGHT, REF, REF_W),
+        {"bias": torch.zeros(20, device="meta")},
+        ValueError,
+        r"bias must be on cpu as hidden, .*\[5, 8\]; got meta, shape \[20\]",
+    ),
+    "device of the reference's logits": (
+        (HIDDEN, WEIGHT),
+        {"ref_logits": torch.zeros(5, 20, device="meta")},
+        ValueError,
+        r"ref_logits must be on cpu as hidden, .*\[5, 8\]; got meta, shape \[5, 20\]",
+    ),
+    "a hidden size of 0": (
+        (HIDDEN[:, :0], WEIGHT[:, :0], REF, REF_W),
+        {},
+        ValueError,
+        r"hidden must have a hidden size of at least 1; got \[5, 0\]",
+    ),
+    "a reference's hidden size of 0": (
+        (HIDDEN, WEIGHT, REF[:, :0], REF_W[:, :0]),
+        {},
+        ValueError,
+        r"ref_hidden must have a hidden size of at least 1; got \[5, 0\]",
+    ),
+    "no dims": (
+        (HIDDEN[0, 0], WEIGHT, REF, REF_W),
+        {},
+        ValueError,
+        r"hidden must have shape \[..., H\]; got a 0-d tensor",
     ),
     "two references": (
         (HIDDEN, WEIGHT, REF, REF_W),

@@ -22,7 +22,7 @@ def options(path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options of a call; "gpu": CPU tensors, in the products that CUDA ones would have."""
     monkeypatch.setattr(linear_products, "multiplied_natively", lambda *_: True)  # on every CPU
     if path.startswith("gpu"):
-        mm, init = torch.mm, Products.__init__
+        mm, addmm, init = torch.mm, torch.addmm, Products.__init__
 
         def stored_wide(
             a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -31,11 +31,18 @@ def options(path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             made = mm(a.float(), b.float()).to(a.dtype if out_dtype is None else out_dtype)
             return made if out is None else out.copy_(made)
 
+        def added_wide(
+            total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, beta: int, out: Tensor
+        ) -> Tensor:
+            assert a.dtype == b.dtype and total.dtype == out.dtype == out_dtype
+            return addmm(total, a.float(), b.float(), beta=beta, out=out)
+
         def of_a_gpu(self: Products, like: Tensor, fast: bool, inner: int) -> None:
             init(self, like, fast, inner)
             self.stores_wide, self.gradient, self.narrow = True, like.dtype, True
 
         monkeypatch.setattr(torch, "mm", stored_wide)
+        monkeypatch.setattr(torch, "addmm", added_wide)
         monkeypatch.setattr(Products, "__init__", of_a_gpu)
     return {"precision": "fast" if path.endswith("fast") else None, "backend": "cpu"}
 

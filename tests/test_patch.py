@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import subprocess
 import sys
 import threading
@@ -18,42 +19,43 @@ from kl_div_cases import outcome, pair, quiet
 from torch.nn.functional import kl_div as bound_earlier
 
 import fusedkl
+from fusedkl.rebinding import TARGETS
 
-ORIGINAL: Any = F.kl_div
-OURS: Any = fusedkl.kl_div
+# Not names of this module: patch() rebinds those.
+KL: Any = types.SimpleNamespace(torchs=F.kl_div, ours=TARGETS[0].ours)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
     yield
-    leaked = F.kl_div is not ORIGINAL
+    leaked = F.kl_div is not KL.torchs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while fusedkl.unpatch():
             leaked = True
-    F.kl_div = ORIGINAL
+    F.kl_div = KL.torchs
     assert not leaked
 
 
 def test_context_manager() -> None:
     with fusedkl.patch() as handle:
-        assert F.kl_div is torch.nn.functional.kl_div is OURS
+        assert F.kl_div is torch.nn.functional.kl_div is KL.ours
         assert handle.active
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
     assert not handle.active
     with pytest.raises(ZeroDivisionError), fusedkl.patch():
         raise ZeroDivisionError
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
 
 
 def test_calls() -> None:
     handle = fusedkl.patch()
-    assert F.kl_div is OURS and handle.active
+    assert F.kl_div is KL.ours and handle.active
     assert fusedkl.unpatch() is True
-    assert F.kl_div is ORIGINAL and not handle.active
+    assert F.kl_div is KL.torchs and not handle.active
     assert fusedkl.unpatch() is False
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
 
 
 def test_repr_lists_what_is_replaced() -> None:
@@ -100,17 +102,19 @@ mine = kl
     for module in module_with(source):
         before = dict(vars(module))
         with fusedkl.patch() as handle:
-            assert module.kl is OURS is module.mine
+            assert module.kl is KL.ours is module.mine is not fusedkl.kl_div
             assert module.softmax is torch.softmax is not before["softmax"]
             assert "a_users_module.softmax rebound" in repr(handle)
             exec(
-                "from torch import log_softmax as since\nfrom fusedkl import kl_div as own",
+                "from torch import log_softmax as since\nfrom fusedkl import kl_div as own\n"
+                "from torch.nn.functional import kl_div as kl_since",
                 vars(module),
             )
             module.mine = len
-        assert module.kl is ORIGINAL and module.softmax is before["softmax"] is torch.softmax
+        assert module.kl is KL.torchs and module.softmax is before["softmax"] is torch.softmax
         assert module.since is torch.log_softmax
-        assert module.own is OURS and module.mine is len
+        assert module.own is fusedkl.kl_div and module.mine is len
+        assert module.kl_since is KL.torchs
 
 
 def test_what_is_out_of_reach_is_listed() -> None:
@@ -118,14 +122,14 @@ def test_what_is_out_of_reach_is_listed() -> None:
         return lambda *args: function(*args)
 
     class Holder:
-        loss = staticmethod(ORIGINAL)
+        loss = staticmethod(KL.torchs)
 
     def default(x: Any, function: Any = torch.softmax) -> Any:
         return function(x, -1)
 
     holder: Any = Holder()
     holder.mine = torch.log_softmax
-    kept = closing(ORIGINAL)
+    kept = closing(KL.torchs)
     assert fusedkl.patch().unreached
     handle = fusedkl.patch()
     listed = "\n".join(handle.unreached)
@@ -142,7 +146,7 @@ def test_what_is_out_of_reach_is_listed() -> None:
 def test_an_empty_cell_holds_nothing() -> None:
     """A closure over a variable that is not set yet, of a function that holds torch's elsewhere."""
 
-    def early(function: Any = ORIGINAL) -> Any:
+    def early(function: Any = KL.torchs) -> Any:
         return later, function
 
     with fusedkl.patch() as handle:
@@ -156,14 +160,14 @@ def test_numbers_through_the_patch() -> None:
     """F.kl_div, nn.KLDivLoss and a name bound earlier: the same values and warnings."""
     x, t = pair((4, 50), torch.float32, False)
     module = torch.nn.KLDivLoss(reduction="batchmean")
-    plain = [ORIGINAL(x, t, reduction=r) for r in ("none", "sum", "batchmean")] + [module(x, t)]
+    plain = [KL.torchs(x, t, reduction=r) for r in ("none", "sum", "batchmean")] + [module(x, t)]
     with fusedkl.patch():
         for r, wanted in zip(("none", "sum", "batchmean"), plain, strict=False):
             torch.testing.assert_close(F.kl_div(x, t, reduction=r), wanted)
             torch.testing.assert_close(bound_earlier(x, t, reduction=r), wanted)
         value = module(x, t)
         torch.testing.assert_close(value, plain[3])
-        assert torch.equal(value, OURS(x, t, reduction="batchmean"))
+        assert torch.equal(value, KL.ours(x, t, reduction="batchmean"))
         torch.testing.assert_close(
             torch.autograd.grad(value, (x, t)), torch.autograd.grad(plain[3], (x, t))
         )
@@ -190,7 +194,7 @@ def test_unusual_inputs_do_not_recurse() -> None:
         ):
             for kwargs in ({"reduction": "none"}, {"reduction": "sum"}, {"reduce": False}):
                 torch.testing.assert_close(
-                    quiet(F.kl_div, a, b, **kwargs), quiet(ORIGINAL, a, b, **kwargs)
+                    quiet(F.kl_div, a, b, **kwargs), quiet(KL.torchs, a, b, **kwargs)
                 )
         with pytest.raises(ValueError, match="not a valid value for reduction"):
             F.kl_div(x, t, reduction="avg")
@@ -200,42 +204,42 @@ def test_nesting() -> None:
     with fusedkl.patch() as outer:
         with fusedkl.patch() as inner:
             assert outer.active and inner.active and outer is not inner
-        assert F.kl_div is OURS and outer.active
+        assert F.kl_div is KL.ours and outer.active
         fusedkl.patch()
         fusedkl.unpatch()
-        assert F.kl_div is OURS
-    assert F.kl_div is ORIGINAL
+        assert F.kl_div is KL.ours
+    assert F.kl_div is KL.torchs
 
 
 def test_one_handle_entered_again() -> None:
     handle = fusedkl.patch()
     with handle:
         with handle:
-            assert F.kl_div is OURS
-        assert F.kl_div is OURS and handle.active
-    assert F.kl_div is ORIGINAL and not handle.active
+            assert F.kl_div is KL.ours
+        assert F.kl_div is KL.ours and handle.active
+    assert F.kl_div is KL.torchs and not handle.active
     with handle:
-        assert F.kl_div is OURS
-    assert F.kl_div is ORIGINAL
+        assert F.kl_div is KL.ours
+    assert F.kl_div is KL.torchs
 
 
 def test_unpatch_inside_with() -> None:
     with fusedkl.patch():
         assert fusedkl.unpatch()
-        assert F.kl_div is ORIGINAL
-    assert F.kl_div is ORIGINAL
+        assert F.kl_div is KL.torchs
+    assert F.kl_div is KL.torchs
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_any_order_of_ends(order: tuple[int, ...]) -> None:
     handles = [fusedkl.patch() for _ in range(3)]
     for ended, index in enumerate(order):
-        assert F.kl_div is OURS
+        assert F.kl_div is KL.ours
         handles[index].__exit__(None, None, None)
         assert not handles[index].active
         handles[index].__exit__(None, None, None)  # twice is once
         assert sum(h.active for h in handles) == 2 - ended
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
 
 
 def somebody_elses(*args: Any, **kwargs: Any) -> str:
@@ -249,11 +253,11 @@ def test_what_was_there_comes_back() -> None:
     F.kl_div = foreign
     try:
         with fusedkl.patch() as handle:
-            assert F.kl_div is OURS
+            assert F.kl_div is KL.ours
             assert "somebody_elses)\n" in repr(handle)
         assert F.kl_div is foreign
     finally:
-        F.kl_div = ORIGINAL
+        F.kl_div = KL.torchs
 
 
 def test_a_later_replacement_is_left_alone() -> None:
@@ -265,18 +269,18 @@ def test_a_later_replacement_is_left_alone() -> None:
         fusedkl.unpatch()
     assert caught[0].filename == __file__
     assert F.kl_div is foreign and not handle.active
-    F.kl_div = ORIGINAL
+    F.kl_div = KL.torchs
 
 
 def test_a_replacement_in_between_comes_back() -> None:
     outer = fusedkl.patch()
     F.kl_div = foreign
     with fusedkl.patch():
-        assert F.kl_div is OURS
+        assert F.kl_div is KL.ours
         outer.__exit__(None, None, None)  # out of order: what `outer` found is no longer due
-        assert F.kl_div is OURS
+        assert F.kl_div is KL.ours
     assert F.kl_div is foreign
-    F.kl_div = ORIGINAL
+    F.kl_div = KL.torchs
 
 
 @pytest.mark.slow
@@ -288,7 +292,7 @@ def test_threads() -> None:
         start.wait()
         for _ in range(60):
             with fusedkl.patch():
-                if F.kl_div is not OURS:
+                if F.kl_div is not KL.ours:
                     wrong.append("inside")
                 handle = fusedkl.patch()
             if not handle.active:
@@ -306,7 +310,34 @@ def test_threads() -> None:
     finally:
         sys.setswitchinterval(before)
     assert not wrong
-    assert F.kl_div is ORIGINAL
+    assert F.kl_div is KL.torchs
+
+
+def test_a_handle_ends_in_another_thread() -> None:
+    with fusedkl.patch() as handle:
+        other = fusedkl.patch()
+        thread = threading.Thread(target=handle.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        assert (handle.active, other.active) == (False, True) and F.kl_div is KL.ours
+        thread = threading.Thread(target=fusedkl.unpatch)
+        thread.start()
+        thread.join()
+        assert not any((handle.active, other.active)) and F.kl_div is KL.torchs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ours_is_scripted_and_pickled_as_torchs() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(a, b, reduction="sum")
+
+    x, t = pair((4, 50), torch.float32, False)
+    with fusedkl.patch():
+        scripted = torch.jit.script(function)(x, t)
+        assert pickle.loads(pickle.dumps(KL.ours)) is KL.ours
+        kept = pickle.dumps(KL.ours)
+    torch.testing.assert_close(scripted, KL.torchs(x, t, reduction="sum"))
+    assert pickle.loads(kept) is KL.torchs
 
 
 def test_other_threads_see_it() -> None:
@@ -315,7 +346,7 @@ def test_other_threads_see_it() -> None:
         thread = threading.Thread(target=lambda: seen.append(F.kl_div))
         thread.start()
         thread.join()
-    assert seen == [OURS]
+    assert seen == [KL.ours]
 
 
 IMPORT = """
@@ -340,7 +371,7 @@ def test_compiled_code_follows() -> None:
     compiled = torch.compile(
         lambda a, b: F.kl_div(a, b, reduction="mean"), fullgraph=True, backend="aot_eager"
     )
-    wanted = quiet(ORIGINAL, x, t)
+    wanted = quiet(KL.torchs, x, t)
     torch.testing.assert_close(quiet(compiled, x, t), wanted)
     with fusedkl.patch():
         torch.testing.assert_close(quiet(compiled, x, t), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 import fusedkl
 from fusedkl import divergences, modules, named, reference, reference_family
 from fusedkl._library import OPERATORS
-from fusedkl.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 # A value of the parameter of each field and divergence that has one.
@@ -82,15 +82,26 @@ def test_a_divergence_has_its_function_and_module(name: str) -> None:
     assert torch.equal(found[0](**options)(policy, other), value)
 
 
-@pytest.mark.parametrize("field", divergences.FIELDS)
-def test_the_mathematics_of_a_field_stands_in_each_of_its_homes(field: str) -> None:
-    homes = inspect.getsource(reference) + inspect.getsource(reference_family)
-    assert f'"{field}"' in homes
-    compiled = [path.read_text() for path in (ROOT / "csrc").rglob("*.[ch]*")]
-    assert any(f'"{field}"' in text for text in compiled)
-    triton = [path for path in (ROOT / "kernels").glob("*.py") if path.name != "__init__.py"]
-    assert any(f'"{field}"' in path.read_text() for path in triton)
-    assert field in (BACKENDS["triton"].takes or ())
+# Where each backend has its fields by name. In C++ one file of each folder knows them.
+COMPILED = {"csrc/cpu": "fields.h", "csrc/cuda": "call.h"}
+
+
+@pytest.mark.parametrize("field", divergences.FIELDS.values(), ids=lambda f: f.name)
+def test_the_mathematics_of_a_field_stands_in_each_of_its_homes(field: divergences.Field) -> None:
+    def naming(paths: Iterable[Path]) -> set[str]:
+        return {path.name for path in paths if f'"{field.name}"' in path.read_text()}
+
+    assert f'"{field.name}"' in inspect.getsource(reference) + inspect.getsource(reference_family)
+    for folder, file in COMPILED.items():
+        assert naming((ROOT / folder).glob("*.*")) == {file}, folder
+    triton = naming((ROOT / "kernels").glob("*.py"))
+    assert triton if not field.second_sweep else "family.py" in triton
+
+
+def test_every_parameter_has_a_range_and_no_other() -> None:
+    """Where a divergence is defined is asked of each that has a parameter."""
+    with_parameter = {k for k, d in divergences.DIVERGENCES.items() if d.parameter}
+    assert with_parameter == set(divergences._RANGES)
 
 
 def test_divergences_are_sums_of_fields() -> None:

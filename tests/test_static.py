@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -145,30 +146,64 @@ def test_a_trip_makes_the_stores_that_a_shorter_way_skips() -> None:
         static.count([case], 90)
 
 
+# One row alone; two rows; the tokens that are asked for of both; all of a policy's numbers.
+ALONE = ["entropy", "logprob", "mean_logprob"]
+TOKENS = ["forward_kl", "logprob", "ref_logprob", "log_ratio"]
+EVERYTHING = ["reverse_kl", "entropy", "ref_entropy", "logsumexp", "ref_logsumexp", *TOKENS]
+# The launches of a forward, and those of a backward to both sides.
+PAIR, SINGLE = ["sweep_pair", "finish", "careful"], ["sweep_single", "finish"]
+SECOND = ["sweep_family", "finish_family", "careful_family"]
+BACKWARD = ["prepare", "gradients"]
+OF_TOKENS = ["token_gradients", "store_tokens"]
+
+
 @pytest.mark.parametrize(
-    ("field", "parameters", "kernels"),
-    [("forward_kl", (None,), 3), pytest.param("renyi", (0.5, 2.0), 6, marks=pytest.mark.full)],
-    ids=["forward_kl", "renyi"],
+    ("fields", "parameters", "forward", "backward"),
+    [
+        (["forward_kl"], (None,), PAIR, BACKWARD),
+        (ALONE, (None,), SINGLE, BACKWARD + OF_TOKENS),
+        pytest.param(TOKENS, (None,), PAIR, BACKWARD + 2 * OF_TOKENS, marks=pytest.mark.full),
+        pytest.param(EVERYTHING, (None,), PAIR, BACKWARD + 2 * OF_TOKENS, marks=pytest.mark.full),
+        pytest.param(["renyi"], (0.5, 2.0), PAIR + SECOND, BACKWARD, marks=pytest.mark.full),
+    ],
+    ids=["forward_kl", "alone", "tokens", "everything", "renyi"],
 )
 def test_one_compilation_serves_every_size_stride_temperature_and_mask(
-    field: str, parameters: tuple[float | None, ...], kernels: int
+    fields: list[str], parameters: tuple[float | None, ...], forward: list[str], backward: list[str]
 ) -> None:
+    """And another one of the sweeps, for rows that do not all begin on 16 bytes."""
     from fusedkl.kernels import backend
 
+    torch.use_deterministic_algorithms(False)  # nothing runs: filling is for nobody
+    tokens = any("logprob" in name for name in fields)
+    ids = torch.empty(3, 2, dtype=torch.int64) if tokens else None
     with capture.capture("cuda:90") as launches:
         for vocab in (1, 16, 1000, 50257, 128256):
             for step in (0, 1, 8):
                 for per_row in (None, 1, 3):
                     x, y = torch.empty(2, 3, vocab + step, dtype=torch.bfloat16)[..., :vocab]
+                    y = None if fields == ALONE else y
                     inverse = None
                     if per_row:
                         inverse = torch.empty(per_row, dtype=torch.float64)
                     mask = torch.empty(3, dtype=torch.bool) if per_row == 3 else None
                     for value in parameters:
-                        backend.row_stats(x, y, None, [field], value, inverse, mask, None, None)
-    assert len(launches) == 5 * 3 * 3 * kernels * len(parameters)
-    # two of a sweep, for aligned rows and for others; one of what follows it
-    assert len({id(launch.compiled) for launch in launches}) <= 4 * kernels // 3
+                        given = (fields, value, inverse)
+                        values, state = backend.row_stats(x, y, ids, *given, mask, None, None)
+                        backend.row_stats_backward(
+                            values, x, y, ids, state, *given, None, None, True, y is not None
+                        )
+    assert Counter(launch.name for launch in launches) == Counter(
+        (forward + backward) * 5 * 3 * 3 * len(parameters)
+    )
+    compiled = Counter(name for name, _ in {(each.name, id(each.compiled)) for each in launches})
+    sweeps = {"sweep_pair", "sweep_single", "sweep_family", "gradients"}
+    # token_gradients is one kernel for the policy's logits and another one for the reference's
+    twice = sweeps | ({"token_gradients"} if "ref_logprob" in fields else set())
+    for name, count in compiled.items():
+        assert count <= (2 if name in twice else 1), name
+    for own in (PAIR, SINGLE, SECOND, BACKWARD):
+        assert sum(compiled[name] for name in own) <= 4
 
 
 @pytest.mark.full

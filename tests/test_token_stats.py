@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
-from fusedkl import TokenStats
+from fusedkl import TokenStats, contents
 
 SCENARIOS = ["flat 1e-6", "flat 1e-3", "flat 8", "peaked 1e-2", "peaked 2", "offset 1e-2"]
 IDS = torch.tensor([[5, 5, 0], [1, 2, 3], [66, 5, 66]])
@@ -111,6 +111,21 @@ def test_one_backward_for_any_combination(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
+def test_one_backward_for_any_combination_in_float32(backend: str) -> None:
+    """Against the same combination in float64, where no two of its terms cancel."""
+    policy, reference = (torch.randn(3, 800).requires_grad_() for _ in "xy")
+    ids = torch.randint(0, 800, (3, 2))
+    exact = tuple(t.detach().double().requires_grad_() for t in (policy, reference))
+
+    def slopes(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, ...]:
+        stats = fusedkl.token_stats(x, y, ids, backend=name)
+        return torch.autograd.grad(sum((i + 1) * v.sum() for i, v in enumerate(stats)), (x, y))
+
+    found = slopes(policy, reference, backend)
+    for slope, true in zip(found, slopes(*exact, "reference"), strict=True):
+        assert oracle.relative_l2(slope, true) <= oracle.GRADIENT_TOLERANCE[torch.float32]
+
+
 def test_the_policy_half(backend: str) -> None:
     policy = torch.randn(3, 300)
     ids = torch.randint(0, 300, (3,))
@@ -158,6 +173,36 @@ def test_masked_rows_are_not_read(backend: str) -> None:
     sum(value.sum() for value in stats).backward()
     for leaf in (policy, reference):
         assert bool(leaf.grad.isfinite().all()) and not leaf.grad[~mask].any()
+
+
+def test_an_id_beyond_the_vocabulary_is_nan_where_nobody_looks(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's ids hold is not looked at: their own numbers are NaN, and no others."""
+    if backend in ("cpu", "reference"):
+        pytest.skip("takes ids on the CPU alone, which are looked at")
+    monkeypatch.setattr(contents, "row_stats", lambda *arguments: None)
+    policy, reference = (torch.randn(3, 300).requires_grad_() for _ in "xy")
+    ids = torch.tensor([[5, 299], [300, 7], [-1, 10**12]])
+    wrong = (ids < 0) | (ids > 299)
+    stats = fusedkl.token_stats(policy, reference, ids, backend=backend)
+    right = fusedkl.token_stats(
+        policy, reference, ids.masked_fill(wrong, 0), valid_vocab=300, backend=backend
+    )
+    for name, found, true in zip(TokenStats._fields, stats, right, strict=True):
+        if found.shape == ids.shape:
+            assert torch.equal(found.isnan(), wrong), name
+            assert torch.equal(found[~wrong], true[~wrong]), name
+        else:
+            assert torch.equal(found, true), name
+    total = torch.where(wrong, 0, stats.logprob).sum() + stats.forward_kl.sum()
+    expected = torch.where(wrong, 0, right.logprob).sum() + right.forward_kl.sum()
+    for slope, true in zip(
+        torch.autograd.grad(total, (policy, reference)),
+        torch.autograd.grad(expected, (policy, reference)),
+        strict=True,
+    ):
+        torch.testing.assert_close(slope, true)
 
 
 def test_a_bad_side_leaves_the_other_alone(backend: str) -> None:

@@ -70,6 +70,41 @@ def test_cross_entropy_and_t2() -> None:
     torch.testing.assert_close(found, 0.75 * 9 * kl + 0.25 * ce, rtol=1e-5, atol=0)
 
 
+def test_all_cross_entropy_runs_no_teacher() -> None:
+    """Nor is the loss NaN where the divergence, of which it takes nothing, is infinite."""
+    student = Tiny()
+
+    class Infinite(Tiny):
+        called = 0
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            Infinite.called += 1
+            return super().forward(input_ids)
+
+    loss = distillation_loss_func(student, Infinite(), kind="reverse_kl", ce_weight=1.0)
+    with torch.no_grad():
+        loss.teacher.head.bias[3] = -torch.inf  # type: ignore[union-attr, operator]
+    ids, labels = batch()
+    outputs = student(ids)
+    found = loss(outputs, labels)
+    wanted = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert Infinite.called == 0
+    with pytest.raises(RuntimeError, match="has not been called since"):
+        loss(outputs, labels)
+
+
+def test_labels_of_a_narrow_type() -> None:
+    """300 is no number of theirs: none is left out, where 300 - 256 would leave out some."""
+    student, teacher = Tiny(), Tiny()
+    ids = torch.full((3, 7), 300 - 256)
+    loss = distillation_loss_func(student, teacher, ignore_index=300)
+    found = loss(student(ids), ids.to(torch.uint8))
+    student(ids)
+    torch.testing.assert_close(found, loss(student(ids), ids), rtol=0, atol=0)
+    assert found > 0
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_both_terms_have_the_same_logits(temperature: float) -> None:
     """Padding, caps, scales and an own backend: the cross-entropy's too."""

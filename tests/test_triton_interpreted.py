@@ -16,11 +16,29 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
-SUITE = (
-    ("test_triton.py", "test_values.py", "test_offsets64.py"),
-    ("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
-    ("test_family.py", "test_controls.py", "test_topk.py"),
-)
+# By name: the files, and how many tests must have run in a sample and in the half.
+SUITE = {
+    "values": (("test_triton.py", "test_values.py", "test_offsets64.py"), 40, 150),
+    "gradients": (
+        ("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
+        *(40, 150),
+    ),
+    "more": (("test_family.py", "test_controls.py", "test_topk.py"), 15, 100),
+    "losses": (
+        (
+            *("test_distillation.py", "test_reductions.py"),
+            *("test_autograd.py::test_hessian_vector_products", "test_compile.py::test_opcheck"),
+        ),
+        *(15, 60),
+    ),
+}
+# Of those, only where half of the suite is run: mostly autograd's and the compiler's own work.
+HALF = {
+    "losses": (
+        "test_autograd.py",
+        "test_compile.py::test_fullgraph_and_dynamic_without_recompiling",
+    )
+}
 
 
 def run(files: tuple[str, ...], marks: str, least: int) -> None:
@@ -40,12 +58,14 @@ def run(files: tuple[str, ...], marks: str, least: int) -> None:
 
 @pytest.mark.sample
 @pytest.mark.slow
-@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
-def test_a_sample_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "not full", 15 if "test_family.py" in files else 40)
+@pytest.mark.parametrize("name", SUITE)
+def test_a_sample_of_the_suite(name: str) -> None:
+    files, least, _ = SUITE[name]
+    run(files, "not full", least)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("files", SUITE, ids=["values", "gradients", "more"])
-def test_half_of_the_suite(files: tuple[str, ...]) -> None:
-    run(files, "", 100 if "test_family.py" in files else 150)
+@pytest.mark.parametrize("name", SUITE)
+def test_half_of_the_suite(name: str) -> None:
+    files, _, least = SUITE[name]
+    run((*files, *HALF.get(name, ())), "", least)

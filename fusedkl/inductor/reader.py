@@ -19,6 +19,16 @@ def _dims(dim: Any) -> Any:
     return None if isinstance(dim, (tuple, list)) and not dim else dim
 
 
+def _adds_a_last_dim(index: Any, dims: int) -> bool:
+    """Whether it is [..., None] or [:, None] of all dims."""
+    if not isinstance(index, tuple) or not index or index[-1] is not None:
+        return False
+    before = index[:-1]
+    if any(part is not Ellipsis and part != slice(None) for part in before):
+        return False
+    return Ellipsis in before or len(before) == dims
+
+
 class Reader(Rows):
     """Rows, and what is done with products of them: weights, masks, sums, picked tokens."""
 
@@ -50,6 +60,8 @@ class Reader(Rows):
 
     def _getitem(self, node: Node, x: Any, index: Any) -> Value:
         products, mask, tensor = self.value(x), example(index), example(x)
+        if isinstance(products, LogSumExp) and _adds_a_last_dim(index, tensor.dim()):
+            return self._unsqueeze(node, x, -1)
         if isinstance(index, tuple) and isinstance(values.log_of(products), Row):
             if any(isinstance(example(part), torch.Tensor) for part in index):
                 self.reading.missed[node] = (

@@ -34,6 +34,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _FLOAT = (*_HALF, torch.float32, torch.float64)
 _ARITHMETIC = ("add", "sub", "mul", "div", "clamp", "clamp_min")
 _ALTERED = "is arithmetic on softmaxes"
+_OF_ANOTHER_ROW = "less a logsumexp that is not of the same row at one temperature"
 _GRAD_MODE = torch._C._set_grad_enabled
 
 
@@ -93,6 +94,14 @@ class Rows(ABC):
         given = [Prob if self._altered(x) else type(self.value(x)) for x in made_of]
         if Prob in given and all(kind in (Prob, Constant) for kind in given):
             self._why[node] = _ALTERED
+
+    def _note_unread(self, node: Node, left: Any, right: Any) -> None:
+        """log p and something that is no log-softmax: times p, that is a near miss."""
+        for one, other in ((left, right), (right, left)):
+            found = isinstance(self.value(one), Log) and isinstance(self.value(other), Scaled)
+            reported = other in self.reading.missed
+            if found and not reported and same(example(one).shape, example(other).shape):
+                self._why[node] = f"is of log-probabilities and {other}, which is no log-softmax"
 
     def _altered(self, node: Any) -> bool:
         return self._why.get(node) == _ALTERED
@@ -274,6 +283,8 @@ class Rows(ABC):
         else:
             special = self._difference(node, x, y) if name == "sub" else None
             found = special or values.add(x, values.scale(y, -1.0) if name == "sub" else y)
+            if found is None:
+                self._note_unread(node, left, right)
         for one, other in ((left, y), (right, x)):
             near = Log if self._altered(one) else (Log, Prob)
             if found is None and one in self._why and isinstance(other, near):
@@ -288,15 +299,17 @@ class Rows(ABC):
     def _difference(self, node: Node, x: Value, y: Value) -> Value:
         if isinstance(x, Scaled) and isinstance(y, LogSumExp) and x.row == y.row and y.kept:
             return Log(((x.row, 1.0),))
+        if isinstance(x, Scaled) and isinstance(y, LogSumExp) and x.row != y.row and y.kept:
+            if same(*(example(value.row.logits).shape for value in (x, y))):
+                self.reading.missed[node] = f"logits {_OF_ANOTHER_ROW}"
+            return None
         if isinstance(x, LogSumExp) and isinstance(y, LogitProducts) and x.row == y.row:
             if y.reduced and not x.kept:
                 self._record(Single(node, x.row))
         elif not isinstance(x, Picked) or not isinstance(y, LogSumExp):
             return None
         elif x.row != y.row:
-            self.reading.missed[node] = (
-                "logits of tokens less a logsumexp that is not of the same row at one temperature"
-            )
+            self.reading.missed[node] = f"logits of tokens {_OF_ANOTHER_ROW}"
         elif x.squeezed is not y.kept:
             self._record(Single(node, x.row, x.index, x.squeezed))
         return None

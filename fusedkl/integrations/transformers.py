@@ -53,26 +53,21 @@ class DistillationLossFunc:
         self._handle.remove()
         self._inputs = None
 
-    @torch.no_grad()
-    def _teacher_logits(self) -> Tensor:
+    def _taken_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._inputs is None:
             raise RuntimeError(
                 "the student has not been called since its last loss: distillation_loss_func must "
                 "be given the model that the Trainer trains"
             )
-        (args, kwargs), self._inputs = self._inputs, None
-        logits: Tensor = self.teacher(*args, **kwargs).logits
-        return logits
+        inputs, self._inputs = self._inputs, None
+        return inputs
 
-    def __call__(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    def _divergence(
+        self, student: Tensor, inputs: tuple[tuple[Any, ...], dict[str, Any]], counted: Tensor
     ) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        if labels is None:
-            raise ValueError("labels must be in the batch: they say which tokens count; got None")
-        student, teacher = logits[:, :-1], self._teacher_logits()[:, :-1]
-        labels = labels[:, 1:].to(logits.device)
-        counted = labels != self.ignore_index
+        args, kwargs = inputs
+        with torch.no_grad():
+            teacher = self.teacher(*args, **kwargs).logits[:, :-1]
         total = divergence(
             student,
             teacher,
@@ -82,15 +77,28 @@ class DistillationLossFunc:
             reduction="sum",
             **self.options,
         )
-        if self.scale_t2:
-            total = total * self.temperature**2
+        return total * self.temperature**2 if self.scale_t2 else total
+
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        if labels is None:
+            raise ValueError("labels must be in the batch: they say which tokens count; got None")
+        inputs, student = self._taken_inputs(), logits[:, :-1]
+        labels = labels[:, 1:].to(logits.device)
+        counted = labels.long() != self.ignore_index  # a narrow type would wrap that number
+        total: Tensor | float = 0.0
+        if self.ce_weight < 1:  # 0 times an infinite term is no number
+            total = (1 - self.ce_weight) * self._divergence(student, inputs, counted)
         if self.ce_weight:
             shared = {name: self.options[name] for name in self.options.keys() & _OF_BOTH_TERMS}
             logprob = token_stats(
                 student, token_ids=labels, fields=("logprob",), mask=counted, **shared
             ).logprob
             assert logprob is not None
-            total = (1 - self.ce_weight) * total - self.ce_weight * logprob.sum()
+            total = total - self.ce_weight * logprob.sum()
+        assert isinstance(total, Tensor)
         if num_items_in_batch is None:
             return total / counted.sum().clamp(min=1)
         if isinstance(num_items_in_batch, Tensor):
@@ -124,7 +132,7 @@ def distillation_loss_func(
         kind, temperature, options: as `fusedkl.divergence` has them. The cross-entropy, which is at
             temperature 1, has the same valid_vocab, softcap, logit_scale, group and backend.
         scale_t2: multiply the divergence by T^2.
-        ce_weight: the share of the cross-entropy to the labels.
+        ce_weight: the share of the cross-entropy to the labels. At 1 the teacher is not run.
 
     Returns:
         A callable (outputs, labels, num_items_in_batch=None) -> float32 0-d tensor, nats per token.

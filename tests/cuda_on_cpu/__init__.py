@@ -11,9 +11,12 @@ import contextlib
 import fcntl
 import functools
 import os
+import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,19 +102,24 @@ def _compile(
 
 
 @functools.cache
-def operators() -> SimpleNamespace:
-    """The operators of csrc/cuda on CPU tensors, under the names that a backend has."""
+def library() -> Path:
+    """The operators of csrc/cuda, for CPU tensors."""
     torch_home = Path(torch.__file__).parent
     flags = ["-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ["-isystem", str(torch_home / "include")]
     sources = [ROOT / "csrc" / name for name in OPERATOR_SOURCES]
     link = ["-shared", f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = build(sources, "operators.so", flags, link, ROOT / "csrc")
+    return build(sources, "operators.so", flags, link, ROOT / "csrc")
+
+
+@functools.cache
+def operators() -> SimpleNamespace:
+    """Its operators, under the names that a backend has."""
     definitions = torch.library.Library(f"fusedkl_{NAME}", "DEF")
     everything = {**OPERATORS, **topk_ops.ARGUMENTS}
     for name, (arguments, results) in everything.items():
         definitions.define(f"_{name}({arguments}) -> {results}")
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(library()))
     namespace = getattr(torch.ops, f"fusedkl_{NAME}")
     return SimpleNamespace(
         **{name: getattr(namespace, f"_{name}") for name in everything}, definitions=definitions
@@ -130,3 +138,39 @@ def registered() -> Iterator[str]:
         yield NAME
     finally:
         del BACKENDS[NAME], topk_ops.KERNELS[NAME]
+
+
+@dataclass
+class Launch:
+    """A kernel, by its name without template arguments, and how it was launched."""
+
+    name: str
+    blocks: int
+    threads: int
+    cluster: int
+
+
+@functools.cache
+def _names() -> dict[int, str]:
+    """Of functions, by their address in the library."""
+    found = {}
+    for line in run(["nm", "-C", "--defined-only", library()]).stdout.splitlines():
+        kernel = re.match(r"(\w+) [tTwW] .*\bgpu::(\w+_kernel)\b", line)
+        if kernel is not None:
+            found[int(kernel[1], 16)] = kernel[2]
+    return found
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """The launches made inside the block, in order; the list is filled at its end."""
+    found: list[Launch] = []
+    with tempfile.NamedTemporaryFile() as log:
+        os.environ["SHIM_LAUNCHES"] = log.name
+        try:
+            yield found
+        finally:
+            del os.environ["SHIM_LAUNCHES"]
+        for line in Path(log.name).read_text().splitlines():
+            address, *sizes = line.split()
+            found.append(Launch(_names()[int(address, 16)], *map(int, sizes)))

@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <dlfcn.h>
 #include <math.h>
 
 #include <algorithm>
@@ -107,7 +108,9 @@ inline thread_local Block* block;
 inline thread_local char anchor;
 
 [[noreturn]] inline void fail(const char* what, int a = 0, int b = 0) {
-  std::fprintf(stderr, "shim: %s (%d, %d), block %u, thread %d\n", what, a, b, block->index.x, block->current);
+  std::fprintf(stderr, "shim: %s (%d, %d)", what, a, b);
+  if (block) std::fprintf(stderr, ", block %u, thread %d", block->index.x, block->current);
+  std::fputc('\n', stderr);
   std::abort();
 }
 
@@ -294,8 +297,22 @@ SHIM_UNCHECKED inline T* peer(T* own, int rank) {
 
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block->dynamic.data()); }
 
+// A line for each launch in the file that SHIM_LAUNCHES names: the kernel, as an address in its library, and what it ran as.
+inline void log_launch(const void* kernel, unsigned blocks, unsigned threads, int cluster) {
+  const char* const path = std::getenv("SHIM_LAUNCHES");
+  if (!path) return;
+  Dl_info in{};
+  dladdr(kernel, &in);
+  std::FILE* const file = std::fopen(path, "a");
+  if (!file) fail("the file that SHIM_LAUNCHES names cannot be written");
+  const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(in.dli_fbase);
+  std::fprintf(file, "%tx %u %u %d\n", offset, blocks, threads, cluster);
+  std::fclose(file);
+}
+
 template <class Args>
 void launch(void (*kernel)(Args), unsigned blocks, unsigned threads, size_t shared_bytes, int cluster, const Args& args) {
+  log_launch(reinterpret_cast<const void*>(kernel), blocks, threads, cluster);
   const std::function<void()> body = [&] { kernel(args); };
   auto one = [&](unsigned index, unsigned rank, Cluster* group) {
     auto owner = std::make_unique<Block>();
