@@ -119,7 +119,7 @@ test: $(VENV)/.trainers $(VENV)/.sanitizer $(VENV)/.nvcc ## all tests but the lo
 test-quick: $(VENV)/.installed ## the quick tests (3 minutes)
 	$(BIN)/pytest -m "not full and not slow" $(WORKERS) $(PYTEST_ARGS)
 
-test-full: $(VENV)/.trainers $(VENV)/.static $(VENV)/.dev $(VENV)/.docs $(VENV)/.lightning ## every test: real models, long fuzzing, huge tensors (75 minutes)
+test-full: $(VENV)/.trainers $(VENV)/.demo-gemma3 $(VENV)/.static $(VENV)/.dev $(VENV)/.docs $(VENV)/.lightning ## every test: real models, long fuzzing, huge tensors (75 minutes)
 	$(BIN)/pytest -m "not sample" $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-smollm2 $(VENV)/.demo-gemma3 ## everybody by model: time, memory, errors, out/bench/report.html

@@ -80,9 +80,9 @@ class Headline:
             f"**On one CPU core ({SETS[self.content['isa']]}), with bfloat16 logits and a "
             f"vocabulary of {VOCABULARY}, the loss takes "
             f"{compiled:.1f} times less time than under `torch.compile` and {eager:.0f} times less "
-            f"than in eager PyTorch; with its gradient {less:.1f} and {more:.0f} times less, in "
-            f"the memory of {held[2]:.0f} gradient, where they take that of {held[1]:.0f} and "
-            f"{held[0]:.0f}.**\n"
+            f"than in eager PyTorch; with its gradient {less:.1f} and {more:.0f} times less "
+            f"(huge pages for neither side), in the memory of {held[2]:.0f} gradient, where they "
+            f"take that of {held[1]:.0f} and {held[0]:.0f}.**\n"
         )
 
     def table(self) -> str:
@@ -91,10 +91,14 @@ class Headline:
             [label, *(self._cell(f"{goal}_{peer}/{dtype}") for dtype, peer in columns)]
             for label, goal, columns in (
                 ("forward", "forward", _columns("compile")),
-                ("forward + backward", "backward", _columns("compile_plain")),
+                (
+                    "forward + backward, huge pages for neither",
+                    "backward",
+                    _columns("compile_plain"),
+                ),
                 ("the same, `inplace_grad=True`", "inplace", _columns("compile_plain")),
                 ("forward + backward, huge pages for both", "backward", _columns("compile_huge")),
-                ("the same, memory not kept", "backward", _columns("compile_returned")),
+                ("huge pages for both, memory not kept", "backward", _columns("compile_returned")),
             )
         ]
         titles = ("fusedkl is faster by", "bf16: compile", "eager", "fp32: compile", "eager")

@@ -117,9 +117,14 @@ def _results(path: Path, content: dict[str, Any], entries: list[dict[str, Any]])
     return (
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}.\n\n"
-        f"Machine: {machine}. Versions: {versions}.\n\n"
+        f"Machine: {machine}; load before {_loads(content['load_before'])}, after "
+        f"{_loads(content['load_after'])} (of 1, 5, 15 minutes). Versions: {versions}.\n\n"
         f"{report.FOOTNOTE}\n\n{table}\n\n{report.summary(results, judged)}.\n"
     )
+
+
+def _loads(of: list[float]) -> str:
+    return ", ".join(f"{load:.1f}" for load in of)
 
 
 def main(arguments: list[str]) -> int:

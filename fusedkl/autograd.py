@@ -220,6 +220,12 @@ def composed_gradients(
     ]
     if not all(t.requires_grad for t in wanted):
         raise RuntimeError("fusedkl: the result of torch.func.vjp is not differentiable; nest vjp")
+    if not values.requires_grad:  # no field reads the row that wants a gradient
+        none = [
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip((x, y), ctx.needs_input_grad[:2], strict=True)
+        ]
+        return none[0], none[1]
     found = torch.autograd.grad(
         values, wanted, grad.to(values.dtype), create_graph=True, materialize_grads=True
     )

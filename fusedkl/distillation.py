@@ -47,7 +47,7 @@ def distillation_loss(
         log_q = torch.log_softmax(teacher_logits.float() / T, -1)
         kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
         ce = F.cross_entropy(student_logits.float(), labels, label_smoothing=label_smoothing)
-        ((1 - ce_weight) * T**2 * kl + ce_weight * ce).mean()  # ce: reduction="none", [N, V]
+        ((1 - ce_weight) * T**2 * kl + ce_weight * ce).mean()
 
     Args:
         student_logits, teacher_logits, temperature, mask, weight, reduction, backend: as policy and

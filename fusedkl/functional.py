@@ -104,9 +104,9 @@ def divergence(
         float32, or float64 if either input is; autocast changes nothing. Gradients come in each
         input's dtype. Values are never negative, exactly 0 for rows that differ by an exactly
         representable constant, +inf where the supports (logits other than -inf) say so (forward_kl,
-        reverse_kl, jeffreys, renyi); such a row's gradient is (p - q) / T to the policy and 0 to
-        the reference. -inf in both rows is skipped. NaN, +inf, or nothing but -inf makes that row
-        NaN, and no other.
+        reverse_kl, jeffreys, renyi); the gradient of such a term (jeffreys has two) is (p - q) / T
+        to the policy and 0 to the reference. -inf in both rows is skipped. NaN, +inf, or nothing
+        but -inf makes that row NaN, and no other.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.

@@ -13,11 +13,13 @@ from . import reference, validation
 
 # Elements of a block of rows: 16 MiB a temporary in float64. A row's numbers do not depend on it.
 _BLOCK = 2**21
+# On a device: 256 MiB in float32, so that some hundred rows are in flight at once.
+_DEVICE_BLOCK = 2**26
 
 
-def blocks(rows_: int, width: int) -> Iterator[slice]:
+def blocks(rows_: int, width: int, size: int = _BLOCK) -> Iterator[slice]:
     """The rows of a [rows_, width] tensor in parts; one empty part where there are none."""
-    step = max(1, _BLOCK // width)
+    step = max(1, size // width)
     for at in range(0, max(rows_, 1), step):
         yield slice(at, min(at + step, rows_))
 
@@ -55,7 +57,8 @@ def row_parts(*tensors: Tensor) -> Iterator[Any]:
         except RuntimeError:
             pass
     if first.dim() == 2:
-        for part in blocks(*first.shape):
+        size = _BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
+        for part in blocks(*first.shape, size):
             yield (part, *(t[part] for t in tensors))
         return
     inner = first[0].numel() // first.shape[-1] if first.shape[0] else 0
@@ -64,13 +67,19 @@ def row_parts(*tensors: Tensor) -> Iterator[Any]:
             yield (slice(i * inner + part.start, i * inner + part.stop), *cut)
 
 
+def positive_or_nan(t: Tensor) -> Tensor:
+    """Temperatures on a device, where nobody looks at them: a bad one makes its row NaN."""
+    return torch.where((t > 0) & (t < math.inf), t, torch.nan)
+
+
 def inverse_temperature(
     temperature: float | Tensor, policy: Tensor, logit_scale: float = 1.0
 ) -> Tensor | None:
     """logit_scale/T as [N] or [1], None for 1: kernels scale differences of logits."""
     if isinstance(temperature, Tensor):
         validation.tensor_temperature(temperature, policy)
-        return logit_scale / temperature.reshape(-1).to(reference.inside(policy.device))
+        t = temperature.reshape(-1).to(reference.inside(policy.device))
+        return logit_scale / (t if policy.device.type == "cpu" else positive_or_nan(t))
     validation.number_temperature(temperature)
     if temperature == logit_scale:
         return None

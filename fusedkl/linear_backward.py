@@ -158,6 +158,48 @@ class _Sums:
         return t if self.scale is None else t.mul_(self.scale.down)
 
 
+def _tile(
+    engine: Engine,
+    asked: list[Rows],
+    grads: list[Tensor],
+    states: list[Tensor],
+    policy: _Sums,
+    other: _Sums | None,
+    tokens: slice,
+    columns: slice,
+) -> None:
+    """Both sides' sums of one tile; what it allocates is gone before the next."""
+    x, y = engine.logits(tokens, columns)
+    dx: Tensor | None = None
+    left = len(asked)
+    for one, grad, state in zip(asked, grads, states, strict=True):
+        left -= 1
+        ids, inverse = one.part(tokens, columns)
+        apart = one.take_out(x, tokens, columns)
+        own = 0 if apart is None else apart.at.shape[1]  # rows of grad
+        read = (
+            grad[own:, tokens], x, y if one.paired else None, ids, state[tokens],
+            one.fields, one.parameter, inverse, None, None,
+        )  # fmt: skip
+        to_y = one.paired and other is not None
+        over = policy.wanted and policy.side.softcap is None and not left
+        if over:  # nobody reads x again
+            gx, gy = x, OPS.row_stats_backward_(*read, to_y, one.backend)
+        else:
+            gx, gy = OPS.row_stats_backward(*read, policy.wanted, to_y, one.backend)
+        if apart is not None:
+            if not over:
+                put_back(x, apart)
+            if policy.wanted:
+                add_gradient(gx, grad[:own, tokens], apart, inverse)
+        if policy.wanted:
+            dx = gx if dx is None else gx.add_(dx)
+        if other is not None and one.paired and y is not None:
+            other.take(gy, y, tokens, columns)
+    if dx is not None:
+        policy.take(dx, x, tokens, columns)
+
+
 def backward(
     engine: Engine,
     asked: list[Rows],
@@ -181,35 +223,7 @@ def backward(
         for side in sides:
             side.begin(columns)
         for tokens in engine.blocks():
-            x, y = engine.logits(tokens, columns)
-            dx: Tensor | None = None
-            left = len(asked)
-            for one, grad, state in zip(asked, grads, states, strict=True):
-                left -= 1
-                ids, inverse = one.part(tokens, columns)
-                apart = one.take_out(x, tokens, columns)
-                own = 0 if apart is None else apart.at.shape[1]  # rows of grad
-                read = (
-                    grad[own:, tokens], x, y if one.paired else None, ids, state[tokens],
-                    one.fields, one.parameter, inverse, None, None,
-                )  # fmt: skip
-                to_y = one.paired and other is not None
-                over = policy.wanted and policy.side.softcap is None and not left
-                if over:  # nobody reads x again
-                    gx, gy = x, OPS.row_stats_backward_(*read, to_y, one.backend)
-                else:
-                    gx, gy = OPS.row_stats_backward(*read, policy.wanted, to_y, one.backend)
-                if apart is not None:
-                    if not over:
-                        put_back(x, apart)
-                    if policy.wanted:
-                        add_gradient(gx, grad[:own, tokens], apart, inverse)
-                if policy.wanted:
-                    dx = gx if dx is None else gx.add_(dx)
-                if other is not None and one.paired and y is not None:
-                    other.take(gy, y, tokens, columns)
-            if dx is not None:
-                policy.take(dx, x, tokens, columns)
+            _tile(engine, asked, grads, states, policy, other, tokens, columns)
         for side in sides:
             side.end(columns)
     return policy.finish(), Gradients() if other is None else other.finish()

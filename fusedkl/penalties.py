@@ -160,8 +160,10 @@ def kl_penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coef: float 
 class _KLController:
     """A coefficient that outlives a step, with what a checkpoint needs of it."""
 
+    _valid = staticmethod(validation.not_negative)
+
     def __init__(self, coef: float) -> None:
-        self.coef = validation.not_negative("coef", coef)
+        self.coef = self._valid("coef", coef)
 
     def state_dict(self) -> dict[str, float]:
         """What changes over a run: {"coef": float}."""
@@ -171,7 +173,7 @@ class _KLController:
         """Take over what `state_dict` returned."""
         if set(state_dict) != {"coef"}:
             raise ValueError(f"state_dict must hold coef alone; got {sorted(state_dict)}")
-        self.coef = validation.not_negative("coef", state_dict["coef"])
+        self.coef = self._valid("coef", state_dict["coef"])
 
 
 class FixedKLController(_KLController):
@@ -212,8 +214,10 @@ class AdaptiveKLController(_KLController):
     Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, section 2.2.
     """
 
+    _valid = staticmethod(validation.positive)
+
     def __init__(self, coef: float, target: float, horizon: float = 10_000) -> None:
-        super().__init__(validation.positive("coef", coef))
+        super().__init__(coef)
         self.target = validation.positive("target", target)
         self.horizon = validation.positive("horizon", horizon)
 

@@ -91,9 +91,9 @@ def topk_logprobs(
     p, rest = softmax(x, scale), softmax(torch.where(covered, -torch.inf, x), scale)
     tokens = (x.gather(-1, token_ids.clamp(min=0)) - p.top) * scale - p.log_mass
     others = (rest.top - p.top) * scale + (rest.log_mass - p.log_mass)
-    values = torch.cat(
-        [torch.where(given, tokens, 0), torch.where(rest.bad, -torch.inf, others)], -1
-    )
+    nothing = -(p.log_mass + p.top * scale)  # slopes as a token elsewhere: see _at_tokens
+    nothing = nothing - nothing.detach() - torch.inf
+    values = torch.cat([torch.where(given, tokens, 0), torch.where(rest.bad, nothing, others)], -1)
     values = torch.where(p.bad, torch.nan, values)
     if torch.is_grad_enabled():
         values = values + pull(x, torch.where(p.bad, torch.nan, 0.0).expand_as(x))
@@ -238,7 +238,9 @@ def _at_tokens(x: Tensor, p: Softmax, scale: Tensor, token_ids: Tensor | None) -
     chosen = x.gather(-1, token_ids.clamp(0, x.shape[-1] - 1))
     elsewhere = -(p.log_mass + p.top * scale).expand_as(chosen)
     value = (chosen - p.top) * scale - p.log_mass
-    return torch.where(token_ids >= 0, value, elsewhere - elsewhere.detach())
+    value = torch.where(token_ids >= 0, value, elsewhere - elsewhere.detach())
+    # where nobody has looked at the ids: a token that there is not
+    return torch.where((token_ids < -1) | (token_ids >= x.shape[-1]), torch.nan, value)
 
 
 def sums_of_rows(

@@ -117,7 +117,10 @@ def row_stats_backward(
             )
             # A field of one row alone leaves the other a gradient of 0.
             upstream_ = upstream.to(values.dtype)
-            found = torch.autograd.grad(values, wanted, upstream_, materialize_grads=True)
+            if values.requires_grad:
+                found = torch.autograd.grad(values, wanted, upstream_, materialize_grads=True)
+            else:  # no field reads the row that wants a gradient
+                found = tuple(torch.zeros_like(t) for t in wanted)
         live = (upstream != 0).any(0)[:, None]  # 0 times the NaN of a bad row would be NaN
         for out, gradient in zip(flat, found, strict=True):
             out[part] = torch.where(live, gradient, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -200,8 +200,8 @@ def wanted_fields(fields: Sequence[str] | None, reference: bool, tokens: bool) -
             for name, field in definitions.items()
             if (reference or not field.needs_reference) and (tokens or not field.needs_token_ids)
         )
-    if isinstance(fields, str):
-        raise TypeError(f"fields must be a sequence of names; got the string {fields!r}")
+    if isinstance(fields, str) or not isinstance(fields, Iterable):
+        raise TypeError(f"fields must be a sequence of names; got {fields!r}")
     chosen = tuple(fields)
     for name in chosen:
         if name not in definitions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -205,11 +206,10 @@ def topk_divergence(
 
 
 def _logits_at(x: Tensor, ids: Tensor) -> Tensor:
-    """[N, K] of x [..., V], where it lies; NaN beyond V, where nobody has looked at the ids."""
+    """[N, K] of x [..., V], where it lies; any logit for padding."""
     row = torch.arange(ids.shape[0], device=x.device)[:, None]
     # not gather, whose derivative adds 16-bit numbers up in float32 logits
-    found = x[(*torch.unravel_index(row, x.shape[:-1]), ids.clamp(0, x.shape[-1] - 1))]
-    return torch.where(ids < x.shape[-1], found, torch.nan)
+    return x[(*torch.unravel_index(row, x.shape[:-1]), ids.clamp(min=0))]
 
 
 def teacher_rows(
@@ -228,11 +228,24 @@ def teacher_rows(
     log_q = topk_logprobs.reshape(-1, k).to(reference.inside(topk_ids.device))
     if counted is not None:
         ids = torch.where(counted[:, None], ids, -1)
-    ids = ids.contiguous()
-    log_q = torch.where(ids >= 0, log_q, -torch.inf)
+    log_q = torch.where(ids == -1, -torch.inf, log_q)
     if ids.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width, names)
-    return ids, log_q
+        return ids.contiguous(), log_q
+    wrong = _wrong(ids, log_q, width)
+    if ids.device.type != "cpu" and os.environ.get(contents.ENVIRONMENT) == "1":
+        torch._assert_async(~wrong.any(), f"fusedkl: {' or '.join(names)} holds what it must not")
+    return torch.where(wrong, -1, ids).contiguous(), torch.where(wrong, torch.nan, log_q)
+
+
+def _wrong(ids: Tensor, log_q: Tensor, width: int | None) -> Tensor:
+    """What `_check_contents` refuses, where nobody can wait for it: such a row will be NaN."""
+    order = ids.argsort(dim=-1, stable=True)
+    sorted_ = ids.gather(-1, order)
+    again = (sorted_[:, 1:] == sorted_[:, :-1]) & (sorted_[:, 1:] >= 0)
+    twice = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), again], -1)
+    wrong = torch.zeros_like(twice).scatter(-1, order, twice) | (ids < -1) | (log_q > 0)
+    return wrong if width is None else wrong | (ids >= width)
 
 
 def of_outcomes(

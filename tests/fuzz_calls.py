@@ -45,6 +45,7 @@ def divergence(draw: st.DrawFn) -> Call:
     kind = draw(st.sampled_from(sorted(divergences.DIVERGENCES)))
     parameter = NAMED.get(kind, {})
     known = NUMBERS | per_row(x.content.shape[:-1]) | parameter
+    known |= {"ignore_index": st.sampled_from([-100, 0, 7])}
     chosen = draw(options(known))
     if kind == "renyi" and "alpha" not in chosen:
         chosen["alpha"] = 2.0
@@ -59,10 +60,13 @@ def token_stats(draw: st.DrawFn) -> Call:
     leading, width = x.content.shape[:-1], x.content.shape[-1]
     known = {k: v for k, v in NUMBERS.items() if k != "reduction"}
     known["mask"] = per_row(leading)["mask"]
+    known["fields"] = st.lists(st.sampled_from(fusedkl.TokenStats._fields), max_size=3)
     chosen = draw(options(known))
     if draw(st.booleans()):
         chosen["token_ids"] = draw(ids(leading, width))
-    return Call(public("token_stats"), "token_stats", [x, y], chosen)
+    rows = [x] if draw(st.integers(0, 3)) == 0 else [x, y]
+    # Log-probabilities, and so their difference, are known to 1e-6.
+    return Call(public("token_stats"), "token_stats", rows, chosen, floor=1e-6)
 
 
 @st.composite
@@ -118,7 +122,9 @@ def distillation_loss(draw: st.DrawFn) -> Call:
         "ce_weight": st.sampled_from([0.0, 0.3, 1.0]),
         "label_smoothing": st.sampled_from([0.0, 0.1]),
         "scale_t2": st.booleans(),
-        "kind": st.sampled_from(["forward_kl", "reverse_kl", "jeffreys"]),
+        "kind": st.sampled_from([k for k in divergences.DIVERGENCES if k != "renyi"]),
+        "softcap": NUMBERS["softcap"],
+        "valid_vocab": NUMBERS["valid_vocab"],
         "mask": per_row(leading)["mask"],
         "weight": per_row(leading)["weight"],
     }
@@ -153,10 +159,22 @@ HEADS = 1e-5
 @st.composite
 def linear_divergence(draw: st.DrawFn) -> Call:
     drawn, known = draw(heads())
-    known |= {"kind": st.sampled_from(["forward_kl", "reverse_kl", "jeffreys"])}
-    known |= {"reduction": REDUCTIONS}
+    leading, width = drawn[0].content.shape[:-1], drawn[1].content.shape[0]
+    known |= {"kind": st.sampled_from([k for k in divergences.DIVERGENCES if k != "renyi"])}
+    known |= {"reduction": REDUCTIONS, "token_weight": per_row(leading)["weight"]}
+    chosen = draw(options(known))
+    dtype = drawn[0].content.dtype
+    for name in ("bias", "ref_bias"):
+        if draw(st.integers(0, 3)) == 0:
+            chosen[name] = Laid(torch.linspace(-1, 1, width, dtype=dtype), "plain", True)
+    if draw(st.integers(0, 3)) == 0:
+        chosen |= {"labels": draw(ids(leading, width)), "ce_weight": 0.3}
+    if draw(st.integers(0, 3)) == 0 and not chosen.keys() & {"ref_bias"}:
+        drawn = drawn[:2]
+        logits = draw(contents((*leading, width), finite=True))
+        chosen["ref_logits"] = Laid(logits.to(dtype), "plain", True)
     name = "linear_divergence"
-    return Call(public(name), name, drawn, draw(options(known)), floor=HEADS)
+    return Call(public(name), name, drawn, chosen, floor=HEADS)
 
 
 @st.composite

@@ -36,6 +36,12 @@ def logits(dtype: torch.dtype = torch.float32, *shape: int) -> tuple[Tensor, Ten
     return x.clone().requires_grad_(), y.clone()
 
 
+def padded(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a vocabulary whose last tokens neither row has."""
+    a, b = (torch.cat((t.detach(), t.new_full((*t.shape[:-1], 7), -torch.inf)), -1) for t in (x, y))
+    return a.requires_grad_(), b
+
+
 class Calls:
     """How often the fused kernels ran."""
 

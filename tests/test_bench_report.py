@@ -127,6 +127,38 @@ def test_the_page_in_a_browser(found: Any, tmp_path: Path) -> None:
     assert len(seen["broken"]) >= 5 and seen["errors"]
 
 
+def measured(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "run.py", "--suite", "quick", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.full
+def test_a_small_run_by_model_and_its_page(tmp_path: Path) -> None:
+    """`make bench`, smaller: everything is measured, judged, drawn, and opens in a browser."""
+    measured("--models", "--out", str(tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["entries"]) > 20
+    assert not any(e["wrong"] for e in results["entries"] if e["contender"].startswith("fusedkl"))
+    assert "fusedkl" in (tmp_path / "out" / "report.md").read_text()
+    if CHROMIUM is not None:
+        seen = visit(tmp_path / "out", "report.html", tmp_path)
+        assert seen == {"errors": [], "broken": [], "foreign": []}
+
+
+@pytest.mark.full
+def test_a_small_run_on_this_cpu(tmp_path: Path) -> None:
+    """`make bench-cpu`, smaller: the jobs run, and what they measure is right."""
+    path = tmp_path / "found.json"
+    jobs = ("accuracy", "forward", "backward-huge", "family", "inputs", "growth", "threads")
+    measured("--device", "cpu", "--out", str(path), "--only", ",".join(jobs))
+    found = json.loads(path.read_text())
+    assert not found["failed_jobs"] and len(found["results"]) > 30
+    assert not [r for r in found["results"] if r["wrong"]]
+
+
 @pytest.mark.full
 def test_pytest_benchmark_runs_the_suite(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")

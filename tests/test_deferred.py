@@ -19,6 +19,7 @@ from patch_cases import (  # noqa: F401 (fixtures)
     both,
     logits,
     nothing_left_behind,
+    padded,
     poisoned_memory,
 )
 from test_memory import peak
@@ -77,6 +78,15 @@ def test_three_dims_and_shifted_slices(calls: Calls) -> None:
 
     agree(both(loss, x, y), 1e-5)
     assert calls.fused == 1
+
+
+def test_tokens_that_neither_row_has() -> None:
+    """NaN in torch (0 times inf - inf); patched, that of the tokens that there are."""
+    x, y = logits()
+    wanted = LOSSES["batchmean"](x.double(), y.double()).item()
+    (plain, _), (patched, (gradient, _)) = both(LOSSES["batchmean"], *padded(x, y))
+    assert plain.isnan() and patched.item() == pytest.approx(wanted, rel=1e-5)
+    assert gradient is not None and gradient.isfinite().all() and not gradient[:, V:].any()
 
 
 UNFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,6 +1,6 @@
 """The demo's own logic: agreement, table, batches, peak memory, and what it says when it fails.
 
-The training itself is not run here.
+The training itself is run for a few steps in `make test-full`.
 """
 
 from __future__ import annotations
@@ -150,6 +150,24 @@ def test_the_command_fails_when_the_curves_differ(
     else:
         assert (done.returncode, done.stderr) == (0, "")
         assert "The curves agree" in done.stdout
+
+
+@pytest.mark.full
+def test_a_few_steps_of_the_real_thing(demo: Any, tmp_path: Path) -> None:
+    """What `make demo` runs, with its own settings but for the number of steps."""
+    try:
+        demo.model.check(demo.model.SPECS["smollm2"])
+    except demo.model.MissingPackage as missing:
+        pytest.skip(str(missing))
+    command = [sys.executable, DEMO / "run.py", "--steps", "3"]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "The curves agree" in done.stdout
+    results = json.loads((tmp_path / "demo-smollm2.json").read_text())["results"]
+    assert [len(result["loss"]) for result in results] == [3, 3, 3]
+    assert results[0]["loss"][0] != results[0]["loss"][2]
+    assert results[2]["loss_seconds"] < results[0]["loss_seconds"]
+    assert (tmp_path / "demo-smollm2.png").read_bytes().startswith(b"\x89PNG")
 
 
 def encode(text: str) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inductor_cases import FORMS, MARKS, N, V, Written, compiled, gradients, inputs, product
+from patch_cases import padded
 from torch import Tensor
 
 import fusedkl
@@ -328,6 +329,17 @@ def test_rows_masked_for_their_temperature() -> None:
     found = compiled(temperature_of_zero_in_a_masked_row)(x, y, mask)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
     assert len(fusedkl.inductor.report().rewritten) == 1
+
+
+def test_tokens_that_neither_row_has() -> None:
+    """NaN in torch (0 times inf - inf); rewritten, that of the tokens that there are."""
+    x, y, mask = inputs()
+    wanted = row_loss(x.detach().double(), y.double(), mask)
+    given = padded(x, y)
+    found, (gradient, _, _) = gradients(compiled(row_loss), *given, mask)
+    assert row_loss(*given, mask).isnan().all()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    assert gradient is not None and gradient.isfinite().all() and not gradient[:, V:].any()
 
 
 def over_another_dim(x: Tensor, y: Tensor, _: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "kl per token": (lambda: adaptive(1, 1).update(L, 1), ValueError, r"kl .* got shape \[2, 3\]"),
     "steps": (lambda: adaptive(1, 1, 10).update(1, 50), ValueError, "steps .* 50 at horizon 10"),
     "state": (lambda: adaptive(1, 1).load_state_dict({"beta": 1.0}), ValueError, "got .'beta'."),
+    "state of 0": (lambda: adaptive(1, 1).load_state_dict({"coef": 0.0}), ValueError, "got 0.0"),
     "bits": (lambda: fusedkl.nats_to_bits("1"), TypeError, "nats must be a number; got str"),  # type: ignore[call-overload]
 }  # fmt: skip
 

@@ -276,6 +276,9 @@ def test_a_policy_with_nothing_outside(backend: str) -> None:
         assert bool((found == expected).all() if expected else found.isfinite().all())
         (slope,) = torch.autograd.grad(found.sum(), x)
         assert bool(slope.isfinite().all()) and not slope[outside].any()
+        if expected:  # as of any infinite divergence: p - q
+            apart = x.detach().softmax(-1).gather(-1, ids) - short.exp()
+            torch.testing.assert_close(slope.gather(-1, ids), apart.float(), rtol=1e-4, atol=1e-6)
         found = fusedkl.topk_divergence(x, ids, whole, kind, backend=backend)
         renormalized = fusedkl.topk_divergence(
             x, ids, whole, kind, tail="renormalize", backend=backend
