@@ -222,7 +222,7 @@ def composed_gradients(
         raise RuntimeError("fusedkl: the result of torch.func.vjp is not differentiable; nest vjp")
     if not values.requires_grad:  # no field reads the row that wants a gradient
         none = [
-            torch.zeros_like(t) if needed else None
+            torch.zeros_like(t) if needed and t is not None else None
             for t, needed in zip((x, y), ctx.needs_input_grad[:2], strict=True)
         ]
         return none[0], none[1]

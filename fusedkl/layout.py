@@ -58,7 +58,7 @@ def row_parts(*tensors: Tensor) -> Iterator[Any]:
             pass
     if first.dim() == 2:
         size = _BLOCK if first.device.type == "cpu" else _DEVICE_BLOCK
-        for part in blocks(*first.shape, size):
+        for part in blocks(first.shape[0], first.shape[1], size):
             yield (part, *(t[part] for t in tensors))
         return
     inner = first[0].numel() // first.shape[-1] if first.shape[0] else 0
