@@ -69,10 +69,14 @@ CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
 
 def find_toolkit() -> str | None:
     """The folder of a CUDA toolkit that is whole; PyTorch takes a wrapper on the path for one."""
+    import torch
+
     named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     on_path = shutil.which("nvcc")
     behind = os.path.dirname(os.path.dirname(os.path.realpath(on_path))) if on_path else None
-    for home in (*named, behind, "/usr/local/cuda"):
+    # nvcc's packages from PyPI lie beside PyTorch
+    packages = os.path.join(os.path.dirname(torch.__path__[0]), "nvidia", "cu13")
+    for home in (*named, behind, "/usr/local/cuda", packages):
         parts = ("bin/nvcc", "include/cuda_runtime.h")
         if home and all(os.path.isfile(os.path.join(home, part)) for part in parts):
             return home
@@ -115,6 +119,20 @@ def compile_flags() -> list[str]:
     return [*define, *optimise, *WATCH, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
 
 
+def runtime_folders() -> list[str]:
+    """Where the linker finds libcudart.so, which PyPI's package has by its versioned name alone."""
+    found = glob.glob(os.path.join(os.environ["CUDA_HOME"], "lib", "libcudart.so.*"))
+    if not found:
+        return []
+    folder = os.path.abspath(os.path.join("build", "cudart"))
+    os.makedirs(folder, exist_ok=True)
+    link = os.path.join(folder, "libcudart.so")
+    if os.path.lexists(link):
+        os.remove(link)
+    os.symlink(found[0], link)
+    return [folder]
+
+
 def cuda_library() -> Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
@@ -126,6 +144,7 @@ def cuda_library() -> Extension:
         "fusedkl._C_cuda",
         CUDA_SOURCES,
         include_dirs=[os.path.abspath("csrc")],
+        library_dirs=runtime_folders(),
         depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
         extra_compile_args={
             "cxx": [*compile_flags(), "-DUSE_CUDA"],

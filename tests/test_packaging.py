@@ -68,6 +68,22 @@ def test_sources_are_listed_once_and_exist() -> None:
     assert sorted(listed) == sorted([*there, *both_libraries])
 
 
+def test_the_runtime_of_pypi_is_linked(tmp_path: Path) -> None:
+    """Its package has libcudart.so by a versioned name alone, which no linker looks for."""
+    home = tmp_path / "cu13"
+    (home / "lib").mkdir(parents=True)
+    (home / "lib" / "libcudart.so.13").write_bytes(b"a library")
+    text = (ROOT / "setup.py").read_text()
+    (function,) = re.findall(r"^def runtime_folders.*?(?=^def )", text, re.DOTALL | re.MULTILINE)
+    script = f"import glob, os\n{function}\nprint(*runtime_folders(), sep='|')"
+    for _ in range(2):  # a second build finds the link of the first
+        folder = run(sys.executable, "-c", script, cwd=tmp_path, CUDA_HOME=str(home)).strip()
+        assert (Path(folder) / "libcudart.so").read_bytes() == b"a library"
+    # a toolkit's folder needs nothing
+    empty = run(sys.executable, "-c", script, cwd=tmp_path, CUDA_HOME=str(tmp_path))
+    assert empty.strip() == ""
+
+
 @pytest.mark.slow
 def test_without_the_compiled_library(tmp_path: Path) -> None:
     """The Python files alone import, say what is missing, and compute."""
