@@ -5,6 +5,8 @@
                                             docs/gpu.md
 
 Objects are kept in build/cuda_library, so a second run only links. Needs a whole CUDA toolkit.
+The results' file has the digest of the sources: while they are these, `make test-full` takes its
+word and builds nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +32,22 @@ RESULTS, PAGE = ROOT / "bench" / "results" / "cuda-library.json", ROOT / "docs" 
 BEGIN, END = "<!-- library:begin -->\n", "<!-- library:end -->\n"
 OBJECTS = ROOT / "build" / "cuda_library"
 MOST_BYTES, AIM_BYTES = 12 << 20, 6 << 20
+
+# Work in double, a block or a thread per row: no hot loop. All others keep everything in registers.
+DOUBLE = re.compile(r"merge_kernel|prepare_kernel|finish_kernel|topk_")
+MOST_STACK_BYTES = 200
+
+# Loads the library beside the package that is there, and asks what it has.
+_LOADS = """
+import sys, torch, fusedkl
+from fusedkl import _library, topk_ops
+torch.ops.load_library(sys.argv[1])
+names = [*_library.OPERATORS, *topk_ops.ARGUMENTS]
+lacking = [name for name in names if not _library.has_kernel(f"_{name}", "CUDA")]
+assert not lacking, lacking
+x = torch.randn(2, 9)
+assert float(fusedkl.forward_kl(x, x).sum()) == 0
+"""
 
 # setup.py's own build, of this library alone.
 _BUILD = """
@@ -73,6 +91,36 @@ def targets(library: Path) -> dict[str, list[str]]:
     return found
 
 
+def sources() -> str:
+    """A digest of what the library is made of, and how."""
+    csrc = ROOT / "csrc"
+    files = [*nvcc.sources(csrc / "cuda", csrc), csrc / "cpu" / "family_series.cpp"]
+    return nvcc.digest([*files, ROOT / "setup.py"], [])
+
+
+def recorded() -> dict[str, Any] | None:
+    """The results' file, if it is of these sources."""
+    content: dict[str, Any] = json.loads(RESULTS.read_text())
+    return content if content.get("sources") == sources() else None
+
+
+def load(library: Path) -> None:
+    """Without a GPU: every operator has its kernel; the error is what was said otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADS, library],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+
+
+def spilling(stacks: dict[str, int]) -> dict[str, int]:
+    """The kernels of a target that have more on the stack than they may."""
+    return {k: n for k, n in stacks.items() if n > MOST_STACK_BYTES * bool(DOUBLE.search(k))}
+
+
 def stack_bytes(library: Path) -> dict[str, dict[str, int]]:
     """Of every kernel, by target: where nothing spills and no array is indexed, it is 0."""
     found: dict[str, dict[str, int]] = {}
@@ -102,6 +150,8 @@ def compile_seconds() -> float:
 def facts(library: Path) -> dict[str, Any]:
     """What the results' file has."""
     home = nvcc.toolkit("bin/nvcc", "include/cuda_runtime.h")
+    load(library)
+    stacks = stack_bytes(library)
     return {
         "command": "python bench/cuda_library.py --write",
         "commit": machine.commit(),
@@ -109,7 +159,10 @@ def facts(library: Path) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "nvcc": nvcc.version(home) if home else "none"},
         "bytes": library.stat().st_size,
         "targets": targets(library),
+        "kernels": {target: len(of) for target, of in stacks.items()},
+        "spilling": {target: found for target, of in stacks.items() if (found := spilling(of))},
         "compile_seconds": compile_seconds(),
+        "sources": sources(),
     }
 
 
