@@ -1,4 +1,4 @@
-"""The steps of RL and distillation: token statistics, JSD, and how right each divergence is."""
+"""The steps of RL and distillation: statistics, JSD, a softcap; how right each divergence is."""
 
 from __future__ import annotations
 
@@ -72,6 +72,19 @@ def generalized_jsd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return formulas.jsd(student, teacher, formulas.as_is).mean()
 
 
+SOFTCAP = 30.0  # of Gemma 2
+
+
+def capped_kl(policy: Tensor, reference: Tensor) -> Tensor:
+    """The KL of logits under a softcap, in fp32."""
+    x, y = (SOFTCAP * torch.tanh(formulas.upcast(t) / SOFTCAP) for t in (policy, reference))
+    return formulas.forward_kl(x, y, formulas.as_is).mean()
+
+
+def our_capped_kl(policy: Tensor, reference: Tensor) -> Tensor:
+    return fusedkl.forward_kl(policy, reference, softcap=SOFTCAP, reduction="mean")
+
+
 def our_jsd(policy: Tensor, reference: Tensor) -> Tensor:
     return fusedkl.jsd(policy, reference, reduction="mean")
 
@@ -116,7 +129,7 @@ def _emit(reporter: Reporter, goal: str, problem: Problem, result: Comparison, n
 
 
 def run_steps(reporter: Reporter, settings: Settings) -> None:
-    """Forward + backward of a GRPO step and of JSD against the compiler and eager."""
+    """Forward + backward of a GRPO step, JSD and a softcap against the compiler and eager."""
     vocabulary = max(cases.vocabularies(settings.quick).values())
     rows = cases.rows_for(vocabulary, torch.bfloat16, settings.quick)
     problem = cases.make(NARROW, vocabulary, rows, "bf16")
@@ -144,6 +157,16 @@ def run_steps(reporter: Reporter, settings: Settings) -> None:
         mixture_jsd,
         generalized_jsd_loss,
         _right(our_jsd, problem)(generalized_jsd_loss),
+    )
+    _versus(
+        reporter,
+        settings,
+        problem,
+        "softcap",
+        our_capped_kl,
+        capped_kl,
+        capped_kl,
+        _right(our_capped_kl, problem)(capped_kl),
     )
     _statistics(reporter, settings, problem, ids)
 

@@ -166,6 +166,12 @@ GOALS: dict[str, Goal] = {
     "grpo_eager": _faster("GRPO step statistics, forward + backward vs eager", 8.0, 20.0),
     "jsd_compile": _faster("jsd, forward + backward vs torch.compile", 3.0, 6.0),
     "jsd_eager": _faster("jsd, forward + backward vs TRL's operators", 20.0, 50.0),
+    "softcap_compile": Goal(
+        "forward_kl of capped logits, forward + backward vs torch.compile", higher_is_better=True
+    ),
+    "softcap_eager": Goal(
+        "forward_kl of capped logits, forward + backward vs eager", higher_is_better=True
+    ),
     "token_stats": Goal("token_stats with every field vs forward_kl", 1.8, 1.3),
     "flatness": Goal("cost per pair, dearest shape vs cheapest, >= 100k pairs", 1.5, 1.1),
     "call_cost": Goal("fixed cost of a call (1 x 1024)", unit="us"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import oracle
 import pytest
 import torch
@@ -98,6 +100,43 @@ def test_softcap_and_scale(backend: str, dtype: torch.dtype, sigma: float) -> No
         expected = torch.autograd.grad(true.sum(), (u, v))
         for a, b in zip(found, expected, strict=True):
             assert oracle.relative_l2(a, b) <= oracle.GRADIENT_TOLERANCE[dtype], kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap_of_what_is_no_ordinary_logit(backend: str, dtype: torch.dtype) -> None:
+    """Logits beyond any cap are at it; NaN stays NaN, and one-sided support infinite."""
+    y = 3 * torch.randn(7, 300)
+    x = y + 0.1 * torch.randn(7, 300)
+    x[0, 5], x[1, 5], x[2, 5], x[3, 5] = torch.inf, 1e38, torch.nan, -torch.inf
+    y[4, 5] = -torch.inf
+    x[5], y[5] = 1e4, 1e4 + torch.arange(300)  # all at the cap: equal
+    x[6, 7], y[6, 7] = -1e35, -1e38
+    x, y = x.to(dtype), y.to(dtype)
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        for cap in (20.0, 1e-5, 1e8):
+            found, true = (
+                fusedkl.divergence(a, b, kind, softcap=cap, backend=name)
+                for a, b, name in ((x, y, backend), (x.double(), y.double(), "reference"))
+            )
+            torch.testing.assert_close(
+                found.double(), true, rtol=1e-5, atol=1e-9, equal_nan=True, msg=f"{kind}, {cap}"
+            )
+
+
+def test_softcap_is_not_taken_in_double() -> None:
+    """Which costs a hundred times as much as the same rows without a cap."""
+    policy, reference = torch.randn(2, 4, 30_000)
+
+    def seconds(softcap: float | None) -> float:
+        times = []
+        for _ in range(5):
+            leaf = policy.clone().requires_grad_()
+            begin = time.process_time()
+            fusedkl.forward_kl(leaf, reference, softcap=softcap, reduction="sum").backward()
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    assert seconds(30.0) < 40 * seconds(None)
 
 
 def test_softcap_of_statistics_and_masks(backend: str) -> None:

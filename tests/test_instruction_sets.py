@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def test_numbers_of_divergences(dtype: torch.dtype, width: int, holes: str) -> N
         for a, b in zip(divergences(*spoilt, kind, backend="cpu", mask=mask), whole, strict=True):
             assert torch.equal(a[::2].nan_to_num(7), b[::2].nan_to_num(7))
             assert torch.equal(a[1], torch.zeros_like(a[1]))
+
+
+@pytest.mark.parametrize("holes", ["none", "both", "policy"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [d for d in cases.DTYPES if d != torch.float64], ids=str)
+def test_numbers_under_a_softcap(dtype: torch.dtype, width: int, holes: str) -> None:
+    """Caps from nearly the identity to one that most logits have reached, at any temperature."""
+    policy, reference = rows(width, holes, dtype)
+    temperature = torch.tensor([0.7, 1.0, 2.5])
+    for softcap, kind in itertools.product((1.0, 8.0, 1e3), ("jeffreys", "jsd", "tvd")):
+        options = {"softcap": softcap, "temperature": temperature}
+        found = divergences(policy, reference, kind, backend="cpu", **options)
+        exact = policy.double(), reference.double()
+        true = divergences(*exact, kind, backend="reference", **options)
+        error = oracle.relative_error(found[0], true[0], 1e-12)
+        assert error <= oracle.VALUE_TOLERANCE[found[0].dtype], f"{kind}, {softcap}: {error:.1e}"
+        for a, b in zip(found[1:], true[1:], strict=True):
+            error = oracle.relative_l2(a, b, 2.0**10 * 1e-9)
+            assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {kind}, {softcap}: {error:.1e}"
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -81,7 +81,15 @@ SIMD_INLINE vf exact_difference(vf x, vf y, vf hi, vf lo) {
 template <DType D>
 SIMD_INLINE vf centred_difference(vf x, vf y, vf hi, vf lo) {
   if constexpr (D == DType::f32) return exact_difference(x, y, hi, lo);
+  if constexpr (D == DType::apart) return (x - hi) - lo;
   return (x - y) - hi;
+}
+
+// The policy's logit, of what stands in its place: NaN where neither row has the token.
+template <DType D>
+SIMD_INLINE vf policy_logit(vf x, vf y) {
+  if constexpr (D == DType::apart) return select(equal(y, set1(-INFINITY)), y, x + y);
+  return x;
 }
 
 // Long rows come from memory, and their arithmetic leaves the hardware's own prefetcher little room: ask for the lines
@@ -90,7 +98,7 @@ constexpr int64_t kPrefetchBytes = 2048;
 
 template <DType D>
 SIMD_INLINE void prefetch_step(const void* base, int64_t i) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   const char* const line = static_cast<const char*>(base) + i * kSize + kPrefetchBytes;
   for (int64_t b = 0; b < kStep * kSize; b += 64) __builtin_prefetch(line + b);
 }
@@ -105,13 +113,13 @@ SIMD_INLINE void sweep(const void* x, const void* y, int64_t n, Step step) {
     vf x0, x1, y0, y1;
     prefetch_step<D>(x, i);
     prefetch_step<D>(y, i);
-    load2<D>(x, i, x0, x1);
-    load2<D>(y, i, y0, y1);
+    load2<stored(D)>(x, i, x0, x1);
+    load2<stored(D)>(y, i, y0, y1);
     step(0, x0, y0, one, false);
     step(1, x1, y1, one, false);
   }
   if (i == n) return;
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   alignas(64) unsigned char tx[kStep * kSize], ty[kStep * kSize];
   alignas(64) float lane_of[kStep];
   for (int k = 0; k < kStep; k++) {
@@ -124,13 +132,13 @@ SIMD_INLINE void sweep(const void* x, const void* y, int64_t n, Step step) {
   alignas(64) unsigned char flags[kStep * kSize];
   for (int k = 0; k < kStep; k++) {
     const uint16_t one16 = D == DType::bf16 ? 0x3f80 : 0x3c00, flag = lane_of[k] != 0 ? one16 : 0;
-    if constexpr (D == DType::f32) memcpy(flags + k * 4, lane_of + k, 4);
+    if constexpr (kSize == 4) memcpy(flags + k * 4, lane_of + k, 4);
     else memcpy(flags + k * 2, &flag, 2);
   }
   vf x0, x1, y0, y1, k0, k1;
-  load2<D>(tx, 0, x0, x1);
-  load2<D>(ty, 0, y0, y1);
-  load2<D>(flags, 0, k0, k1);
+  load2<stored(D)>(tx, 0, x0, x1);
+  load2<stored(D)>(ty, 0, y0, y1);
+  load2<stored(D)>(flags, 0, k0, k1);
   step(0, x0, y0, k0, true);
   step(1, x1, y1, k1, true);
 }
@@ -165,7 +173,7 @@ static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame
     if (tail) w = w * keep;
     vf v = centred_difference<D>(xv, yv, hi, lo);
     if constexpr (MASKED) {
-      const vm present = mask_not(mask_and(equal(xv, absent), equal(yv, absent)));
+      const vm present = mask_not(mask_and(equal(policy_logit<D>(xv, yv), absent), equal(yv, absent)));
       v = zero_unless(present, v);
       t = zero_unless(present, t);
     }
@@ -221,7 +229,7 @@ static BlockSums split_block(const void* x, const void* y, int64_t n, const Fram
     if (tail) w = w * keep;
     vf u = centred_difference<D>(xv, yv, hi, lo) * inv_t;
     if constexpr (MASKED) {
-      const vm present = mask_not(mask_and(equal(xv, absent), equal(yv, absent)));
+      const vm present = mask_not(mask_and(equal(policy_logit<D>(xv, yv), absent), equal(yv, absent)));
       u = zero_unless(present, u);
       t = zero_unless(present, t);
     }
@@ -248,10 +256,15 @@ static BlockSums split_block(const void* x, const void* y, int64_t n, const Fram
 }
 
 template <DType D>
-static float max_block(const void* x, int64_t n) {
+static float max_policy(const void* x, const void* y, int64_t n) {
   vf m[2] = {set1(-INFINITY), set1(-INFINITY)};
-  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf, bool) STEP_INLINE { m[group] = max2(xv, m[group]); });
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf, bool) STEP_INLINE { m[group] = max2(policy_logit<D>(xv, yv), m[group]); });
   return max_lanes(max2(m[0], m[1]));
+}
+
+template <DType D>
+static float max_block(const void* x, int64_t n) {
+  return max_policy<D>(x, x, n);
 }
 
 // ---- the careful sweeps: both rows weighed on their own scale, nothing can overflow, any support
@@ -317,7 +330,7 @@ static CarefulSums careful_block(const void* x, const void* y, int64_t n, const 
           sum_lanes(far_y), sum_lanes(far_xu), sum_lanes(far_yu), any(one_sided_x), any(one_sided_y)};
 }
 
-// ---- one row alone
+// ---- one row alone, the policy's; of the other one, only what apart rows need
 
 // Sums about the largest logit so far; `max` tells where a block has a larger one and must be done again.
 struct WeightSum {
@@ -326,14 +339,15 @@ struct WeightSum {
 };
 
 template <DType D>
-static WeightSum weight_block(const void* x, int64_t n, float log2e_t, float about) {
+static WeightSum weight_block(const void* x, const void* y, int64_t n, float log2e_t, float about) {
   const vf log2e = set1(log2e_t), m = set1(about);
   vf s[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
-  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool tail) STEP_INLINE {
-    vf w = exp2_lanes((xv - m) * log2e);  // exactly 1 at the maximum
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    const vf logit = policy_logit<D>(xv, yv);
+    vf w = exp2_lanes((logit - m) * log2e);  // exactly 1 at the maximum
     if (tail) w = w * keep;
     s[group] = s[group] + w;
-    top[group] = max2(xv, top[group]);
+    top[group] = max2(logit, top[group]);
   });
   return {sum_lanes(s[0] + s[1]), max_lanes(max2(top[0], top[1]))};
 }
@@ -343,17 +357,18 @@ struct BlockEntropy : EntropySums {
 };
 
 template <DType D>
-static BlockEntropy entropy_block(const void* x, int64_t n, float log2e_t, float inv_t, float about) {
+static BlockEntropy entropy_block(const void* x, const void* y, int64_t n, float log2e_t, float inv_t, float about) {
   const vf log2e = set1(log2e_t), m = set1(about), large = set1(0x1p100f);
   vf rest[2] = {set1(0.f), set1(0.f)}, gap[2] = {set1(0.f), set1(0.f)}, top[2] = {set1(-INFINITY), set1(-INFINITY)};
   vf ties[2] = {set1(0.f), set1(0.f)};
-  sweep<D>(x, x, n, [&](int group, vf xv, vf, vf keep, bool) STEP_INLINE {
-    const vm tie = equal(xv, m);
-    const vf down = xv - m, w = exp2_lanes(down * log2e) * keep;
+  sweep<D>(x, y, n, [&](int group, vf xv, vf yv, vf keep, bool) STEP_INLINE {
+    const vf logit = policy_logit<D>(xv, yv);
+    const vm tie = equal(logit, m);
+    const vf down = logit - m, w = exp2_lanes(down * log2e) * keep;
     ties[group] = ties[group] + zero_unless(tie, keep);
     rest[group] = rest[group] + zero_unless(mask_not(tie), w);
     gap[group] = fma(w, min2(large, set1(0.f) - down), gap[group]);  // -inf: 0 * 2^100
-    top[group] = max2(xv, top[group]);
+    top[group] = max2(logit, top[group]);
   });
   BlockEntropy out;
   out.ties = sum_lanes(ties[0] + ties[1]);

@@ -5,9 +5,11 @@
 
 namespace fusedkl {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+// apart, inside kernels only: two rows of float, of which the policy's is given by how far it is from the reference's.
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, apart = 4 };
 
-static inline int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+static constexpr DType stored(DType d) { return d == DType::apart ? DType::f32 : d; }
+static constexpr int64_t size_of(DType d) { return d == DType::f64 ? 8 : stored(d) == DType::f32 ? 4 : 2; }
 
 static inline float bits_to_float(uint32_t v) {
   float f;

@@ -51,7 +51,7 @@ static double sum_block(const float* v, int64_t n) {
 // of the logits less the first one: a common offset must not cost their digits
 template <DType D>
 static double logit_sum_row(const void* x, int64_t n) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   const float first = load_float<D>(x, 0), about = first - first == 0 ? first : 0.f;
   double total = 0;
   for (int64_t i = 0; i < n; i += kBlock) {

@@ -48,14 +48,15 @@ struct FamilyFrame {
   template <DType D, Family F>
   __attribute__((always_inline)) FamilyToken<LaneOps> token(vf x, vf y) const {
     const vf absent = set1(-INFINITY), zero = set1(0.f);
-    const vm no_x = equal(x, absent), no_y = equal(y, absent), neither = mask_and(no_x, no_y);
+    const vf own = policy_logit<D>(x, y);
+    const vm no_x = equal(own, absent), no_y = equal(y, absent), neither = mask_and(no_x, no_y);
     const vf far = LaneOps::set(farthest(F));
     vf l = gradient_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t;
     l = zero_unless(mask_not(neither), select(no_x, zero - far, select(no_y, far, l)));
     const vf v = min2(far, abs1(l));
     const vm policy_big = mask_not(not_above(l, zero));
     const Split e = split_exponential(zero - min2(LaneOps::set(kFarthest), v));
-    const vf exponent = fma_exact(select(policy_big, x, y), f.log2e, select(policy_big, f.shift_x, f.shift_y));
+    const vf exponent = fma_exact(select(policy_big, own, y), f.log2e, select(policy_big, f.shift_x, f.shift_y));
     const vf weight = select(policy_big, f.weight_x, f.weight_y);
     return {policy_big,
             select(policy_big, v, zero - v),
@@ -95,7 +96,7 @@ struct NearToken {
 
 template <DType D, Family F, bool MEND>
 static FamilySums family_row(const GradientJob& job) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   constexpr bool kNearPath = F != Family::tvd && !MEND;
   const FamilyFrame frame(job);
   const GradientFrame& f = frame.f;
@@ -164,7 +165,7 @@ static void family_gradient_row(const GradientJob& job) {
   const vf value = LaneOps::set(gradient_value(job.kind, job.state)), absent = set1(-INFINITY);
   const bool alone = g.mass != 0 || g.uniform != 0;
   constexpr bool kNearPath = F != Family::tvd;
-  constexpr bool kCoarse = D != DType::f32;
+  constexpr bool kCoarse = stored(D) != DType::f32;
   [[maybe_unused]] constexpr int kTerms = kCoarse ? kCoarseTerms : kSeriesTerms;
   [[maybe_unused]] constexpr int kFewTerms = kCoarse ? kCoarseCloseTerms : kCloseTerms;
   const SeriesLanes series(kNearPath ? family_gradient_series(job, kCoarse) : FamilySeries{}, series_reach(job.kind));
@@ -183,7 +184,7 @@ static void family_gradient_row(const GradientJob& job) {
     const FamilyToken<LaneOps> t = frame.token<D, F>(x, y);
     const auto terms = family_gradient_terms<F>(c, t, policy_mean, reference_mean, value);
     gx = to_policy * terms.policy;
-    if (alone) gx = gx + zero_unless(mask_not(equal(x, absent)), fma(mass, t.p(), uniform));
+    if (alone) gx = gx + zero_unless(mask_not(equal(policy_logit<D>(x, y), absent)), fma(mass, t.p(), uniform));
     gy = to_reference * terms.reference;
   };
   map_row<D>(job.x, job.y, job.gx, job.gy, job.n, [&](vf x0, vf x1, vf y0, vf y1, vf& a0, vf& a1, vf& b0, vf& b1) STEP_INLINE {
@@ -199,7 +200,7 @@ template <DType D>
 static void refine_slopes(GradientJob& job) {
   const FamilyFrame frame(job);
   const FamilyConstants<LaneOps> c(job.kind);
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   const vf policy_mean = LaneOps::set(job.state.policy_slope), reference_mean = LaneOps::set(job.state.reference_slope);
   double policy = 0, reference = 0;
   for (int64_t i = 0; i < job.n; i += kBlock) {
@@ -221,7 +222,7 @@ static void refine_slopes(GradientJob& job) {
 template <DType D>
 static void family_gradient(GradientJob job) {
   [[maybe_unused]] const FlushSubnormals scope;
-  const bool peaked = D == DType::f32 && (job.state.reference_log_sum < 0.7 || job.state.policy_log_sum < 0.7);
+  const bool peaked = stored(D) == DType::f32 && (job.state.reference_log_sum < 0.7 || job.state.policy_log_sum < 0.7);
   if (peaked && job.state.whole != 0 && job.kind.family == Family::mixture) refine_slopes<D>(job);
   family_switch(job.kind, [&](auto f) { family_gradient_row<D, decltype(f)::value>(job); });
 }

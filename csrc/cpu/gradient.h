@@ -11,15 +11,15 @@ namespace {
 // replace its own logits. The tail goes through a buffer: no instruction depends on where the row ends or is aligned.
 template <DType D, class Chunk>
 SIMD_INLINE void map_row(const void* x, const void* y, void* gx, void* gy, int64_t n, Chunk chunk) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     vf x0, x1, y0, y1, a0, a1, b0, b1;
-    load2<D>(x, i, x0, x1);
-    load2<D>(y, i, y0, y1);
+    load2<stored(D)>(x, i, x0, x1);
+    load2<stored(D)>(y, i, y0, y1);
     chunk(x0, x1, y0, y1, a0, a1, b0, b1);
-    if (gx) store2<D>(gx, i, a0, a1);
-    if (gy) store2<D>(gy, i, b0, b1);
+    if (gx) store2<stored(D)>(gx, i, a0, a1);
+    if (gy) store2<stored(D)>(gy, i, b0, b1);
   }
   if (i == n) return;
   const size_t bytes = static_cast<size_t>((n - i) * kSize);
@@ -27,15 +27,15 @@ SIMD_INLINE void map_row(const void* x, const void* y, void* gx, void* gy, int64
   memcpy(tx, static_cast<const char*>(x) + i * kSize, bytes);
   memcpy(ty, static_cast<const char*>(y) + i * kSize, bytes);
   vf x0, x1, y0, y1, a0, a1, b0, b1;
-  load2<D>(tx, 0, x0, x1);
-  load2<D>(ty, 0, y0, y1);
+  load2<stored(D)>(tx, 0, x0, x1);
+  load2<stored(D)>(ty, 0, y0, y1);
   chunk(x0, x1, y0, y1, a0, a1, b0, b1);
   if (gx) {
-    store2<D>(tx, 0, a0, a1);
+    store2<stored(D)>(tx, 0, a0, a1);
     memcpy(static_cast<char*>(gx) + i * kSize, tx, bytes);
   }
   if (gy) {
-    store2<D>(ty, 0, b0, b1);
+    store2<stored(D)>(ty, 0, b0, b1);
     memcpy(static_cast<char*>(gy) + i * kSize, ty, bytes);
   }
 }
@@ -71,8 +71,8 @@ static void forward_gradient_by(const GradientJob& job, const GradientFrame& f, 
       a0 = q0 * expm1_lanes(split_exponential(v0 * f.inv_t));
       a1 = q1 * expm1_lanes(split_exponential(v1 * f.inv_t));
     } else {
-      a0 = forward_far<D>(f, x0, q0, v0 * f.inv_t, scale);
-      a1 = forward_far<D>(f, x1, q1, v1 * f.inv_t, scale);
+      a0 = forward_far<D>(f, policy_logit<D>(x0, y0), q0, v0 * f.inv_t, scale);
+      a1 = forward_far<D>(f, policy_logit<D>(x1, y1), q1, v1 * f.inv_t, scale);
     }
   });
 }
@@ -81,7 +81,7 @@ template <DType D>
 static void forward_gradient(const GradientJob& job) {
   const GradientFrame f(job);
   const double weight = f.weight * job.gradient.forward;
-  if constexpr (D == DType::f32) {
+  if constexpr (stored(D) == DType::f32) {
     forward_gradient_by<D>(job, f, ScaledExpm1<6>(kPoly6, job.inv_t, weight), 1);
   } else if (job.state.forward_kl < 1e-3) {  // hardly a token of such a row is further off
     forward_gradient_by<D>(job, f, ScaledExpm1<2>(kCoarse2, job.inv_t, weight), 0.25);
@@ -99,7 +99,7 @@ struct Means {
 template <DType D>
 static void refine_means(const GradientJob& job, Means& m) {
   const GradientFrame f(job);
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   const vf absent = set1(-INFINITY);
   vf p_hi, p_lo, q_hi, q_lo;
   GradientFrame::splat_centre(m.policy, p_hi, p_lo);
@@ -111,8 +111,9 @@ static void refine_means(const GradientJob& job, Means& m) {
     sweep<D>(static_cast<const char*>(job.x) + i * kSize, static_cast<const char*>(job.y) + i * kSize,
              job.n - i < kBlock ? job.n - i : kBlock, [&](int group, vf x, vf y, vf keep, bool) STEP_INLINE {
                vf* const a = acc[group];
-               const vm both = mask_not(mask_or(equal(x, absent), equal(y, absent)));
-               const vf wx = zero_unless(both, exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * keep);
+               const vf own = policy_logit<D>(x, y);
+               const vm both = mask_not(mask_or(equal(own, absent), equal(y, absent)));
+               const vf wx = zero_unless(both, exp2_lanes(fma_exact(own, f.log2e, f.shift_x)) * keep);
                const vf wy = zero_unless(both, exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * keep);
                a[0] = a[0] + wx;
                a[1] = fma(wx, zero_unless(both, gradient_difference<D>(x, y, p_hi, p_lo)), a[1]);
@@ -128,8 +129,9 @@ static void refine_means(const GradientJob& job, Means& m) {
 // expm1(l) for |l| <= 1, as a store of D asks for it.
 template <DType D>
 SIMD_INLINE vf near_expm1(vf l) {
-  const float* const c = D == DType::f32 ? kPoly6 : kCoarse3;
-  constexpr int kDegree = D == DType::f32 ? 6 : 3;
+  constexpr bool kExact = stored(D) == DType::f32;
+  const float* const c = kExact ? kPoly6 : kCoarse3;
+  constexpr int kDegree = kExact ? 6 : 3;
   vf P = set1(c[kDegree]);
   for (int j = kDegree - 1; j >= 0; j--) P = fma(P, l, set1(c[j]));
   return fma(l * l, P, l);
@@ -156,20 +158,21 @@ static void general_gradient(const GradientJob& job, const Means& m) {
   auto excess_x = [&](vf x) STEP_INLINE { return bounded((x - f.max_x) * f.inv_t - f.log_sum_x) + H; };
   auto excess_y = [&](vf y) STEP_INLINE { return bounded((y - f.max_y) * f.inv_t - f.log_sum_y) + ref_H; };
   auto token = [&](vf x, vf y, vf& gx, vf& gy) STEP_INLINE {
-    const vm has_x = mask_not(equal(x, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
+    const vf own = policy_logit<D>(x, y);
+    const vm has_x = mask_not(equal(own, absent)), has_y = mask_not(equal(y, absent)), both = mask_and(has_x, has_y);
     const vf l = zero_unless(both, gradient_difference<D>(x, y, f.ratio_hi, f.ratio_lo) * f.inv_t);
     const vm near = mask_and(both, not_above(abs1(l), set1(kNear)));
     const vf q = exp2_lanes(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
     const Split e = split_exponential(zero_unless(near, l));
     vf moved = q * expm1_lanes(e), p = q * fma(e.s, e.q + e.r, e.s);  // p - q and p = q e^l, each without cancelling
     if (!all(near)) {
-      const vf own = exp2_lanes(fma_exact(x, f.log2e, f.shift_x)) * f.weight_x;
-      p = select(near, p, own);
-      moved = select(near, moved, own - q);
+      const vf far = exp2_lanes(fma_exact(own, f.log2e, f.shift_x)) * f.weight_x;
+      p = select(near, p, far);
+      moved = select(near, moved, far - q);
     }
     const vf above_p = zero_unless(both, bounded(gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t));  // l - R
     gx = fma(forward, moved, (p * above_p) * reverse);
-    if (alone) gx = fma(p * zero_unless(has_x, excess_x(x)), information, fma(p, mass, gx + uniform));
+    if (alone) gx = fma(p * zero_unless(has_x, excess_x(own)), information, fma(p, mass, gx + uniform));
     gx = select(has_x, gx, select(has_y, forward * moved, zero));
     if constexpr (REFERENCE) {
       const vf above_q = zero_unless(both, bounded(gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t));  // l + F
@@ -182,7 +185,7 @@ static void general_gradient(const GradientJob& job, const Means& m) {
     const vf q = exp2_for_store<D>(fma_exact(y, f.log2e, f.shift_y)) * f.weight_y;
     const vf moved = q * near_expm1<D>(v * f.inv_t), p = q + moved;
     vf slope = (gradient_difference<D>(x, y, p_hi, p_lo) * f.inv_t) * reverse;
-    if (alone) slope = fma(excess_x(x), information, slope + mass);
+    if (alone) slope = fma(excess_x(policy_logit<D>(x, y)), information, slope + mass);
     gx = fma(forward, moved, fma(p, slope, uniform));
     if constexpr (REFERENCE) {
       vf own = (gradient_difference<D>(x, y, q_hi, q_lo) * f.inv_t) * ref_forward;
@@ -254,13 +257,14 @@ static Lacking lacking(const GradientJob& job, bool slice) {
   const FiniteKls kl(s);
   // The forward sweep's maximum is that of a sample.
   auto peaked = [&] {
-    if (D != DType::f32) return false;  // 16-bit results round more than that
-    return max_block<D>(job.x, job.n) * job.inv_t - s.policy_max > s.policy_log_sum - 0.7 ||
-           max_block<D>(job.y, job.n) * job.inv_t - s.reference_max > s.reference_log_sum - 0.7;
+    if (stored(D) != DType::f32) return false;  // 16-bit results round more than that
+    return max_policy<D>(job.x, job.y, job.n) * job.inv_t - s.policy_max > s.policy_log_sum - 0.7 ||
+           max_block<stored(D)>(job.y, job.n) * job.inv_t - s.reference_max > s.reference_log_sum - 0.7;
   };
   const bool means = (job.gradient.reverse != 0 || job.gradient.ref_forward != 0) && (kl.F + kl.R > 0.02 || peaked());
   // A token with nearly all of both masses, which the sample has, and others so far apart that they make the divergence.
-  const bool one_token = D == DType::f32 && !slice && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
+  const bool one_token =
+      stored(D) == DType::f32 && !slice && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
   const bool ratio = kl.F > 0 && kl.F < 1e-3 && (one_token || ((slice || fabs(s.residual) > 10 * kl.F) && peaked()));
   return {means, ratio};
 }
@@ -281,8 +285,9 @@ static void set_ratio(RowState& s, const Means& m, double inv_t) {
 // gradient to the reference makes the mean of the differences of the log-ratio and the divergence, whose rounding must be in both.
 template <DType D>
 static bool set_ratio_by_masses(GradientJob& job) {
-  if constexpr (D == DType::f32) {
-    const RowState x = single_segment<D>(job.x, job.n, job.inv_t, true), y = single_segment<D>(job.y, job.n, job.inv_t, true);
+  if constexpr (stored(D) == DType::f32) {
+    const RowState x = policy_segment<D>(job.x, job.y, job.n, job.inv_t, true);
+    const RowState y = single_segment<DType::f32>(job.y, job.n, job.inv_t, true);
     if (fmax(x.policy_log_sum, y.policy_log_sum) < few_others(job.state.forward_kl)) {
       job.state.centre = (x.policy_max - y.policy_max) / job.inv_t;
       job.state.residual = x.policy_log_sum - y.policy_log_sum;

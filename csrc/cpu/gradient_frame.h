@@ -63,7 +63,7 @@ struct GradientFrame {
 template <DType D>
 SIMD_INLINE vf gradient_difference(vf x, vf y, vf hi, vf lo) {
   if constexpr (D == DType::f32) return exact_difference(x, y, hi, lo);
-  return ((x - y) - hi) - lo;
+  return ((D == DType::apart ? x : x - y) - hi) - lo;
 }
 
 // a logit masked at finfo.min must not become 0 * inf; NaN stays
@@ -71,7 +71,7 @@ SIMD_INLINE vf bounded(vf v) { return max2(set1(-FLT_MAX), min2(set1(FLT_MAX), v
 
 template <DType D>
 SIMD_INLINE vf exp2_for_store(vf t) {
-  if constexpr (D == DType::f32) return exp2_lanes(t);
+  if constexpr (stored(D) == DType::f32) return exp2_lanes(t);
   return exp2_coarse(t);
 }
 

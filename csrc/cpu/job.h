@@ -40,6 +40,19 @@ struct FamilySeries {
 FamilySeries family_sums_series(const FamilyKind& kind);
 FamilySeries family_gradient_series(const GradientJob& job, bool coarse);
 
+// Of rows under a softcap c, which are taken about their maxima (`max` on return, as it is under the cap). All that return a bool
+// say whether float could do it.
+struct SoftcapKernels {
+  bool (*pair)(float* x, float* y, int64_t n, double c, double& max);  // in place: the two rows become DType::apart
+  bool (*row)(float* x, int64_t n, double c, double& max);             // in place
+  bool (*divergence)(const void* d, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies, RowState& out);
+  void (*gradient)(GradientJob);
+  FamilySums (*family_sums)(const GradientJob&);
+  void (*family_gradient)(GradientJob);
+  // to = gradient times the slope at the logits, which it may replace
+  void (*store[3])(const float* gradient, const void* logits, void* to, int64_t n, double c);
+};
+
 // The kernels of one instruction set; arrays are indexed by DType (f32, bf16, f16).
 struct KernelTable {
   const char* isa;
@@ -58,6 +71,7 @@ struct KernelTable {
   void (*log_softmax)(float* logits, int64_t n, const RowState& state);                        // in place
   double (*sum)(const float* values, int64_t n);                                               // fixed order
   void (*log_softmax_gradient)(const float* output, float* grad, int64_t n, double grad_sum);  // in place in grad
+  SoftcapKernels softcap;
 };
 
 // The table of the best instruction set this machine and FUSEDKL_CPU_ISA allow; chosen once.

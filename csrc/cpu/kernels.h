@@ -5,6 +5,7 @@
 #include "gradient.h"
 #include "elementwise.h"
 #include "family_kernels.h"
+#include "softcap.h"
 // clang-format on
 
 #define FUSEDKL_KERNEL_TABLE(name)                                                                    \
@@ -22,4 +23,5 @@
    {narrow_block<DType::f32>, narrow_block<DType::bf16>, narrow_block<DType::f16>},                   \
    log_softmax_block,                                                                                 \
    sum_block,                                                                                         \
-   log_softmax_gradient_block}
+   log_softmax_gradient_block,                                                                        \
+   kSoftcapKernels}

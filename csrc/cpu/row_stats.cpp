@@ -52,10 +52,37 @@ ForwardCall::ForwardCall(const Tensor& policy_, const std::optional<Tensor>& ref
   state = torch::stable::new_empty(policy_, {rows, kStateColumns}, ScalarType::Double);
 }
 
-const float* Widened::fill(std::unique_ptr<float[]>& room, const void* from, DType d, int64_t n) {
+float* Widened::fill(std::unique_ptr<float[]>& room, const void* from, DType d, int64_t n) {
   if (!room) room.reset(new float[static_cast<size_t>(Segments(int64_t{1} << 40).size)]);
   kernels().widen[static_cast<int>(d)](from, room.get(), n);
   return room.get();
+}
+
+// A segment under a softcap: in float where that holds, else in double.
+static RowState capped_divergence(const Logits& x, const Logits& y, int64_t n, double inv_t, bool reverse, bool& entropies,
+                                  Widened& room) {
+  const SoftcapKernels& k = kernels().softcap;
+  float *const d = room.policy(x.data, x.dtype, n), *const about = room.reference(y.data, y.dtype, n);
+  RowState s;
+  double max;
+  if (k.pair(d, about, n, x.cap, max) && k.divergence(d, about, n, inv_t, reverse, entropies, s))
+    return about_maximum(s, -max, inv_t);
+  entropies = false;
+  return divergence_f64(x, y, n, inv_t);
+}
+
+static RowState capped_single(const Logits& x, int64_t n, double inv_t, bool entropy, Widened& room) {
+  float* const about = room.policy(x.data, x.dtype, n);
+  double max;
+  if (!kernels().softcap.row(about, n, x.cap, max)) return single_f64(x, n, inv_t);
+  return about_maximum(kernels().single[0](about, n, inv_t, entropy), -max, inv_t);
+}
+
+static double capped_sum(const Logits& x, int64_t n, Widened& room) {
+  float* const about = room.policy(x.data, x.dtype, n);
+  double max;
+  if (!kernels().softcap.row(about, n, x.cap, max)) return logit_sum(x, n);
+  return kernels().logit_sum[0](about, n) + max * static_cast<double>(n);
 }
 
 RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened& room) {
@@ -72,6 +99,7 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
     const DType dy = c.reference->dtype;
     const bool reverse = c.fields.reverse_kl >= 0;
     if (c.in_double(inv_t)) s = divergence_f64({x, dx, c.cap}, {y, dy, c.cap}, n, inv_t), entropies = false;
+    else if (c.cap != 0) s = capped_divergence({x, dx, c.cap}, {y, dy, c.cap}, n, inv_t, reverse, entropies, room);
     else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse, entropies);
     else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse, entropies);
     paired = s.residual == s.residual;  // else one side is no distribution; the other may be
@@ -79,8 +107,9 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
     entropies = entropies && s.entropy > 0.05 && s.reference_entropy > 0.05;
   }
   auto alone = [&](const void* row, DType d, bool entropy) {
-    return c.in_double(inv_t) ? single_f64({row, d, c.cap}, n, inv_t)
-                              : kernels().single[static_cast<int>(d)](row, n, inv_t, entropy);
+    if (c.in_double(inv_t)) return single_f64({row, d, c.cap}, n, inv_t);
+    if (c.cap != 0) return capped_single({row, d, c.cap}, n, inv_t, entropy, room);
+    return kernels().single[static_cast<int>(d)](row, n, inv_t, entropy);
   };
   if ((c.fields.policy() || !c.reference) && !(paired && (entropies || c.fields.entropy < 0))) {
     const RowState own = alone(x, dx, c.fields.entropy >= 0);
@@ -96,8 +125,9 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
   }
   if (c.fields.mean_logprob >= 0) {
     s.tokens = static_cast<double>(n);
-    const bool plain = dx != DType::f64 && c.cap == 0;
-    s.logit_sum = inv_t * (plain ? kernels().logit_sum[static_cast<int>(dx)](x, n) : logit_sum({x, dx, c.cap}, n));
+    s.logit_sum = inv_t * (dx == DType::f64 ? logit_sum({x, dx, c.cap}, n)
+                           : c.cap != 0     ? capped_sum({x, dx, c.cap}, n, room)
+                                            : kernels().logit_sum[static_cast<int>(dx)](x, n));
   }
   return s;
 }
@@ -144,16 +174,26 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   const GradientJob job = family_job(c, r, segment, row);
   FamilySums sums;
   const bool exact = row.whole < 0 && (dx == DType::f32 || dy == DType::f32);
-  if (!c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
-      !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t))) {
+  bool in_float = !c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
+                  !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t)) &&
+                  !(c.cap != 0 && capped_too_coarse(job));
+  if (in_float) {
     GradientJob wide = job;
-    const bool widened = is_widened(dx, dy, row, job.inv_t);
-    if (widened) {
-      wide.x = room.policy(job.x, dx, job.n);
-      wide.y = room.reference(job.y, dy, job.n);
+    const bool widened = c.cap != 0 || is_widened(dx, dy, row, job.inv_t);
+    float* const x = widened ? room.policy(job.x, dx, job.n) : nullptr;
+    float* const y = widened ? room.reference(job.y, dy, job.n) : nullptr;
+    if (widened) wide.x = x, wide.y = y;
+    if (c.cap == 0) {
+      sums = kernels().family_sums[widened ? 0 : static_cast<int>(dx)](wide);
+    } else {
+      double max;
+      in_float = kernels().softcap.pair(x, y, job.n, c.cap, max);
+      if (in_float) {
+        wide.state = about_maximum(row, max, job.inv_t);
+        sums = kernels().softcap.family_sums(wide);
+      }
     }
-    sums = kernels().family_sums[widened ? 0 : static_cast<int>(dx)](wide);
-    if (is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
+    if (in_float && is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
   }
   return family_sums_f64(job, dx, dy);
 }
@@ -161,7 +201,7 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
 // A second sweep sums p and q themselves, not their differences: the masses of a sharp row must be as exact as its log-ratio is.
 static void sharpen_masses(const ForwardCall& c, int64_t r, RowState& s) {
   const double inv_t = c.inv_t(r);
-  if (c.in_double(inv_t) || beyond_float(s, inv_t) || !is_finite(s.residual)) return;
+  if (c.in_double(inv_t) || c.cap != 0 || beyond_float(s, inv_t) || !is_finite(s.residual)) return;  // under a cap they are
   auto taken = [&](const Rows& rows, double& max, double& log_sum) {
     return rows.dtype == DType::f32 &&
            kernels().sharpen_mass(static_cast<const float*>(rows.row(r)), rows.length, inv_t, max, log_sum);

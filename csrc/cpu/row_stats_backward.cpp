@@ -45,13 +45,13 @@ double BackwardCall::grad_at(int64_t field, int64_t r) const {
 }
 
 void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
-  const size_t n = static_cast<size_t>(job.n);
-  x.resize(n);
-  y.resize(n);
-  kernels().widen[static_cast<int>(dx)](job.x, x.data(), job.n);
-  kernels().widen[static_cast<int>(dy)](job.y, y.data(), job.n);
-  job.x = x.data();
-  job.y = y.data();
+  auto fill = [&](std::vector<float>& room, const void*& row, DType d) {
+    room.resize(static_cast<size_t>(job.n));
+    kernels().widen[static_cast<int>(d)](row, room.data(), job.n);
+    row = room.data();
+  };
+  fill(x, job.x, dx);
+  if (job.y) fill(y, job.y, dy);
 }
 
 double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { return field < 0 ? 0 : grad_at(field + k, r); }
@@ -68,6 +68,25 @@ static void widened_gradient(GradientJob job, DType dx, DType dy, MixedRow& room
   else k.gradient[0](job);
   if (gx) k.narrow[static_cast<int>(dx)](room.x.data(), gx, job.n);
   if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
+}
+
+// The same of a row under a softcap, where float can do it.
+static bool capped_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
+  const SoftcapKernels& k = kernels().softcap;
+  const GradientJob given = job;
+  room.widen(job, dx, dy);
+  double max;
+  if (!(job.y ? k.pair(room.x.data(), room.y.data(), job.n, job.cap, max) : k.row(room.x.data(), job.n, job.cap, max)))
+    return false;
+  job.state = about_maximum(job.state, max, job.inv_t);
+  job.gx = given.gx ? room.x.data() : nullptr;
+  job.gy = given.gy ? room.y.data() : nullptr;
+  if (!job.y) kernels().gradient[0](job);
+  else if (job.gradient.family()) k.family_gradient(job);
+  else k.gradient(job);
+  if (given.gx) k.store[static_cast<int>(dx)](room.x.data(), given.x, given.gx, job.n, job.cap);
+  if (given.gy) k.store[static_cast<int>(dy)](room.y.data(), given.y, given.gy, job.n, job.cap);
+  return true;
 }
 
 static RowGrads grads_of_row(const BackwardCall& c, int64_t r) {
@@ -123,9 +142,11 @@ static void run_job(const GradientJob& job, DType dx, DType dy, bool elsewhere, 
   const bool exact = job.gradient.family() && elsewhere && (dx == DType::f32 || dy == DType::f32);
   const bool slice_in_double =
       exact && (saturated(job.kind, job.state) || sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, job.state, job.inv_t));
-  if (dx == DType::f64 || (job.y && dy == DType::f64) || job.cap != 0 || beyond_float(job.state, job.inv_t) || slice_in_double ||
-      (job.gradient.family() && has_double_gradient(job.kind, job.state)))
-    gradient_f64(job, dx, dy);
+  const bool in_double = dx == DType::f64 || (job.y && dy == DType::f64) || beyond_float(job.state, job.inv_t) ||
+                         slice_in_double || (job.gradient.family() && has_double_gradient(job.kind, job.state)) ||
+                         (job.cap != 0 && (elsewhere || capped_too_coarse(job)));
+  if (job.cap != 0 && !in_double && capped_gradient(job, dx, dy, room)) return;
+  if (in_double || job.cap != 0) gradient_f64(job, dx, dy);
   else if (job.y && is_widened(dx, dy, job.state, job.inv_t)) widened_gradient(job, dx, dy, room);
   else if (job.gradient.family()) kernels().family_gradient[static_cast<int>(dx)](job);
   else if (later && !kernels().needs_whole_row[static_cast<int>(dx)](job)) later->jobs.emplace_back(job, dx);

@@ -33,7 +33,7 @@ struct ForwardCall {
               const std::optional<Tensor>& mask, const Controls& controls);
 
   double inv_t(int64_t r) const { return !inv_temperature ? 1 : inv_temperature[per_row_temperature ? r : 0]; }
-  bool in_double(double inv_t) const { return f64 || cap != 0 || extreme_temperature(inv_t); }
+  bool in_double(double inv_t) const { return f64 || extreme_temperature(inv_t); }
   bool counted(int64_t r) const { return !mask || mask[r]; }
   // in double, a row is not cut: it is the exact path, and its rows are short
   int64_t segments() const { return f64 ? 1 : Segments(policy.length).count; }
@@ -43,11 +43,11 @@ struct ForwardCall {
 // Room for one segment of both rows in fp32, where a sweep takes them so; made at most once per task.
 class Widened {
  public:
-  const float* policy(const void* from, DType d, int64_t n) { return fill(policy_, from, d, n); }
-  const float* reference(const void* from, DType d, int64_t n) { return fill(reference_, from, d, n); }
+  float* policy(const void* from, DType d, int64_t n) { return fill(policy_, from, d, n); }
+  float* reference(const void* from, DType d, int64_t n) { return fill(reference_, from, d, n); }
 
  private:
-  static const float* fill(std::unique_ptr<float[]>& room, const void* from, DType d, int64_t n);
+  static float* fill(std::unique_ptr<float[]>& room, const void* from, DType d, int64_t n);
   std::unique_ptr<float[]> policy_, reference_;
 };
 
@@ -101,7 +101,7 @@ inline bool saturated(const FamilyKind& k, const RowState& s) {
   return k.family == Family::mixture && s.divergence > -0.8 * (k.weight_q * log(k.beta) + k.weight_p * log1p(-k.beta));
 }
 
-// Both rows in fp32, where a sweep takes them so.
+// The row or both rows in fp32, where a sweep takes them so.
 struct MixedRow {
   std::vector<float> x, y;
 
@@ -112,6 +112,19 @@ struct MixedRow {
 // rows so far apart that a difference of theirs is rounded by more than they differ.
 inline bool is_widened(DType dx, DType dy, const RowState& s, double inv_t) {
   return dx != dy || (dx != DType::f32 && difference_too_coarse(s, inv_t));
+}
+
+// Whether a difference of capped logits, which is right to a float's rounding of itself, is all the same too coarse for the row.
+// Rows that do not differ, or all tokens alike, have it exactly.
+inline bool capped_too_coarse(const GradientJob& job) {
+  return job.y && job.state.forward_kl != 0 && difference_too_coarse(job.state, job.inv_t);
+}
+
+// The state of rows that are taken about a logit `max`.
+inline RowState about_maximum(RowState s, double max, double inv_t) {
+  s.policy_max -= max * inv_t;
+  s.reference_max -= max * inv_t;
+  return s;
 }
 
 // Arguments of a backward call.

@@ -21,6 +21,7 @@ static double log_sum(double weights, float shift, float max, const Scale& t) {
 
 template <DType D>
 static double difference_at(const void* x, const void* y, int64_t i) {
+  if constexpr (D == DType::apart) return load_float<DType::f32>(x, i);
   return static_cast<double>(load_float<D>(x, i)) - load_float<D>(y, i);
 }
 
@@ -47,15 +48,16 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   constexpr int kLast = 3;
 
   const int64_t sample = n < 1024 ? (n < 64 ? n : 64) : n < 8192 ? n / 16 : 512;
-  float max = max_block<D>(y, sample);
-  if (!(max > -INFINITY)) max = max_block<D>(y, n);
+  constexpr DType kStored = stored(D);
+  float max = D == DType::apart ? 0 : max_block<kStored>(y, sample);  // capped rows are given about their maximum
+  if (!(max > -INFINITY)) max = max_block<kStored>(y, n);
   if (!(fabsf(max) * t.log2e_t <= 1e38f)) return false;
   Frame f{};
   f.log2e_t = t.log2e_t;
   f.inv_t = t.inv_t_f;
   f.shift = max * t.log2e_t;
 
-  auto set_centre = [&](double c) { D == DType::f32 ? f.set_centre(c) : f.set_coarse_centre(c); };
+  auto set_centre = [&](double c) { kStored == DType::f32 ? f.set_centre(c) : f.set_coarse_centre(c); };
 
   // the first difference as origin makes a constant difference exactly 0; the sample's mean makes it a centre
   int64_t first = 0;
@@ -83,7 +85,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   bool masked = false;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+    constexpr int64_t kSize = size_of(D);
     const void *bx = static_cast<const char*>(x) + begin * kSize, *by = static_cast<const char*>(y) + begin * kSize;
     const bool probing = tier > lowest && ++since_probe >= patience;
     const int wanted = probing ? tier - 1 : tier;
@@ -96,7 +98,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       if (!(b.sums.S <= 0x1p60)) {  // the sampled maximum was too small for this block, or there is a NaN
         if (raised) return false;
         raised = true;
-        const float higher = max_block<D>(by, size);
+        const float higher = max_block<kStored>(by, size);
         if (higher > max) {
           const float shift = higher * t.log2e_t;
           const double down = static_cast<double>(f.shift) - static_cast<double>(shift), factor = exp2(down);
@@ -201,7 +203,7 @@ static void add_careful(CarefulSums& a, const CarefulSums& b) {
 // cancels, repeated where that was not known well enough. About three times the one-sweep cost.
 template <DType D>
 static RowState careful_segment(const void* x, const void* y, int64_t n, const Scale& t) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+  constexpr int64_t kSize = size_of(D);
   auto part = [](const void* base, int64_t i) { return static_cast<const char*>(base) + i * kSize; };
   const float max_x = max_block<D>(x, n), max_y = max_block<D>(y, n);
   if (max_x == INFINITY || max_y == INFINITY) return nan_state();
@@ -270,45 +272,51 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   return out;
 }
 
+// Whether one sweep could do it.
 template <DType D>
-static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies) {
+static bool in_one_sweep(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies, RowState& out) {
   [[maybe_unused]] const FlushSubnormals scope;
-  const Scale t(inv_t);
-  RowState out;
   const auto sweep = entropies ? one_sweep_segment<D, true, true>
                      : reverse ? one_sweep_segment<D, true, false>
                                : one_sweep_segment<D, false, false>;
   entropies = false;
-  if (sweep(x, y, n, t, out, entropies)) return out;
-  return careful_segment<D>(x, y, n, t);
+  return sweep(x, y, n, Scale(inv_t), out, entropies);
+}
+
+template <DType D>
+static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies) {
+  RowState out;
+  if (in_one_sweep<D>(x, y, n, inv_t, reverse, entropies, out)) return out;
+  [[maybe_unused]] const FlushSubnormals scope;
+  return careful_segment<D>(x, y, n, Scale(inv_t));
 }
 
 // logsumexp of one row, and its entropy where asked. The sums are about the largest logit seen; a block with a larger one is
 // done again (about log(blocks) of them), which is cheaper than a pass for the maximum.
 template <DType D>
-static RowState single_segment(const void* x, int64_t n, double inv_t, bool entropy) {
-  constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+static RowState policy_segment(const void* x, const void* y, int64_t n, double inv_t, bool entropy) {
+  constexpr int64_t kSize = size_of(D);
   [[maybe_unused]] const FlushSubnormals scope;
   const Scale t(inv_t);
   RowState out{};
-  float max = max_block<D>(x, n < 8192 ? (n + 15) / 16 : 512);
-  if (!(max > -INFINITY)) max = max_block<D>(x, n);
+  float max = max_policy<D>(x, y, n < 8192 ? (n + 15) / 16 : 512);
+  if (!(max > -INFINITY)) max = max_policy<D>(x, y, n);
   if (max == -INFINITY) {  // no mass; NaNs are not in a maximum
     out.policy_log_sum = -INFINITY;
     for (int64_t i = 0; i < n; i++)
-      if (load_float<D>(x, i) != load_float<D>(x, i)) return nan_state();
+      if (load_float<stored(D)>(x, i) != load_float<stored(D)>(x, i)) return nan_state();
     return out;
   }
   EntropySums row;
   double weights = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    const void* const block = static_cast<const char*>(x) + begin * kSize;
+    const void *const bx = static_cast<const char*>(x) + begin * kSize, *const by = static_cast<const char*>(y) + begin * kSize;
     for (;;) {
       BlockEntropy e;
       WeightSum w{0, 0};
-      if (entropy) e = entropy_block<D>(block, size, t.log2e_t, t.inv_t_f, max);
-      else w = weight_block<D>(block, size, t.log2e_t, max);
+      if (entropy) e = entropy_block<D>(bx, by, size, t.log2e_t, t.inv_t_f, max);
+      else w = weight_block<D>(bx, by, size, t.log2e_t, max);
       const float top = entropy ? e.max : w.max;
       if (!(top > max)) {
         weights += w.sum;
@@ -329,6 +337,11 @@ static RowState single_segment(const void* x, int64_t n, double inv_t, bool entr
   out.policy_log_sum = entropy ? log_mass(row.ties, row.rest) : log(weights);
   out.entropy = entropy ? entropy_of(row.ties, row.rest, row.gap) : 0;
   return out;
+}
+
+template <DType D>
+static RowState single_segment(const void* x, int64_t n, double inv_t, bool entropy) {
+  return policy_segment<D>(x, x, n, inv_t, entropy);
 }
 
 // One side's mass about its own largest logit, where that has more than half of the mass and is above the sampled maximum that
