@@ -240,12 +240,17 @@ def teacher_rows(
 
 def _wrong(ids: Tensor, log_q: Tensor, width: int | None) -> Tensor:
     """What `_check_contents` refuses, where nobody can wait for it: such a row will be NaN."""
-    order = ids.argsort(dim=-1, stable=True)
-    sorted_ = ids.gather(-1, order)
-    again = (sorted_[:, 1:] == sorted_[:, :-1]) & (sorted_[:, 1:] >= 0)
-    twice = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), again], -1)
-    wrong = torch.zeros_like(twice).scatter(-1, order, twice) | (ids < -1) | (log_q > 0)
+    wrong = _given_twice(ids) | (ids < -1) | (log_q > 0)
     return wrong if width is None else wrong | (ids >= width)
+
+
+def _given_twice(ids: Tensor) -> Tensor:
+    """Which tokens of a row stand before in it; -1 is none."""
+    order = ids.argsort(dim=-1, stable=True)
+    ordered = ids.gather(-1, order)
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    twice = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), again], -1)
+    return torch.zeros_like(twice).scatter(-1, order, twice)
 
 
 def of_outcomes(
@@ -340,8 +345,7 @@ def _check_contents(ids: Tensor, log_q: Tensor, width: int | None, names: tuple[
         raise ValueError(
             f"{names[0]} must hold token ids from 0 to {last}, or -1; got {low} to {high}"
         )
-    ordered = ids.sort(-1).values
-    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+    if bool(_given_twice(ids).any()):
         raise ValueError(f"{names[0]} must be different in each row; got some twice")
     if bool((log_q > 0).any()):
         raise ValueError(f"{names[1]} must be at most 0; got {float(log_q.detach().max())}")
