@@ -40,7 +40,7 @@ def test_it_links_loads_is_small_and_does_not_spill(tmp_path: Path) -> None:
     assert content["bytes"] <= cuda_library.MOST_BYTES, f"{content['bytes'] / 2**20:.1f} MiB"
     for_code = [f"sm_{target}" for target in nvcc.TARGETS]
     assert content["targets"] == {"machine code": for_code, "PTX": for_code[-1:]}
-    assert len(content["kernels"]) == len(for_code) and min(content["kernels"].values()) > 100
+    assert len(content["kernels"]) == len(for_code) and min(content["kernels"].values()) > 90
     assert content["spilling"] == {}
 
 
