@@ -115,7 +115,7 @@ def compile_flags() -> list[str]:
     # No contraction: which multiply-adds are fused is part of the arithmetic; the code states it.
     # No -march: the instruction set is chosen at run time; the ISA files state their target inside.
     numerics = ["-ffp-contract=off", "-fno-math-errno"]
-    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g"] if WATCH else ["-O3", "-g0"]
+    optimise = ["-O0", "-g"] if DEBUG else ["-O1", "-g1"] if WATCH else ["-O3", "-g0"]
     return [*define, *optimise, *WATCH, "-std=c++20", "-fvisibility=hidden", "-Wall", *numerics]
 
 
