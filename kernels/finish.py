@@ -199,7 +199,7 @@ def _pair_state(
         careful = careful | ((equal == 0) & (small == 0) & (c > 10.0 * total_x * reverse))
     if not EXACT:  # a centre that one float does not hold
         coarse = difference_too_coarse(centre * inv_t, forward)
-        careful = careful | ((equal == 0) & (small == 0) & coarse)
+        careful = careful | ((equal | (small == 0)) & coarse)
     # neither row has a token here
     none = (found == 0) & (total_x == 0.0) & (reach <= -FAR)
     careful = (careful | (found == 0)) & (none == 0)

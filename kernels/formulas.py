@@ -100,9 +100,15 @@ def _decay(x, cap):
 
 @triton.jit
 def capped(x, cap):
-    """cap tanh(x/cap), to a unit of the cap; an absent token stays absent."""
+    """cap tanh(x/cap); an absent token stays absent."""
     e = _decay(x, cap)
-    t = (1.0 - e) / (1.0 + e) * cap
+    lost = 1.0 - e
+    if x.dtype != tl.float64:  # under a large cap, 1 - e has no digits left
+        u = tl.abs(x) * (-2.0 / cap)
+        near = u >= -NEAR
+        v = tl.where(near, u, 0.0)
+        lost = tl.where(near, -tl.fma(v * v, gap_polynomial(v, gap_coefficients(1.0)), v), lost)
+    t = lost / (1.0 + e) * cap
     return tl.where(x == float("-inf"), x, tl.where(x < 0.0, -t, t))
 
 

@@ -47,6 +47,12 @@ def _offset(sigma: float) -> tuple[Tensor, Tensor]:
     return base + 1e4, base + _noise(sigma) - 1e4
 
 
+def _rounded_away(sigma: float) -> tuple[Tensor, Tensor]:
+    """Differences of 1e4 that are one and the same float, and exact in float64."""
+    base = torch.round(2**30 * (0.01 + _noise(sigma))) / 2**30
+    return base, torch.full((N, V), 1e4, dtype=torch.float64)
+
+
 def _masked(sigma: float) -> tuple[Tensor, Tensor]:
     base, moved = _flat(sigma)
     holes = torch.rand(N, V) < 0.5
@@ -75,6 +81,7 @@ SCENARIOS: dict[str, tuple[Callable[[float], tuple[Tensor, Tensor]], float]] = {
     "one token 4": (_one_token, 4.0),
     "offset 1e-2": (_offset, 1e-2),
     "offset 1": (_offset, 1.0),
+    "rounded away": (_rounded_away, 1e-4),
     "masked 1e-4": (_masked, 1e-4),
     "masked 2": (_masked, 2.0),
     "policy hole": (_policy_hole, 0.5),

@@ -119,7 +119,7 @@ def test_samples_in_other_forms() -> None:
 
 
 def test_script_samples() -> None:
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):  # of torch 2.11
         scripted = torch.jit.script(kl_div)
     for sample in samples(torch.float64):
         torch.testing.assert_close(

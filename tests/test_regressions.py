@@ -247,6 +247,17 @@ def test_stairs(backend: str, width: int, dtype: torch.dtype) -> None:
     check(policy, reference, backend, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_that_are_constant(backend: str, width: int, dtype: torch.dtype) -> None:
+    """A difference that no float holds was rounded in the state and exact in the gradient: 2e-4."""
+    rows = [torch.full((1, width), v, dtype=dtype).requires_grad_() for v in (0.0154, 1e4)]
+    value = fusedkl.jeffreys(*rows, backend=backend)
+    assert float(value.detach()) == 0
+    for gradient in torch.autograd.grad(value.sum(), rows):
+        assert not gradient.any()
+
+
 @both_dtypes
 @pytest.mark.parametrize("width", [5000, 262_144])
 @pytest.mark.parametrize("height", [30.0, 45.0, 60.0])

@@ -166,9 +166,9 @@ FUSEDKL_DEVICE RowState state_of(Part p, const Temperature& t) {
   s.forward_kl = p.sums.forward_kl();
   if constexpr ((MODE & kReverse) != 0) s.reverse_kl = p.sums.reverse_kl();
   const double policy = p.sums.policy_mass();
-  if (!(p.sums.A == 0 && p.sums.B == 0)) {  // else every difference is the centre, exactly
+  if (!kExactDifference<X, Y> && difference_too_coarse(p.centre * t.inverse, s.forward_kl)) return left_to_exact();
+  if (!(p.sums.A == 0 && p.sums.B == 0)) {  // else every difference is the centre
     if (!(p.noise <= 8 * policy * s.forward_kl)) return left_to_exact();
-    if (!kExactDifference<X, Y> && difference_too_coarse(p.centre * t.inverse, s.forward_kl)) return left_to_exact();
     if constexpr ((MODE & kReverse) != 0) {
       const double kept = fabs(p.sums.M) > 0.5 * p.sums.S ? fabs(p.sums.M + p.sums.C) : 0;
       if (!(fmax(fabs(p.sums.C), kept) <= 10 * s.reverse_kl * policy)) return left_to_exact();
