@@ -164,7 +164,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
 
   const double policy = row.policy_mass(), forward = row.forward_kl();
   if (!(row.S > 0)) return false;
-  const bool equal_rows = row.A == 0 && row.B == 0;  // every difference is the centre, as this sweep rounds them
+  const bool equal_rows = row.A == 0 && row.B == 0;           // every difference is the centre, as this sweep rounds them
   const bool constant = equal_rows && kStored == DType::f32;  // exactly
   if (D != DType::f32 && !constant && difference_too_coarse(f.centre() * t.inv_t, forward)) return false;
   if (!equal_rows) {
