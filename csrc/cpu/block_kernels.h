@@ -85,7 +85,7 @@ SIMD_INLINE vf centred_difference(vf x, vf y, vf hi, vf lo) {
   return (x - y) - hi;
 }
 
-// The policy's logit, of what stands in its place: NaN where neither row has the token.
+// The policy's logit. Of apart rows a difference stands in its place, which is NaN where neither row has the token.
 template <DType D>
 SIMD_INLINE vf policy_logit(vf x, vf y) {
   if constexpr (D == DType::apart) return select(equal(y, set1(-INFINITY)), y, x + y);

@@ -169,39 +169,46 @@ static GradientJob family_job(const ForwardCall& c, int64_t r, int64_t segment, 
   return job;
 }
 
+// Whether a softcap let it.
+static bool sums_in_float(GradientJob job, DType dx, DType dy, Widened& room, FamilySums& sums) {
+  if (job.cap == 0 && !is_widened(dx, dy, job.state, job.inv_t)) {
+    sums = kernels().family_sums[static_cast<int>(dx)](job);
+    return true;
+  }
+  float *const x = room.policy(job.x, dx, job.n), *const y = room.reference(job.y, dy, job.n);
+  job.x = x;
+  job.y = y;
+  if (job.cap == 0) {
+    sums = kernels().family_sums[0](job);
+    return true;
+  }
+  const SoftcapKernels& k = kernels().softcap;
+  double max;
+  if (!k.pair(x, y, job.n, job.cap, max)) return false;
+  job.state = about_maximum(job.state, max, job.inv_t);
+  sums = k.family_sums(job);
+  return true;
+}
+
 FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const RowState& row, Widened& room) {
   const DType dx = c.policy.dtype, dy = c.reference->dtype;
   const GradientJob job = family_job(c, r, segment, row);
   FamilySums sums;
   const bool exact = row.whole < 0 && (dx == DType::f32 || dy == DType::f32);
-  bool in_float = !c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
-                  !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t)) &&
-                  !(c.cap != 0 && capped_too_coarse(job));
-  if (in_float) {
-    GradientJob wide = job;
-    const bool widened = c.cap != 0 || is_widened(dx, dy, row, job.inv_t);
-    float* const x = widened ? room.policy(job.x, dx, job.n) : nullptr;
-    float* const y = widened ? room.reference(job.y, dy, job.n) : nullptr;
-    if (widened) wide.x = x, wide.y = y;
-    if (c.cap == 0) {
-      sums = kernels().family_sums[widened ? 0 : static_cast<int>(dx)](wide);
-    } else {
-      double max;
-      in_float = kernels().softcap.pair(x, y, job.n, c.cap, max);
-      if (in_float) {
-        wide.state = about_maximum(row, max, job.inv_t);
-        sums = kernels().softcap.family_sums(wide);
-      }
-    }
-    if (in_float && is_finite(sums.value) && is_finite(sums.policy_slope) && !(exact && one_sided(sums))) return sums;
-  }
+  const bool in_float = !c.in_double(job.inv_t) && !beyond_float(row, job.inv_t) && !job.kind.is_delicate() &&
+                        !(exact && sharp({job.x, dx, job.cap}, {job.y, dy, job.cap}, job.n, row, job.inv_t)) &&
+                        !(c.cap != 0 && capped_too_coarse(job));
+  if (in_float && sums_in_float(job, dx, dy, room, sums) && is_finite(sums.value) && is_finite(sums.policy_slope) &&
+      !(exact && one_sided(sums)))
+    return sums;
   return family_sums_f64(job, dx, dy);
 }
 
 // A second sweep sums p and q themselves, not their differences: the masses of a sharp row must be as exact as its log-ratio is.
 static void sharpen_masses(const ForwardCall& c, int64_t r, RowState& s) {
   const double inv_t = c.inv_t(r);
-  if (c.in_double(inv_t) || c.cap != 0 || beyond_float(s, inv_t) || !is_finite(s.residual)) return;  // under a cap they are
+  // rows under a cap are taken about their exact maximum
+  if (c.in_double(inv_t) || c.cap != 0 || beyond_float(s, inv_t) || !is_finite(s.residual)) return;
   auto taken = [&](const Rows& rows, double& max, double& log_sum) {
     return rows.dtype == DType::f32 &&
            kernels().sharpen_mass(static_cast<const float*>(rows.row(r)), rows.length, inv_t, max, log_sum);
