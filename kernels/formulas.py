@@ -102,13 +102,15 @@ def _decay(x, cap):
 def capped(x, cap):
     """cap tanh(x/cap); an absent token stays absent."""
     e = _decay(x, cap)
-    lost = 1.0 - e
-    if x.dtype != tl.float64:  # under a large cap, 1 - e has no digits left
-        u = tl.abs(x) * (-2.0 / cap)
-        near = u >= -NEAR
-        v = tl.where(near, u, 0.0)
-        lost = tl.where(near, -tl.fma(v * v, gap_polynomial(v, gap_coefficients(1.0)), v), lost)
-    t = lost / (1.0 + e) * cap
+    top = 1.0 - e
+    bottom = 1.0 + e
+    if x.dtype != tl.float64:  # 1 - e has no digits left under a large cap: a continued fraction
+        z = tl.abs(x) * (1.0 / cap)
+        near = z <= 0.5
+        v = tl.where(near, z * z, 0.0)
+        top = tl.where(near, z * tl.fma(v, 10.0, 105.0), top)
+        bottom = tl.where(near, tl.fma(v, v + 45.0, 105.0), bottom)
+    t = top / bottom * cap
     return tl.where(x == float("-inf"), x, tl.where(x < 0.0, -t, t))
 
 

@@ -22,8 +22,8 @@ LONG += ("bad_row_stays_alone", "several_segments")
 # Of many combinations each: a smaller sample.
 LARGE = ("test_family.py", "test_controls.py", "test_topk.py", "test_distillation.py")
 LARGE += ("test_reductions.py",)
-# Ten seconds each: in the third alone.
-THIRD = ("strided_and_expanded_masks", "several_blocks_and_slices")
+# Ten seconds each: in the quarter alone.
+QUARTER = ("strided_and_expanded_masks", "several_blocks_and_slices")
 # Of float64 logits, which this backend does not take.
 DOUBLE = ("torch.float64", "any_combination[triton]", "token_of_another_slice", "double_backward")
 DOUBLE += ("test_inequalities", "triton-float64", "gradcheck", "differentiates_twice")
@@ -47,8 +47,8 @@ def _interpreted(item: pytest.Item, everything: bool) -> bool:
     if "test_triton.py" in name:
         return True
     each = 20 if any(part in name for part in LARGE) else 10
-    share = zlib.crc32(name.encode()) % (3 if everything else each) == 0
-    left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else THIRD)))
+    share = zlib.crc32(name.encode()) % (4 if everything else each) == 0
+    left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else QUARTER)))
     return "[triton" in name and not left and (share or "[triton]" in name)
 
 

@@ -119,7 +119,7 @@ def test_float64_agrees(pair: list[Tensor], kind: str, temperature: float) -> No
 
 
 @pytest.mark.full
-@bounded(5000)
+@bounded(2000)
 @given(pair=rows(), kind=st.sampled_from(cases.KINDS), temperature=st.sampled_from([1.0, 0.6, 3.0]))
 def test_float64_agrees_on_many(pair: list[Tensor], kind: str, temperature: float) -> None:
     agrees(*pair, kind, temperature=temperature)

@@ -29,8 +29,12 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the optimised wheel that is built of it."""
     folder = tmp_path_factory.mktemp
     sdist = build("sdist", checkout(folder("checkout")), folder("sdist"))
-    switches = {"FUSEDKL_BUILD_CUDA": "0"}
-    wheel = build("wheel", unpack(sdist, folder("unpacked")), folder("wheel"), **switches)
+    into = folder("wheel")
+    # As README installs it: an installation is this and unpacking.
+    command = (sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps")
+    tree = unpack(sdist, folder("unpacked"))
+    run(*command, "--wheel-dir", into, cwd=tree, FUSEDKL_BUILD_CUDA="0")
+    (wheel,) = into.iterdir()
     return sdist, wheel
 
 
@@ -65,6 +69,20 @@ def test_it_holds_nothing_but_the_package(artefacts: tuple[Path, Path]) -> None:
     assert folders == {"fusedkl"}
     assert suffixes <= {".py", ".typed", ".so", ".pyd", ".dylib"}
     assert sum(names.values()) < 8 << 20
+
+
+def test_one_binary_for_every_python_and_torch(
+    artefacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Neither Python nor anything of a torch with CUDA may be linked to."""
+    with zipfile.ZipFile(artefacts[1]) as archive:
+        (library,) = (name for name in archive.namelist() if name.startswith("fusedkl/_C"))
+        code = archive.read(library)
+    for foreign in (b"libpython", b"libtorch_python", b"libtorch_cuda", b"libcudart"):
+        assert foreign not in code, f"{library} needs {foreign.decode()}"
+    if sys.platform == "linux":
+        assert "-cp310-abi3-linux_" in artefacts[1].name
+        assert library == "fusedkl/_C.abi3.so"
 
 
 def oldest_torch(into: Path) -> Path:
