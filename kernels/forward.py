@@ -76,7 +76,7 @@ def merge_states(
     """Operator `merge_states` (fusedkl/ops.py)."""
     count, n, _ = parts.shape
     parts = parts.contiguous()
-    values = parts.new_empty((len(fields), n), dtype=torch.float32)
+    values = parts.new_empty((len(fields), n))
     states = parts.new_empty(parts.shape[1:])
     given = 0 if inv_temperature is None else 2 | (4 if inv_temperature.numel() > 1 else 0)
     inverse = states if inv_temperature is None else inv_temperature

@@ -24,8 +24,10 @@ STEPS = {"rlhf_penalty": 60, "ppo": 4, "vae": 150, "trpo": 6, "grpo": 12}
 # How little will do on the real one, where a step takes seconds.
 REAL_STEPS = {
     "vae": 10,
-    "trpo": 2,
+    "trpo": 1,
     "ppo": 1,
+    "grpo": 1,
+    "rlhf_penalty": 1,
     "topk_distill": 1,
     "linear_distill": 1,
     "compare_models": 1,

@@ -61,10 +61,10 @@ def test_slices_of_a_vocabulary_merge_to_the_row() -> None:
     cuts = [0, 20, 21, 50, cases.V]
     parts = [stats(policy[:, a:b], reference[:, a:b], fields)[1] for a, b in pairwise(cuts)]
     merged, merged_state = triton_backend.merge_states(torch.stack(parts), fields, None)
-    torch.testing.assert_close(merged, whole, rtol=2e-6, atol=0)
+    torch.testing.assert_close(merged, whole.double(), rtol=2e-6, atol=0)
     torch.testing.assert_close(merged_state[:, 6:10], state[:, 6:10], rtol=2e-6, atol=1e-12)
     by_reference, _ = reference_backend.merge_states(torch.stack(parts), fields, None)
-    torch.testing.assert_close(merged, by_reference.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(merged, by_reference, rtol=1e-6, atol=0)
 
 
 def test_logits_beyond_the_valid_vocabulary_do_not_exist() -> None:

@@ -104,7 +104,7 @@ def test_kinds_of_distillation(models: Any, tmp_path: Path, beta: float) -> None
 @pytest.mark.full
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_model(tmp_path: Path, name: str) -> None:
-    agree(name, Models(None, tmp_path), tmp_path, 5)
+    agree(name, Models(None, tmp_path), tmp_path, 2)
 
 
 @pytest.mark.full
