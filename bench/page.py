@@ -1,8 +1,8 @@
 """Write the results of one JSON file into its page of docs/.
 
-    python bench/page.py bench/results/NAME.json
+    python bench/page.py bench/results/NAME.json [KIND]
 
-replaces what stands there between the two marks of its kind (a run of bench/run.py, whose results
+replaces what stands there between the two marks of its kind, or of one of its kinds (a run of bench/run.py, whose results
 of the lm_head have a page of their own, of bench/memory_model.py, bench/linear_tables.py,
 bench/dropin.py, bench/trainers.py or bench/sharding.py), so that no number on these pages is typed
 by hand.
@@ -128,11 +128,12 @@ def _loads(of: list[float]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print(__doc__, file=sys.stderr)
+    path = Path(arguments[0]) if arguments else None
+    found = kinds(json.loads(path.read_text())) if path else []
+    if path is None or len(arguments) > 2 or not {*arguments[1:]} <= {*found}:
+        print(__doc__, f"kinds: {', '.join(found)}" if found else "", sep="\n", file=sys.stderr)
         return 2
-    path = Path(arguments[0])
-    for of in kinds(json.loads(path.read_text())):
+    for of in arguments[1:] or found:
         begin, end = marks(of)
         page = PAGES[of]
         before, rest = page.read_text().split(begin)
