@@ -2,10 +2,10 @@
 
     python bench/page.py bench/results/NAME.json [KIND]
 
-replaces what stands there between the two marks of its kind, or of one of its kinds (a run of bench/run.py, whose results
-of the lm_head have a page of their own, of bench/memory_model.py, bench/linear_tables.py,
-bench/dropin.py, bench/trainers.py or bench/sharding.py), so that no number on these pages is typed
-by hand.
+replaces what stands there between the two marks of its kind, or of one of its kinds (a run of
+bench/run.py, whose results of the lm_head have a page of their own, of bench/memory_model.py,
+bench/linear_tables.py, bench/dropin.py, bench/trainers.py or bench/sharding.py), so that no number
+on these pages is typed by hand.
 """
 
 from __future__ import annotations
