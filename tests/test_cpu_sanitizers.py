@@ -36,7 +36,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tree = building.checkout(tmp_path_factory.mktemp("sanitized"))
     building.run(
         sys.executable, "setup.py", "build", "--build-lib", "sanitized", cwd=tree,
-        FUSEDKL_SANITIZE="1", FUSEDKL_BUILD_CUDA="0",
+        FUSEDKL_SANITIZE="1", FUSEDKL_DEBUG="1", FUSEDKL_BUILD_CUDA="0",
     )  # fmt: skip
     # the runtime comes first, and with it the library whose exceptions it watches
     assert CXX is not None
