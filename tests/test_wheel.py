@@ -25,14 +25,25 @@ OF_SOURCES = re.compile(
 
 
 @pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the optimised wheel that is built of it."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp
-    sdist = build("sdist", checkout(folder("checkout")), folder("sdist"))
-    into = folder("wheel")
+    return build("sdist", checkout(folder("checkout")), folder("sdist"))
+
+
+@pytest.fixture(scope="module")
+def tree(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist unpacked, where the wheel is built."""
+    return unpack(sdist, tmp_path_factory.mktemp("unpacked"))
+
+
+@pytest.fixture(scope="module")
+def artefacts(
+    sdist: Path, tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The sdist, and the optimised wheel that is built of it."""
+    into = tmp_path_factory.mktemp("wheel")
     # As README installs it: an installation is this and unpacking.
     command = (sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps")
-    tree = unpack(sdist, folder("unpacked"))
     run(*command, "--wheel-dir", into, cwd=tree, FUSEDKL_BUILD_CUDA="0")
     (wheel,) = into.iterdir()
     return sdist, wheel
@@ -71,9 +82,7 @@ def test_it_holds_nothing_but_the_package(artefacts: tuple[Path, Path]) -> None:
     assert sum(names.values()) < 8 << 20
 
 
-def test_one_binary_for_every_python_and_torch(
-    artefacts: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_one_binary_for_every_python_and_torch(artefacts: tuple[Path, Path]) -> None:
     """Neither Python nor anything of a torch with CUDA may be linked to."""
     with zipfile.ZipFile(artefacts[1]) as archive:
         (library,) = (name for name in archive.namelist() if name.startswith("fusedkl/_C"))
@@ -83,6 +92,14 @@ def test_one_binary_for_every_python_and_torch(
     if sys.platform == "linux":
         assert "-cp310-abi3-linux_" in artefacts[1].name
         assert library == "fusedkl/_C.abi3.so"
+
+
+def test_a_second_build_compiles_what_changed(artefacts: tuple[Path, Path], tree: Path) -> None:
+    rebuild = (sys.executable, "setup.py", "build_ext")
+    switches = {"FUSEDKL_BUILD_CUDA": "0"}
+    assert "no work to do" in run(*rebuild, cwd=tree, **switches)
+    (tree / "csrc/cpu/ops.cpp").touch()
+    assert "[1/1]" in run(*rebuild, cwd=tree, **switches)
 
 
 def oldest_torch(into: Path) -> Path:
