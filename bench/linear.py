@@ -3,16 +3,16 @@
 Time is judged against the same products: tiles of them alone (what the divergence adds), and full
 logits made by them, then the divergence by PyTorch's operators; "fast" against full logits made by
 PyTorch's bfloat16 product. A machine without bfloat16 multipliers takes 20 times as long over a
-product as one that has them: how many tokens there are follows from the speed of a product, so that
-the jobs end in time everywhere, and is in the case's name. `python bench/run.py --only linear` runs
-the jobs, `--only sweep-linear` all sizes.
+product as one that has them, and more over a gradient's: how many tokens there are follows from the
+time of a sample, so that the jobs end in time everywhere, and is in the case's name.
+`python bench/run.py --only linear` runs the jobs, `--only sweep-linear` all sizes.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import memory
@@ -38,7 +38,8 @@ VOCABULARIES = {1024: (128256, 262144), 4096: (128256,)}
 PRECISIONS = {"fast": "fast", "default": None}
 Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of tokens, vocabularies, H
 SWEEP: Sizes = (64, 512, 4096, 16384), (32768, 128256, 262144), (1024, 4096)
-# Seconds that the products of one call may take, and that the calls of one comparison may.
+# Seconds that one call of the slowest contender may take where fewer tokens help, and that the
+# calls of one comparison may.
 CALL, COMPARISON = 8.0, 40.0
 
 
@@ -136,12 +137,31 @@ def gradients(heads: Heads, loss: Callable[[Heads], Tensor]) -> tuple[Tensor, ..
         return torch.autograd.grad(value, leaves)
 
 
-def seconds_of_products(width: int, fast: bool) -> float:
-    """Of both products of one token with a vocabulary of VOCABULARY, from a sample of them."""
+def alone(fast: bool) -> Callable[[Heads], object]:
+    return lambda heads: products(heads, fast)
+
+
+def trainings(label: str) -> tuple[Callable[[Heads], object], Callable[[Heads], object]]:
+    """Ours and full logits, forward and backward."""
+    precision, fast = PRECISIONS[label], label == "fast"
+    return (
+        lambda heads: gradients(heads, lambda h: ours(h, precision)),
+        lambda heads: gradients(heads, lambda h: eager(h, fast)),
+    )
+
+
+def seconds(call: Callable[[Heads], object], vocabulary: int, width: int) -> float:
+    """Of one token, from a sample of few tokens and a small vocabulary."""
     sample = make(TOKENS[-1], QUICK_VOCABULARY, width)
-    step = Step(lambda: products(sample, fast))
+    step = Step(lambda: call(sample))
     least = min(timing.sample(step, timing.CPU) for _ in range(3))
-    return least / TOKENS[-1] * VOCABULARY / QUICK_VOCABULARY
+    return least / TOKENS[-1] * vocabulary / QUICK_VOCABULARY
+
+
+def affordable(calls: Iterable[Callable[[Heads], object]], vocabulary: int, width: int) -> int:
+    """How many tokens each of the calls ends in time with, or the fewest there are."""
+    each = max(seconds(call, vocabulary, width) for call in calls)
+    return next((n for n in TOKENS if n * each < CALL), TOKENS[-1])
 
 
 def run(reporter: Reporter, settings: Settings, width: int) -> None:
@@ -149,17 +169,18 @@ def run(reporter: Reporter, settings: Settings, width: int) -> None:
     if settings.quick:
         heads = make(QUICK_TOKENS, QUICK_VOCABULARY, 64)
         for label in PRECISIONS:
-            _measure(reporter, settings, heads, label, width, train=True)
+            _measure_forward(reporter, settings, heads, label, width)
+            _measure_training(reporter, settings, heads, label)
         return
     for vocabulary in VOCABULARIES[width]:
         reporter.step(f"H = {width}, V = {vocabulary}: making heads")
         heads = make(TOKENS[0], vocabulary, width)
         for label in PRECISIONS:
-            each = seconds_of_products(width, label == "fast") * vocabulary / VOCABULARY
-            tokens = next((n for n in TOKENS if n * each < CALL), TOKENS[-1])
-            # backward is 3 to 4 times the products, and the same story at every size
-            train = vocabulary == VOCABULARY and width == 1024
-            _measure(reporter, settings, heads.first(tokens), label, width, train)
+            tokens = affordable([alone(label == "fast")], vocabulary, width)
+            _measure_forward(reporter, settings, heads.first(tokens), label, width)
+            if vocabulary == VOCABULARY and width == 1024:  # the same story at every size
+                tokens = affordable(trainings(label), vocabulary, width)
+                _measure_training(reporter, settings, heads.first(tokens), label)
 
 
 def run_sweep(reporter: Reporter, settings: Settings) -> None:
@@ -172,38 +193,35 @@ def run_sweep(reporter: Reporter, settings: Settings) -> None:
             for tokens in every_tokens:
                 for label in PRECISIONS:
                     reporter.step(f"{heads.name}, {tokens} tokens, {label}")
-                    train = tokens <= TOKENS[0]
-                    _measure(reporter, settings, heads.first(tokens), label, width, train)
+                    _measure_forward(reporter, settings, heads.first(tokens), label, width)
+                    if tokens <= TOKENS[0]:
+                        _measure_training(reporter, settings, heads.first(tokens), label)
 
 
-def _measure(
-    reporter: Reporter, settings: Settings, heads: Heads, label: str, width: int, train: bool
+def _measure_forward(
+    reporter: Reporter, settings: Settings, heads: Heads, label: str, width: int
 ) -> None:
     precision, fast = PRECISIONS[label], label == "fast"
     size = "small" if width == 1024 else "large"
 
-    def without_gradients(loss: Callable[[], object]) -> Step:
-        def call() -> object:
+    def without_gradients(call: Callable[[Heads], object]) -> Step:
+        def run() -> object:
             with torch.no_grad():
-                return loss()
+                return call(heads)
 
-        return Step(call)
+        return Step(run)
 
-    alone = without_gradients(lambda: products(heads, fast))
-    forward = without_gradients(lambda: ours(heads, precision))
-    full = without_gradients(lambda: eager_forward(heads, fast))
+    steps = [without_gradients(alone(fast)), without_gradients(lambda h: ours(h, precision))]
     goals = {f"linear_products/{label}": (0, 1)}
-    steps = [alone, forward]
     if heads.hidden.shape[0] <= TOKENS[0]:  # full logits of more would not fit everywhere
-        steps.append(full)
+        steps.append(without_gradients(lambda h: eager_forward(h, fast)))
         goals[f"linear_forward_{size}/{label}"] = (1, 2)
     _emit(reporter, settings, heads, steps, goals)
-    if train:
-        steps = [
-            Step(lambda: gradients(heads, lambda h: ours(h, precision))),
-            Step(lambda: gradients(heads, lambda h: eager(h, fast))),
-        ]
-        _emit(reporter, settings, heads, steps, {f"linear_train/{label}": (0, 1)})
+
+
+def _measure_training(reporter: Reporter, settings: Settings, heads: Heads, label: str) -> None:
+    steps = [Step(functools.partial(call, heads)) for call in trainings(label)]
+    _emit(reporter, settings, heads, steps, {f"linear_train/{label}": (0, 1)})
 
 
 def _emit(
@@ -266,7 +284,8 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
     if settings.quick:
         heads = make(QUICK_TOKENS, QUICK_VOCABULARY, 64)
     else:  # logits are as large at any hidden size
-        slow = TOKENS[0] * seconds_of_products(1024, fast) > CALL
+        calls = trainings(label) if backward else (alone(fast),)
+        slow = affordable(calls, VOCABULARY, 1024) < TOKENS[0]
         heads = make(TOKENS[0], VOCABULARY, 256 if slow else 1024)
     kept = heads.hidden.nbytes + heads.weight.nbytes if backward else 0
 
