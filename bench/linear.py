@@ -137,11 +137,20 @@ def gradients(heads: Heads, loss: Callable[[Heads], Tensor]) -> tuple[Tensor, ..
         return torch.autograd.grad(value, leaves)
 
 
-def alone(fast: bool) -> Callable[[Heads], object]:
-    return lambda heads: products(heads, fast)
+Call = Callable[[Heads], object]
 
 
-def trainings(label: str) -> tuple[Callable[[Heads], object], Callable[[Heads], object]]:
+def forwards(label: str) -> tuple[Call, Call, Call]:
+    """The tiles' products alone, ours, and full logits."""
+    precision, fast = PRECISIONS[label], label == "fast"
+    return (
+        torch.no_grad()(lambda heads: products(heads, fast)),
+        torch.no_grad()(lambda heads: ours(heads, precision)),
+        torch.no_grad()(lambda heads: eager_forward(heads, fast)),
+    )
+
+
+def trainings(label: str) -> tuple[Call, Call]:
     """Ours and full logits, forward and backward."""
     precision, fast = PRECISIONS[label], label == "fast"
     return (
@@ -150,7 +159,7 @@ def trainings(label: str) -> tuple[Callable[[Heads], object], Callable[[Heads], 
     )
 
 
-def seconds(call: Callable[[Heads], object], vocabulary: int, width: int) -> float:
+def seconds(call: Call, vocabulary: int, width: int) -> float:
     """Of one token, from a sample of few tokens and a small vocabulary."""
     sample = make(TOKENS[-1], QUICK_VOCABULARY, width)
     step = Step(lambda: call(sample))
@@ -158,7 +167,7 @@ def seconds(call: Callable[[Heads], object], vocabulary: int, width: int) -> flo
     return least / TOKENS[-1] * vocabulary / QUICK_VOCABULARY
 
 
-def affordable(calls: Iterable[Callable[[Heads], object]], vocabulary: int, width: int) -> int:
+def affordable(calls: Iterable[Call], vocabulary: int, width: int) -> int:
     """How many tokens each of the calls ends in time with, or the fewest there are."""
     each = max(seconds(call, vocabulary, width) for call in calls)
     return next((n for n in TOKENS if n * each < CALL), TOKENS[-1])
@@ -176,7 +185,7 @@ def run(reporter: Reporter, settings: Settings, width: int) -> None:
         reporter.step(f"H = {width}, V = {vocabulary}: making heads")
         heads = make(TOKENS[0], vocabulary, width)
         for label in PRECISIONS:
-            tokens = affordable([alone(label == "fast")], vocabulary, width)
+            tokens = affordable(forwards(label), vocabulary, width)
             _measure_forward(reporter, settings, heads.first(tokens), label, width)
             if vocabulary == VOCABULARY and width == 1024:  # the same story at every size
                 tokens = affordable(trainings(label), vocabulary, width)
@@ -201,21 +210,11 @@ def run_sweep(reporter: Reporter, settings: Settings) -> None:
 def _measure_forward(
     reporter: Reporter, settings: Settings, heads: Heads, label: str, width: int
 ) -> None:
-    precision, fast = PRECISIONS[label], label == "fast"
     size = "small" if width == 1024 else "large"
-
-    def without_gradients(call: Callable[[Heads], object]) -> Step:
-        def run() -> object:
-            with torch.no_grad():
-                return call(heads)
-
-        return Step(run)
-
-    steps = [without_gradients(alone(fast)), without_gradients(lambda h: ours(h, precision))]
-    goals = {f"linear_products/{label}": (0, 1)}
-    if heads.hidden.shape[0] <= TOKENS[0]:  # full logits of more would not fit everywhere
-        steps.append(without_gradients(lambda h: eager_forward(h, fast)))
-        goals[f"linear_forward_{size}/{label}"] = (1, 2)
+    steps = [Step(functools.partial(call, heads)) for call in forwards(label)]
+    goals = {f"linear_products/{label}": (0, 1), f"linear_forward_{size}/{label}": (1, 2)}
+    if heads.hidden.shape[0] > TOKENS[0]:  # full logits of more would not fit everywhere
+        del steps[2], goals[f"linear_forward_{size}/{label}"]
     _emit(reporter, settings, heads, steps, goals)
 
 
@@ -284,7 +283,7 @@ def run_memory(reporter: Reporter, settings: Settings, backward: bool, fast: boo
     if settings.quick:
         heads = make(QUICK_TOKENS, QUICK_VOCABULARY, 64)
     else:  # logits are as large at any hidden size
-        calls = trainings(label) if backward else (alone(fast),)
+        calls = trainings(label) if backward else forwards(label)
         slow = affordable(calls, VOCABULARY, 1024) < TOKENS[0]
         heads = make(TOKENS[0], VOCABULARY, 256 if slow else 1024)
     kept = heads.hidden.nbytes + heads.weight.nbytes if backward else 0
