@@ -28,6 +28,7 @@ class Backend:
     why_not: Callable[[torch.device | None], str | None]  # None: usable; no device: on any device
     kernels: Any
     takes: frozenset[str] | None = None  # dtypes, fields, "softcap"; None: all there are
+    slowly: frozenset[str] = frozenset()  # of what it takes, what another does better
     gradient_ahead: bool = False  # whether one visit to a row gives both, see scalar_loss.py
 
 
@@ -80,8 +81,8 @@ _COMPILED = SimpleNamespace(
     **{name: getattr(torch.ops.fusedkl, f"_{name}").default for name in OPERATORS}
 )
 
-# Best first; the first usable one is taken. The order among those of a GPU is static: derived from
-# counts of instructions (docs/gpu.md), until somebody measures.
+# Best first; the first usable one that is not slow at it is taken. The order among those of a GPU
+# is static: derived from counts of instructions (docs/gpu.md), until somebody measures.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -97,6 +98,7 @@ BACKENDS: dict[str, Backend] = {
             "CUDA C++ kernels, one pass over memory",
             cuda_library.why_not,
             _COMPILED,
+            slowly=frozenset({"softcap"}),  # in double, a block for each row
             gradient_ahead=True,
         ),
         Backend(
@@ -104,7 +106,7 @@ BACKENDS: dict[str, Backend] = {
             "Triton kernels, one pass over memory",
             _triton_why_not,
             _Triton(),
-            _TRITON_TAKES,
+            takes=_TRITON_TAKES,
         ),
         Backend("reference", "plain torch in float64", _reference_why_not, reference_backend),
     )
@@ -171,9 +173,11 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
         backend = from_environment()
         source = ENVIRONMENT
     if backend is None:
-        for name, candidate in BACKENDS.items():
-            if _unusable(candidate, device, wanted) is None:
+        usable = [name for name, b in BACKENDS.items() if _unusable(b, device, wanted) is None]
+        for name in usable[:-1]:  # the last is the reference, which is slower still
+            if not any(need in BACKENDS[name].slowly for need in wanted):
                 return name
+        return usable[0]
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:
@@ -244,9 +248,12 @@ def explain(
     policy_logits: Tensor | None = None,
     reference_logits: Tensor | None = None,
     *,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> Explanation:
     """Tell which backend runs for these tensors (CPU tensors, if none are given), and why.
+
+    A `softcap` changes the choice where a backend has no kernels for it, or slow ones.
 
     Returns an `Explanation` with `chosen`, `why` and one `BackendStatus` per backend; print it.
     Never raises for a backend that cannot be used: the reason is in `why`.
@@ -257,7 +264,7 @@ def explain(
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = given[0].device if given else torch.device("cpu")
     subject = " and ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in given)
-    wanted = needs(*given)
+    wanted = needs(*given, softcap=softcap)
     forced = os.environ.get(ENVIRONMENT)
     try:
         chosen: str | None = resolve(backend, device, wanted)

@@ -16,7 +16,7 @@ import torch
 from bench_modules import cuda_library, nvcc
 
 from fusedkl import cuda_library as loader
-from fusedkl.backends import BACKENDS
+from fusedkl.backends import BACKENDS, resolve
 
 
 @pytest.mark.slow
@@ -82,6 +82,22 @@ def test_a_gpu_without_code_is_not_taken(gpus: list[tuple[int, int]]) -> None:
     gpus.clear()
     assert why_not(None) == "no GPU is visible"
     assert why_not(torch.device("cpu")) == "the tensors are on cpu"
+
+
+def test_a_softcap_is_left_to_the_backend_that_is_fast(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.append((9, 0))
+    device = torch.device("cuda", 0)
+    module = sys.modules["fusedkl.backends"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_TRITON_MISSING", None)
+    assert resolve(None, device, ("bfloat16", "forward_kl")) == "cuda"
+    assert resolve(None, device, ("bfloat16", "forward_kl", "softcap")) == "triton"
+    assert resolve(None, device, ("float64", "softcap")) == "cuda"  # what there is
+    assert resolve("cuda", device, ("bfloat16", "softcap")) == "cuda"
+    monkeypatch.setattr(module, "_TRITON_MISSING", "planted")
+    assert resolve(None, device, ("bfloat16", "softcap")) == "cuda"
+    assert resolve(None, torch.device("cpu"), ("bfloat16", "softcap")) != "cuda"
 
 
 def test_the_oldest_target_is_the_oldest_gpu() -> None:
