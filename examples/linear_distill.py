@@ -149,7 +149,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     figure, (left, right) = panels(2)
     curve(left, "loss (nats per token)", {way: run.losses for way, run in list(runs.items())[:2]})
     names = list(runs)
-    right.barh(names, [(runs[way].peak or 0) / 2**20 for way in names])
+    bars = right.barh(names, [(runs[way].peak or 0) / 2**20 for way in names])
+    right.bar_label(bars, fmt="%.0f", padding=3)  # the smallest one cannot be seen
+    right.margins(x=0.15)
     right.set_title("memory of loss and backward (MiB)", fontsize=10, loc="left")
     right.invert_yaxis()
     save(figure, options.out, "linear_distill")
