@@ -38,9 +38,10 @@ VOCABULARIES = {1024: (128256, 262144), 4096: (128256,)}
 PRECISIONS = {"fast": "fast", "default": None}
 Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of tokens, vocabularies, H
 SWEEP: Sizes = (64, 512, 4096, 16384), (32768, 128256, 262144), (1024, 4096)
-# Seconds that one call of the slowest contender may take where fewer tokens help, that it may take
-# at all, and that the calls of one comparison may.
-CALL, LONGEST_CALL, COMPARISON = 8.0, 120.0, 40.0
+# Seconds that one call of the slowest contender may take where fewer tokens help, forward and with
+# gradients (where few tokens share a tile of the weight, backward is another story than where many
+# do), that it may take at all, and that the calls of one comparison may.
+CALL, TRAINING_CALL, LONGEST_CALL, COMPARISON = 8.0, 30.0, 120.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,12 @@ def seconds(call: Call, vocabulary: int, width: int) -> float:
     return least / TOKENS[-1] * vocabulary / QUICK_VOCABULARY
 
 
-def affordable(calls: Iterable[Call], vocabulary: int, width: int) -> tuple[int, float]:
+def affordable(
+    calls: Iterable[Call], vocabulary: int, width: int, within: float = CALL
+) -> tuple[int, float]:
     """How many tokens each of the calls ends in time with, or the fewest there are; its seconds."""
     each = max(seconds(call, vocabulary, width) for call in calls)
-    tokens = next((n for n in TOKENS if n * each < CALL), TOKENS[-1])
+    tokens = next((n for n in TOKENS if n * each < within), TOKENS[-1])
     return tokens, tokens * each
 
 
@@ -189,7 +192,7 @@ def run(reporter: Reporter, settings: Settings, width: int) -> None:
             tokens, _ = affordable(forwards(label), vocabulary, width)
             _measure_forward(reporter, settings, heads.first(tokens), label, width)
             if vocabulary == VOCABULARY:  # a larger one is the same story
-                tokens, longest = affordable(trainings(label), vocabulary, width)
+                tokens, longest = affordable(trainings(label), vocabulary, width, TRAINING_CALL)
                 given = heads.first(tokens)
                 if longest < LONGEST_CALL:
                     _measure_training(reporter, settings, given, label)
