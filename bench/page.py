@@ -3,9 +3,9 @@
     python bench/page.py bench/results/NAME.json [KIND]
 
 replaces what stands there between the two marks of its kind, or of one of its kinds (a run of
-bench/run.py, whose results of the lm_head have a page of their own, of bench/memory_model.py,
-bench/linear_tables.py, bench/dropin.py, bench/trainers.py or bench/sharding.py), so that no number
-on these pages is typed by hand.
+bench/run.py, whose results of the lm_head have a page of their own, of the same with --models, of
+bench/memory_model.py, bench/linear_tables.py, bench/dropin.py, bench/trainers.py or
+bench/sharding.py), so that no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ PAGES = {
     "results-avx512": DOCS / "performance.md",
     "results-avx2": DOCS / "performance.md",
     "memory-model": DOCS / "performance.md",
+    "models-cpu": DOCS / "performance.md",
+    "models-cuda": DOCS / "performance.md",
     "linear-results": DOCS / "linear.md",
     "linear-tables": DOCS / "linear.md",
     "dropin": DOCS / "dropin.md",
@@ -51,6 +53,8 @@ def kinds(content: dict[str, Any]) -> list[str]:
     """Which marks a file's sections belong between: a run has those of its instruction set."""
     if "products" in content:
         return ["linear-tables"]
+    if "entries" in content:
+        return [f"models-{content['device']}"]
     if "memory_model" in content:
         return ["memory-model"]
     if "goals" not in content:
@@ -71,6 +75,8 @@ def section(path: Path, of: str) -> str:
         return _of_script(path, content, SCRIPTS[of])
     if of == "memory-model":
         return _memory_model(path, content)
+    if of.startswith("models-"):
+        return _models(path)
     linear = of == "linear-results"
     return _results(path, content, [e for e in content["results"] if _of_linear(e) == linear])
 
@@ -98,6 +104,24 @@ def _memory_model(path: Path, content: dict[str, Any]) -> str:
     return (
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
         f"{content['commit']} on {content['date']}. Versions: {versions}.\n\n"
+        f"{tabulate(cells, table.columns, tablefmt='github', disable_numparse=True)}\n"
+    )
+
+
+def _models(path: Path) -> str:
+    """What was measured on what, and a line per case."""
+    # Here, because it imports what draws plots, which the tables of goals do without.
+    from suite import driver, outputs
+
+    found = driver.Found.read(path)
+    about = dict(outputs.about(found))
+    table = outputs.in_short(found.entries)
+    cells = [[shown for shown, _ in row] for row in table.rows]
+    return (
+        f"From `bench/results/{path.name}`, written by `{about['command']}` at commit "
+        f"{about['commit']}, in {about['took']}. Machine: {about['machine']}; "
+        f"{about['instruction set']} kernels; load {about['load']}. Versions: "
+        f"{about['versions']}. {outputs.PLACES[found.about['device']]}\n\n"
         f"{tabulate(cells, table.columns, tablefmt='github', disable_numparse=True)}\n"
     )
 

@@ -31,6 +31,8 @@ def test_suite(benchmark: Any, case: Case, contender: str, pytestconfig: pytest.
         torch.set_num_threads(1)
     batch, truth = _prepared(case, device)
     made = makers(case, device)[contender](case)
+    if slow := measure.too_slow(made, case, batch, device):
+        pytest.skip(slow)
     errors = judge.judge(made, case, batch, truth)
     benchmark.group = case.name
     benchmark.extra_info |= {"value_error": errors.value, "gradient_error": errors.gradient}

@@ -123,9 +123,10 @@ def compare(
     clock: Clock = CPU,
     rounds: int = 9,
     seconds: float = 6.0,
+    least_rounds: int = 5,
     least_sample: float = 0.02,
 ) -> Comparison:
-    """Time base, other, base, other, ..., base; stop early after `seconds` but not below 5 rounds.
+    """Time base, other, base, other, ..., base; after `seconds`, stop at `least_rounds`.
 
     Each ratio is other / mean(base before, base after).
     """
@@ -141,7 +142,7 @@ def compare(
         while len(others) < rounds:
             others.append(sample(other, clock, other_calls))
             bases.append(sample(base, clock, base_calls))
-            if len(others) >= min(5, rounds) and time.perf_counter() - started > seconds:
+            if len(others) >= min(least_rounds, rounds) and time.perf_counter() - started > seconds:
                 break
     finally:
         if collecting:

@@ -85,6 +85,16 @@ def test_comparison_tells_changes_from_noise() -> None:
     assert (found.time, found.ratio, found.peak) == (2.0, 2.0, 1.0)
 
 
+def test_a_case_has_a_line_with_the_first_of_ours_that_is_right(found: Any) -> None:
+    wrong = Entry(KL, "fusedkl triton", value_error=0.1, wrong="value 2, expected 1")
+    slow = Entry(KL, "chunked", skipped="not timed: about 99 s a call")
+    compiled = Entry(KL, "torch.compile", value_error=0.1, wrong="value 2, expected 1")
+    table = suite_outputs.in_short([wrong, *found.entries, slow, compiled])
+    first, second = ([shown for shown, _ in row] for row in table.rows)
+    assert first[1:] == ["1", "80%", "1e-08", "10 (9 - 11)", "not timed", "wrong"]
+    assert second[4:] == ["10 (9 - 11)", "", ""] and len(table.columns) == len(first)
+
+
 @pytest.mark.slow
 def test_the_files_of_a_run(found: Any, tmp_path: Path) -> None:
     changes = suite_compare.rows(found.entries, found.entries)
@@ -101,7 +111,7 @@ def test_the_files_of_a_run(found: Any, tmp_path: Path) -> None:
 
 
 SORTING = """<script>addEventListener("load", () => {
-  const table = document.querySelectorAll("table")[0];
+  const table = document.querySelectorAll("table")[1];
   const times = () => [...table.tBodies[0].rows].map((row) => row.cells[2].textContent);
   const button = table.tHead.rows[0].cells[2].firstElementChild;
   for (const expected of ["1,10,wrong", "10,1,wrong"]) {

@@ -135,6 +135,22 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not suite_measure.fits(KL, "eager", "cpu")
 
 
+def test_a_product_that_takes_minutes_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(KL, operation="linear")
+    names = ["fusedkl cpu", "eager", "eager, float32 products"]
+    item = suite_plans.Item(case, ";".join(names[1:]))
+
+    def entries() -> list[Any]:
+        return list(suite_measure.times(item, QUICK, "cpu", lambda text: None))
+
+    assert [entry.contender for entry in entries() if entry.seconds] == names
+    assert [dict(entry.to_json())["skipped"] for entry in entries()] == ["", "", ""]
+    monkeypatch.setattr(suite_measure, "LONGEST_CALL", 0.0)
+    monkeypatch.setattr(suite_judge, "judge", lambda *arguments: pytest.fail("begun"))
+    for entry in entries():
+        assert entry.seconds is None and entry.skipped.startswith("not timed: about ")
+
+
 # -- plans ---------------------------------------------------------------------------------------
 
 

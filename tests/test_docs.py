@@ -98,7 +98,7 @@ assert text == wanted, f"python bench/page.py {named[0]}"
 
 
 KINDS = ["results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"]
-KINDS += ["dropin", "trainers", "sharding"]
+KINDS += ["models-cpu", "models-cuda", "dropin", "trainers", "sharding"]
 
 
 @pytest.mark.slow

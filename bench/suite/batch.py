@@ -80,6 +80,11 @@ class Batch(NamedTuple):
     def part(self, rows: slice) -> Batch:
         return self._each(lambda t: t[rows])
 
+    def widened(self) -> Batch:
+        """In float32, the weight too."""
+        wide = self._each(lambda t: t.float() if t.is_floating_point() else t)
+        return wide._replace(weight=None if self.weight is None else self.weight.float())
+
     def double(self) -> Batch:
         """In float64, but for the weight: formulas widen that one by parts."""
         return self._each(lambda t: t.double() if t.is_floating_point() else t)

@@ -33,6 +33,12 @@ def _whole(case: Case, cast: Cast = upcast) -> Loss:
     return lambda b: masked_mean(rows(b, cast), _counted(case, b))
 
 
+def _widened(case: Case) -> Loss:
+    """Products of a head in float32, as one trains where a machine emulates 16-bit ones."""
+    whole = _whole(case)
+    return lambda b: whole(b.widened())
+
+
 def _in_parts(case: Case, size: int, again: bool) -> Loss:
     """Rows by parts of `size`; `again`: what a part keeps is computed again for its gradient."""
     rows = OPERATIONS[case.operation].rows
@@ -109,6 +115,7 @@ def _peer(name: str, make: Callable[[Case], Loss]) -> Maker:
 PEERS: dict[str, Maker] = {
     EAGER: _peer(EAGER, _whole),
     "eager, no upcast": _peer("eager, no upcast", functools.partial(_whole, cast=as_is)),
+    "eager, float32 products": _peer("eager, float32 products", _widened),
     "row loop": _peer("row loop", lambda case: _in_parts(case, 1, False)),
     "chunked": _peer("chunked", lambda case: _in_parts(case, -(-case.tokens // CHUNKS), False)),
     "chunked, checkpoint": _peer(
@@ -151,4 +158,6 @@ def _applies(name: str, case: Case, device: str) -> bool:
         return operation.is_kl
     if name == "eager, no upcast":
         return operation.is_kl and case.dtype != "fp32"
+    if name == "eager, float32 products":
+        return case.operation == "linear" and case.dtype != "fp32" and device == "cpu"
     return name != "chunked, checkpoint" or case.backward

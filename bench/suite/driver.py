@@ -60,9 +60,10 @@ def run(device: str, quick: bool, out: Path, old: Path | None) -> int:
     before = Found.read(old) if old else None
     found = Found(_about(device, quick))
     started = time.perf_counter()
-    failed = _measure(device, quick, found)
+    failed, took = _measure(device, quick, found)
     found.about |= {
         "seconds": round(time.perf_counter() - started, 1),
+        "job_seconds": took,
         "load_after": machine.load(),
         "failed_jobs": failed,
     }
@@ -92,24 +93,26 @@ def _about(device: str, quick: bool) -> dict[str, Any]:
     }
 
 
-def _measure(device: str, quick: bool, found: Found) -> list[str]:
-    """Fills `found`; the jobs that failed."""
+def _measure(device: str, quick: bool, found: Found) -> tuple[list[str], dict[str, float]]:
+    """Fills `found`; the jobs that failed, and how long each took."""
     jobs: list[dict[str, Any]] = [{"kind": "errors"}, {"kind": "memory_model"}]
     for item in plan(device, quick):
         jobs.append({"kind": "times", "case": asdict(item.case), "only": item.only})
         # A GPU's allocator tells the peak while the time is taken.
         names = item.peaks if device == "cpu" else ()
         jobs += [{"kind": "peak", "case": asdict(item.case), "name": name} for name in names]
-    failed = []
+    failed, took = [], {}
     with tqdm(jobs, unit="job", dynamic_ncols=True) as bar:
         for job in bar:
             title = _title(job)
             bar.set_description(title[:60])
+            started = time.perf_counter()
             status, tail = _child(job | {"device": device, "quick": quick}, found, bar)
+            took[title] = round(time.perf_counter() - started, 1)
             if status != 0:
                 failed.append(title)
                 bar.write(f"{title} failed ({status}):\n{tail}")
-    return failed
+    return failed, took
 
 
 def _title(job: dict[str, Any]) -> str:

@@ -27,8 +27,12 @@ from .plans import Item
 FLUSHED_BYTES = 256 << 20
 # Peak above the inputs, in float32 matrices of logits, forward and backward; to know what fits.
 NEEDS = {"eager": 7, "eager, no upcast": 4, "row loop": 5, "chunked": 5, "chunked, checkpoint": 3}
-NEEDS |= {"torch.compile": 3, "torch.compile, rewritten": 1, "liger-kernel": 6}
+NEEDS |= {"eager, float32 products": 7, "liger-kernel": 6}
+NEEDS |= {"torch.compile": 3, "torch.compile, rewritten": 1}
 MIXTURE = 2  # times as much for a divergence of three distributions
+# Seconds that a call may take: a 16-bit product can take minutes where the machine emulates it.
+LONGEST_CALL = 20.0
+SAMPLE = 16, 4096  # tokens and vocabulary of the part of a head that tells how long a call takes
 
 
 def clock(device: str) -> timing.Clock:
@@ -73,6 +77,18 @@ def step(contender: Contender, case: Case, batch: Batch, device: str) -> Step:
     )
 
 
+def too_slow(contender: Contender, case: Case, batch: Batch, device: str) -> str:
+    """Why a contender is not timed on a head, told from a small part of it, or nothing."""
+    if batch.weight is None:
+        return ""
+    tokens, vocabulary = min(SAMPLE[0], case.tokens), min(SAMPLE[1], case.vocabulary)
+    few = batch.part(slice(tokens))._replace(weight=batch.weight[:vocabulary])
+    sample = step(contender, case, few, device)
+    least = min(timing.sample(sample, clock(device)) for _ in range(2))
+    seconds = least * (case.tokens / tokens) * (case.vocabulary / vocabulary)
+    return "" if seconds < LONGEST_CALL else f"not timed: about {seconds:.0f} s a call"
+
+
 @torch.no_grad()
 def _restore(work: Tensor, original: Tensor) -> None:
     work.copy_(original)
@@ -114,6 +130,10 @@ def times(
             continue
         say(f"{case.name}: {name}")
         contender = make(case)
+        if slow := too_slow(contender, case, batch, device):
+            entry.skipped = slow
+            yield entry
+            continue
         found = judge.judge(contender, case, batch, true)
         entry.value_error, entry.gradient_error, entry.wrong = (
             found.value,
@@ -134,7 +154,12 @@ def times(
 
 def _time(base: Step, other: Step, settings: Settings, device: str) -> tuple[Spread, Spread]:
     found = timing.compare(
-        base, other, clock=clock(device), rounds=settings.rounds, seconds=settings.seconds
+        base,
+        other,
+        clock=clock(device),
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+        least_rounds=settings.slow_rounds,
     )
     return found.other, found.ratio
 

@@ -27,6 +27,8 @@ TOPICS = {
     "inputs": "Types, masks, slices, and logits of models over text",
     "tokens": "Numbers of tokens",
 }
+# Who stands beside ours where a case has one line.
+BESIDE = ("eager", "chunked", "torch.compile")
 COLUMNS = (
     *("case", "contender", "ms", "10-90%", "times ours", "10-90%"),
     *("value error", "gradient error", "peak MiB", "share of memory limit", "remark"),
@@ -60,14 +62,44 @@ def write(found: Found, out: Path, comparison: list[Change], old: Path | None) -
 
 def tables(found: Found, comparison: list[Change], old: Path | None) -> list[Table]:
     made = [
-        Table(title, COLUMNS, [_row(e) for e in found.entries if e.case.topic == topic])
-        for topic, title in TOPICS.items()
+        in_short(found.entries),
+        *(
+            Table(title, COLUMNS, [_row(e) for e in found.entries if e.case.topic == topic])
+            for topic, title in TOPICS.items()
+        ),
     ]
     if found.model:
         made.append(memory_model(found.model))
     if old is not None:
         made.insert(0, _changes(comparison, old))
     return [table for table in made if table.rows]
+
+
+def in_short(entries: list[Entry]) -> Table:
+    """A line per case: the first of ours that is right, and how many times longer others take."""
+    columns = ("case", "ms", "share of memory limit", "value error")
+    rows = []
+    for case in dict.fromkeys(entry.case for entry in entries):
+        of_case = {entry.contender: entry for entry in entries if entry.case == case}
+        ours = next((entry for entry in of_case.values() if entry.ours and entry.seconds), None)
+        if ours is None or ours.seconds is None:
+            continue
+        rows.append(
+            [
+                *(_text(case.name), _digits(1e3 * ours.seconds.median)),
+                *(_number(ours.share, ".0%"), _number(ours.value_error, ".0e")),
+                *(_times(of_case.get(name)) for name in BESIDE),
+            ]
+        )
+    return Table("In short", (*columns, *(f"{name}, times ours" for name in BESIDE)), rows)
+
+
+def _times(entry: Entry | None) -> tuple[str, float | str]:
+    if entry is None:
+        return _text("")
+    if entry.ratio is None:
+        return "wrong" if entry.wrong else "not timed", ""
+    return f"{_digits(entry.ratio.median)[0]} ({_spread(entry.ratio)[0]})", entry.ratio.median
 
 
 def memory_model(model: list[dict[str, Any]]) -> Table:
