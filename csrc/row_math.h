@@ -92,6 +92,22 @@ FUSEDKL_HD static inline double k_of(double u) {
   return u * u / 2 * sum;
 }
 
+// g(u) and g(-u) of |u| <= 0.3, from one series for each of cosh u - 1 and sinh u - u.
+struct BothGaps {
+  double of_u, of_minus_u;
+};
+FUSEDKL_HD static inline BothGaps gaps_near_zero(double u) {
+  const double s = u * u;
+  double even = 1, odd = 1;
+  for (int j = 12; j > 2; j -= 2) {
+    even = 1 + even * s * (1.0 / (j * (j - 1)));
+    odd = 1 + odd * s * (1.0 / (j * (j + 1)));
+  }
+  even *= s * 0.5;
+  odd *= s * u * (1.0 / 6);
+  return {even + odd, even - odd};
+}
+
 // h(z) = z - log1p(z)
 FUSEDKL_HD static inline double h_of(double z) {
   if (fabs(z) > 0.1) return z - log1p(z);
@@ -125,6 +141,16 @@ struct CentredSums {
       C += em * kept + e * g_of(t) * policy;
       B += em * M + g_of(-t) * S;
     }
+    M += em * policy;
+    A -= t * S;
+  }
+
+  // The same for |t| <= 0.3, without an exponential.
+  FUSEDKL_MEMBER void recentre_near(double t) {
+    const BothGaps g = gaps_near_zero(t);
+    const double em = g.of_minus_u - t, policy = policy_mass();
+    C += em * (M + C) + (1 + em) * g.of_u * policy;
+    B += em * M + g.of_minus_u * S;
     M += em * policy;
     A -= t * S;
   }

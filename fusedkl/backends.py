@@ -173,11 +173,17 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
         backend = from_environment()
         source = ENVIRONMENT
     if backend is None:
-        usable = [name for name, b in BACKENDS.items() if _unusable(b, device, wanted) is None]
-        for name in usable[:-1]:  # the last is the reference, which is slower still
-            if not any(need in BACKENDS[name].slowly for need in wanted):
+        slow = None
+        for name, candidate in BACKENDS.items():
+            if _unusable(candidate, device, wanted) is not None:
+                continue
+            if slow is not None and name == "reference":  # which is slower still
+                break
+            if not any(need in candidate.slowly for need in wanted):
                 return name
-        return usable[0]
+            slow = slow or name
+        assert slow is not None  # the reference takes everything
+        return slow
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in BACKENDS:

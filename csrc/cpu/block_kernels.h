@@ -201,6 +201,29 @@ static BlockSums poly_block(const void* x, const void* y, int64_t n, const Frame
   return out;
 }
 
+// What the beginning of a row tells of its differences: sum w, sum w u and the largest |u|, tokens masked in both rows skipped.
+struct Probe {
+  double S, A;
+  float reach;
+};
+
+template <DType D>
+static Probe probe_block(const void* x, const void* y, int64_t n, const Frame& f) {
+  const vf log2e = set1(f.log2e_t), minus_shift = set1(-f.shift), hi = set1(f.centre_hi), lo = set1(f.centre_lo);
+  const vf inv_t = set1(f.inv_t), absent = set1(-INFINITY);
+  vf S = set1(0.f), A = set1(0.f), reach = set1(0.f);
+  sweep<D>(x, y, n, [&](int, vf xv, vf yv, vf keep, bool tail) STEP_INLINE {
+    vf w = exp2_lanes(fma_exact(yv, log2e, minus_shift));
+    if (tail) w = w * keep;
+    const vm present = mask_not(mask_and(equal(policy_logit<D>(xv, yv), absent), equal(yv, absent)));
+    const vf u = zero_unless(present, centred_difference<D>(xv, yv, hi, lo) * inv_t);
+    S = S + w;
+    A = fma(w, u, A);
+    reach = max_abs(reach, u);
+  });
+  return {sum_lanes(S), sum_lanes(A), max_lanes(reach)};
+}
+
 // e^u = s (1 + r + q) with s = 2^k, r = u - k ln2. For k = 0 both s - 1 and r - u vanish exactly, so g(u) and k(u) keep their
 // relative accuracy at small u and no blend of two formulas is needed.
 struct Split {

@@ -65,12 +65,12 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   if (first == n) return false;
   const double origin = difference_at<D>(x, y, first);
   set_centre(origin);
-  BlockSums probe = kTier[true][kLast](x, y, sample, f);
-  if (probe.reach <= kNear && probe.sums.S > 0) {
-    const double mean = probe.sums.A / probe.sums.S;
+  Probe probe = probe_block<D>(x, y, sample, f);
+  if (probe.reach <= kNear && probe.S > 0) {
+    const double mean = probe.A / probe.S;
     if (mean != 0) {
       set_centre(f.centre() + mean / t.inv_t);
-      probe = kTier[true][kLast](x, y, sample, f);
+      probe = probe_block<D>(x, y, sample, f);
     }
   }
   // beyond these temperatures the powers of 1/T in the polynomials' coefficients leave fp32
@@ -131,11 +131,12 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
         set_centre(sum.near_mean(origin - before, t.inv_t) ? origin : before + sum.A / sum.S / t.inv_t);
         const double moved = (f.centre() - before) * t.inv_t;
         if (moved != 0 && fabs(moved) < 80) {
-          noise *= exp(-moved);
-          X *= exp(-moved);
-          if (fabs(moved) < 0.25 && sum.A * sum.A <= 0.5 * sum.B * sum.S) {  // B keeps its digits when it is moved
-            sum.recentre(moved);
-            b.X *= exp(-moved);
+          const double smaller = exp(-moved);
+          noise *= smaller;
+          X *= smaller;
+          if (fabs(moved) < 0.25 && sum.A * sum.A <= sum.B * sum.S) {  // B loses one of its bits at most when it is moved
+            sum.recentre_near(moved);
+            b.X *= smaller;
             break;
           }
           row.recentre(moved);
