@@ -93,6 +93,10 @@ def test_a_case_has_a_line_with_the_first_of_ours_that_is_right(found: Any) -> N
     first, second = ([shown for shown, _ in row] for row in table.rows)
     assert first[1:] == ["1", "80%", "1e-08", "10 (9 - 11)", "not timed", "wrong"]
     assert second[4:] == ["10 (9 - 11)", "", ""] and len(table.columns) == len(first)
+    (ours, *_), head = found.entries, Entry(KL, "eager", skipped="not timed: about 99 s a call")
+    wide = Entry(KL, "eager, float32 products", _spread(0.004), _spread(4.0))
+    (line,) = suite_outputs.in_short([ours, head, wide]).rows
+    assert line[4][0] == "4 (3.6 - 4.4), float32 products"
 
 
 @pytest.mark.slow

@@ -88,18 +88,24 @@ def in_short(entries: list[Entry]) -> Table:
             [
                 *(_text(case.name), _digits(1e3 * ours.seconds.median)),
                 *(_number(ours.share, ".0%"), _number(ours.value_error, ".0e")),
-                *(_times(of_case.get(name)) for name in BESIDE),
+                *(_times(of_case, name) for name in BESIDE),
             ]
         )
     return Table("In short", (*columns, *(f"{name}, times ours" for name in BESIDE)), rows)
 
 
-def _times(entry: Entry | None) -> tuple[str, float | str]:
+def _times(of_case: dict[str, Entry], name: str) -> tuple[str, float | str]:
+    entry, remark = of_case.get(name), ""
     if entry is None:
         return _text("")
+    if entry.wrong:
+        return "wrong", ""
+    if entry.ratio is None:  # its float32 products, which are slow nowhere, may have been
+        entry, remark = of_case.get(f"{name}, float32 products", entry), ", float32 products"
     if entry.ratio is None:
-        return "wrong" if entry.wrong else "not timed", ""
-    return f"{_digits(entry.ratio.median)[0]} ({_spread(entry.ratio)[0]})", entry.ratio.median
+        return "not timed", ""
+    median = entry.ratio.median
+    return f"{_digits(median)[0]} ({_spread(entry.ratio)[0]}){remark}", median
 
 
 def memory_model(model: list[dict[str, Any]]) -> Table:
