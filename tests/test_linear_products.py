@@ -34,6 +34,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reference", "trained", "forward", "both", "dtype"),
     [*((*case, torch.float32) for case in CASES), (*CASES[0], torch.bfloat16)],

@@ -53,6 +53,7 @@ SPOILT: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", topk.TAILS)
 @pytest.mark.parametrize("kind", topk.KINDS)
 @pytest.mark.parametrize("what", [*SPOILT, "nothing"])
