@@ -117,6 +117,7 @@ def test_a_compiler_is_told_too(gpus: list[tuple[int, int]], capability: tuple[i
     assert compiled(torch.zeros(())) == float(capability >= (8, 0))
 
 
+@pytest.mark.slow
 def test_importing_asks_no_gpu() -> None:
     """Asking one starts CUDA, after which a process cannot fork."""
     script = """

@@ -272,6 +272,7 @@ REWRITTEN: dict[Callable[..., Tensor], tuple[str, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", REWRITTEN, ids=lambda f: f.__name__)
 def test_rewritten_and_equal(function: Callable[..., Tensor]) -> None:
     report = agree(function, inputs())
