@@ -179,7 +179,7 @@ def resolve(backend: str | None, device: torch.device, wanted: tuple[str, ...] =
                 continue
             if slow is not None and name == "reference":  # which is slower still
                 break
-            if not any(need in candidate.slowly for need in wanted):
+            if not candidate.slowly or not any(need in candidate.slowly for need in wanted):
                 return name
             slow = slow or name
         assert slow is not None  # the reference takes everything

@@ -78,7 +78,8 @@ def reduce(
         # Keeps the gradient to a weight of 0, and keeps 0 * inf out of the result.
         values = torch.where((weight != 0) | values.isfinite(), values, 0)
     if reduction == "none":
-        return (values if weight is None else values * weight).reshape(shape)
+        values = values if weight is None else values * weight
+        return values if values.shape == shape else values.reshape(shape)
     total = autograd.ordered_sum(values, weight, backend=backend)
     by = _divisor(values.shape[0], counted, weight, reduction, shape, backend)
     return total if by is None else total / by

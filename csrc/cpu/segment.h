@@ -59,6 +59,9 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
 
   auto set_centre = [&](double c) { kStored == DType::f32 ? f.set_centre(c) : f.set_coarse_centre(c); };
 
+  // beyond these temperatures the powers of 1/T in the polynomials' coefficients leave fp32
+  const int lowest = t.inv_t > 1e3 || t.inv_t < 1e-3 ? 3 : 0;
+
   // the first difference as origin makes a constant difference exactly 0; the sample's mean makes it a centre
   int64_t first = 0;
   while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
@@ -70,11 +73,12 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     const double mean = probe.A / probe.S;
     if (mean != 0) {
       set_centre(f.centre() + mean / t.inv_t);
-      probe = probe_block<D>(x, y, sample, f);
+      // no second look where the lowest tier is certain of a first one: no |u| grew by more than the centre moved
+      const float farthest = probe.reach + static_cast<float>(fabs(mean));
+      if (1.5f * farthest <= kReach[lowest]) probe.reach = farthest;
+      else probe = probe_block<D>(x, y, sample, f);
     }
   }
-  // beyond these temperatures the powers of 1/T in the polynomials' coefficients leave fp32
-  const int lowest = t.inv_t > 1e3 || t.inv_t < 1e-3 ? 3 : 0;
   int tier = lowest;
   while (tier < kLast && !(1.5f * probe.reach <= kReach[tier])) tier++;
 
