@@ -19,7 +19,7 @@ from fusedkl import cuda_library as loader
 from fusedkl.backends import BACKENDS, resolve
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_source_does_not_spill() -> None:
     """The one whose code test_static.py counts; the library's test asks it of all."""
     if nvcc.toolkit("bin/nvcc") is None:

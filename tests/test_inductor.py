@@ -252,7 +252,7 @@ print(fused, hits > 0, len(fusedkl.inductor.report().rewritten))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kept_across_the_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 

@@ -240,8 +240,13 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert SUM(x, t, False, 1.0) == torch.tensor(0.5 * (3 - 0.6931471805599453) + 1).bfloat16()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param("portable", marks=pytest.mark.slow),
+        *(pytest.param(isa, marks=pytest.mark.full) for isa in ("avx2", "avx512", "avx512_bf16")),
+    ],
+)
 def test_instruction_sets(isa: str) -> None:
     """The numerical tests again, each instruction set forced in a process of its own."""
     here = Path(__file__)

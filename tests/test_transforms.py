@@ -159,7 +159,7 @@ class Several(torch.nn.Module):
 
 
 @needs_kernel
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_aot_inductor(tmp_path: Path) -> None:
     x, y = logits(torch.float32)
