@@ -4,8 +4,8 @@
 
 replaces what stands there between the two marks of its kind, or of one of its kinds (a run of
 bench/run.py, whose results of the lm_head have a page of their own, of the same with --models, of
-bench/memory_model.py, bench/linear_tables.py, bench/dropin.py, bench/trainers.py or
-bench/sharding.py), so that no number on these pages is typed by hand.
+bench/memory_model.py, bench/linear_tables.py, bench/cpu_loops.py, bench/dropin.py,
+bench/trainers.py or bench/sharding.py), so that no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Of each kind of file, the page that shows it.
 PAGES = {
     "results-avx512": DOCS / "performance.md",
+    "cpu-loops": DOCS / "performance.md",
     "results-avx2": DOCS / "performance.md",
     "memory-model": DOCS / "performance.md",
     "models-cpu": DOCS / "performance.md",
@@ -36,6 +37,7 @@ PAGES = {
 }
 # Scripts that say what their results look like, with a `section(content)`.
 SCRIPTS = {
+    "cpu-loops": "cpu_loops",
     "linear-tables": "linear_tables",
     "dropin": "dropin",
     "trainers": "trainers",
@@ -84,12 +86,13 @@ def section(path: Path, of: str) -> str:
 def _of_script(path: Path, content: dict[str, Any], script: str) -> str:
     # Here, because it imports fusedkl, which the other tables do without.
     module = importlib.import_module(script)
-    machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+    machine = ", ".join(f"{name} {value}" for name, value in content.get("machine", {}).items())
+    where = f" Machine: {machine}, {content['isa']} kernels." if machine else ""  # or nothing ran
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     return (
         f"From `bench/results/{path.name}`, written by `{content['command']}` at commit "
-        f"{content['commit']} on {content['date']}. Machine: {machine}, {content['isa']} kernels. "
-        f"Versions: {versions}.\n\n{module.section(content)}"
+        f"{content['commit']} on {content['date']}.{where} Versions: {versions}.\n\n"
+        f"{module.section(content)}"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from bench_modules import (
     cases,
     contenders,
+    cpu_loops,
     families,
     goals,
     growth,
@@ -213,3 +214,38 @@ def test_high_water_mark_sees_a_freed_allocation() -> None:
     torch.ones(32 << 20, dtype=torch.uint8)
     extra = memory.resident("VmHWM") - before
     assert 31 << 20 <= extra <= 40 << 20
+
+
+# -- counted in machine code ---------------------------------------------------------
+
+DISASSEMBLY = """
+0000000000000000 <block(void const*)>:
+   0:\tjmp    30 <block(void const*)+0x30>
+   4:\tvfmadd213ps %zmm1,%zmm2,%zmm3
+{more}
+  20:\tprefetcht0 0x800(%rdi)
+  24:\tadd    $0x20,%rax
+  28:\tcmp    %rax,%rcx
+  2c:\tjg     4 <block(void const*)+0x4>
+  30:\tvmovups %zmm3,(%rdi)
+  34:\tlea    -0x10(%rbp),%rsp
+  38:\tret
+  3c:\tjmp    30 <block(void const*)+0x30>
+  40:\tjmp    2c <block(void const*)+0x2c>
+
+0000000000000050 <other()>:
+  50:\tret
+"""
+
+
+def test_the_loop_that_is_counted() -> None:
+    def found(fused: int) -> list[cpu_loops.Instruction]:
+        more = "\n".join(f"  {i:x}:\tvfnmadd231ps %zmm1,%zmm2,%zmm3" for i in range(5, 4 + fused))
+        code = cpu_loops.functions(DISASSEMBLY.format(more=more))
+        assert set(code) == {"block(void const*)", "other()"}
+        return cpu_loops.main_loop(code["block(void const*)"])
+
+    # neither the jump into the loop nor the one that goes back beyond the end of the function
+    assert [hex(each.address) for each in found(8)[-4:]] == ["0x20", "0x24", "0x28", "0x2c"]
+    assert len(found(8)) == 12 and len(found(9)) == 13
+    assert found(7) == []  # too few multiply-adds for a sweep

@@ -97,7 +97,8 @@ assert text == wanted, f"python bench/page.py {named[0]}"
 """
 
 
-KINDS = ["results-avx512", "results-avx2", "memory-model", "linear-results", "linear-tables"]
+KINDS = ["results-avx512", "cpu-loops", "results-avx2", "memory-model", "linear-results"]
+KINDS += ["linear-tables"]
 KINDS += ["models-cpu", "models-cuda", "dropin", "trainers", "sharding"]
 
 
