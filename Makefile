@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # What building needs, stated once, in pyproject.toml.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cuda_on_cpu tests/avx512_on_avx2 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Of one version: what a toolkit has, as far as the tests of the CUDA kernels need it.
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
