@@ -294,7 +294,7 @@ def test_the_kernels_on_them(environment: dict[str, str], isa: str) -> None:
     of_kl_div = "forced or length or logarithm or long_sum or half_numbers or special_values"
     suites = [
         (("instruction_sets", *OTHERS), "(numbers or cpu) and not 70001", 500),
-        (("kl_div_kernel", "kl_div"), of_kl_div, 50),
+        (("kl_div_kernel", "kl_div"), of_kl_div, 30),
     ]
     for files, chosen, least in suites:
         pytest_ = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", "-k", chosen)
