@@ -1,5 +1,5 @@
 // What csrc/cpu/isa_avx512.cpp does, on the intrinsics beside this file: its table is there on every machine with AVX2.
-// EMULATE_BF16: csrc/cpu/isa_avx512_bf16.cpp instead.
+// EMULATE_BF16: csrc/cpu/isa_avx512_bf16.cpp instead. For g++ alone, as the rest of this folder.
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -11,12 +11,8 @@
 
 // Vectors are passed by value between functions that are always inlined; no call has the ABI that is warned about.
 #pragma GCC diagnostic ignored "-Wpsabi"
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#endif
 
 namespace fusedkl {
 namespace {
@@ -40,11 +36,7 @@ namespace fusedkl {
 static const KernelTable kEmulatedKernels = FUSEDKL_KERNEL_TABLE(TABLE_NAME);
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
 #pragma GCC pop_options
-#endif
 
 namespace fusedkl {
 const KernelTable* TABLE_OF() { return &kEmulatedKernels; }
