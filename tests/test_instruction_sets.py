@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fusedkl
+from fusedkl import _library
 from fusedkl.backends import BACKENDS
 
 WHY_NOT = BACKENDS["cpu"].why_not(torch.device("cpu"))
@@ -197,6 +201,18 @@ def test_instruction_set(isa: str, others: tuple[str, ...]) -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > (500 if others else 20)
+
+
+@pytest.mark.slow
+def test_each_table_has_the_instructions_of_its_name() -> None:
+    """In the library's machine code: a table compiled for less gives the same numbers, unseen."""
+    objdump, library = shutil.which("objdump"), _library.find("_C")
+    if objdump is None or platform.machine() != "x86_64":
+        pytest.skip("no objdump" if objdump is None else "not x86-64")
+    assert library is not None
+    code = subprocess.run([objdump, "-d", library], capture_output=True, text=True, check=True)
+    for instruction in ("vfmadd[0-9]+ps .*%ymm", "vfmadd[0-9]+ps .*%zmm", "vcvtne2ps2bf16"):
+        assert re.search(instruction, code.stdout), instruction
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ SIMD_INLINE void load2(const void* base, int64_t i, vf& a, vf& b) {
   }
 }
 
-#if !defined(__AVX512BF16__)
+#if !defined(FUSEDKL_BF16_INSTRUCTIONS)
 // round to nearest even in integers; NaN stays NaN
 SIMD_INLINE __m512i bf16_bits_high(vf a) {
   const __m512i v = _mm512_castps_si512(a);
@@ -76,7 +76,7 @@ SIMD_INLINE __m512i bf16_bits_high(vf a) {
 }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(FUSEDKL_BF16_INSTRUCTIONS)
 // deals two halves back to even and odd places: 0, 16, 1, 17, ...
 struct Deal {
   alignas(64) uint16_t index[32];
@@ -93,7 +93,7 @@ SIMD_INLINE void store2(void* base, int64_t i, vf a, vf b) {
     _mm512_storeu_ps(static_cast<float*>(base) + i, a);
     _mm512_storeu_ps(static_cast<float*>(base) + i + 16, b);
   } else if constexpr (D == DType::bf16) {
-#if defined(__AVX512BF16__)
+#if defined(FUSEDKL_BF16_INSTRUCTIONS)
     const __m512i both =
         _mm512_permutexvar_epi16(_mm512_load_si512(kDeal.index), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
 #else

@@ -21,7 +21,7 @@ namespace {
 }  // namespace fusedkl
 
 #if defined(EMULATE_BF16)
-#define __AVX512BF16__ 1
+#define FUSEDKL_BF16_INSTRUCTIONS
 #define TABLE_OF avx512_bf16_kernels
 #define TABLE_NAME "avx512_bf16"
 #else
