@@ -9,6 +9,7 @@ history, g++ (or CXX) and objdump. `python bench/page.py` puts the table into do
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -39,6 +40,14 @@ LOOPS = {
     "up to 0.5, masked": r"poly_block<{}, 4, false(, false)?, true>",
     "both directions, up to 0.5": r"poly_block<{}, 4, true(, false)?, false>",
     "gradient of forward KL": r"forward_gradient<{}>",
+}
+# Of each source, the loops that are counted, and of which elements.
+SOURCES = {
+    "isa_avx512.cpp": (LOOPS, ["float32", "bfloat16"]),
+    "isa_avx512_bf16.cpp": (
+        {"the same with AVX512-BF16": LOOPS["gradient of forward KL"]},
+        ["bfloat16"],
+    ),
 }
 
 
@@ -77,25 +86,25 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
     return best
 
 
-def counts(disassembly: str) -> dict[str, tuple[int, int]]:
-    """ "loop, dtype" -> instructions of a trip: of vectors, and all but prefetches."""
-    code = functions(disassembly)
+def counts(csrc: Path) -> dict[str, tuple[int, int]]:
+    """ "loop; elements" -> instructions of a trip: of vectors, and all but prefetches."""
     found = {}
-    for loop, pattern in LOOPS.items():
-        for dtype, number in DTYPES.items():
-            wanted = pattern.format(rf"\(fusedkl::DType\){number}")
+    for source, (loops, elements) in SOURCES.items():
+        code = functions(compiled(csrc, source))
+        for (loop, pattern), dtype in itertools.product(loops.items(), elements):
+            wanted = pattern.format(rf"\(fusedkl::DType\){DTYPES[dtype]}")
             (name,) = (name for name in code if re.search(wanted, name))
             body = [each for each in main_loop(code[name]) if "prefetch" not in each.name]
             found[f"{loop}; {dtype}"] = (sum("zmm" in b.arguments for b in body), len(body))
     return found
 
 
-def compiled(csrc: Path) -> str:
-    """The disassembly of the AVX-512 kernels of one folder csrc/."""
+def compiled(csrc: Path, name: str) -> str:
+    """The disassembly of one file of kernels."""
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-I{path}" for path in (csrc, *include_paths())]
-    source = str(csrc / "cpu" / "isa_avx512.cpp")
+    source = str(csrc / "cpu" / name)
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "kernels.o")
         compiler = os.environ.get("CXX", "g++")
@@ -104,13 +113,13 @@ def compiled(csrc: Path) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def at_commit(commit: str) -> str:
-    """The same of an earlier commit."""
+def at_commit(commit: str) -> dict[str, tuple[int, int]]:
+    """The counts of an earlier commit."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["git", "-C", str(ROOT), "archive", commit, "csrc"]
         archive = subprocess.run(command, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-        return compiled(Path(folder) / "csrc")
+        return counts(Path(folder) / "csrc")
 
 
 def section(content: dict[str, Any]) -> str:
@@ -144,8 +153,8 @@ def main(arguments: list[str]) -> int:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": machine.versions(),
         "measured": measured,
-        "then": counts(at_commit(measured)),
-        "now": counts(compiled(ROOT / "csrc")),
+        "then": at_commit(measured),
+        "now": counts(ROOT / "csrc"),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")

@@ -174,7 +174,9 @@ GOALS: dict[str, Goal] = {
     ),
     "token_stats": Goal("token_stats with every field vs forward_kl", 1.8, 1.3),
     "flatness": Goal("cost per pair, dearest shape vs cheapest, >= 100k pairs", 1.5, 1.1),
+    "row_cost": Goal("fixed cost of a row (of 1024)", unit="us"),
     "call_cost": Goal("fixed cost of a call (1 x 1024)", unit="us"),
+    "operator_cost": Goal("of which the operator (1 x 1)", unit="us"),
     "threads_row": Goal("two threads vs one, one row of V = 1M", higher_is_better=True),
     "threads_row_backward": Goal(
         "two threads vs one, one row of V = 1M, forward + backward", higher_is_better=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 
 import cases
@@ -81,6 +82,8 @@ def run(reporter: Reporter, settings: speed.Settings) -> None:
                     if turn:  # the first round warms up
                         samples[cell.name].append(seconds / cell.pairs * 1e9)
         reporter.emit(_flatness(dtype, samples))
+        if not settings.quick:
+            reporter.emit(_row_cost(dtype, samples))
     _call_cost(reporter)
 
 
@@ -99,20 +102,29 @@ def _flatness(dtype: str, samples: dict[str, list[float]]) -> Result:
     )
 
 
+def _row_cost(dtype: str, samples: dict[str, list[float]]) -> Result:
+    """What a row of 1024 costs beside its pairs, where calls are too long to cost anything."""
+    short, long = samples["65536x1024"], samples["256x262144"]
+    spread = Spread.of([1024 * (a - b) / 1e3 for a, b in zip(short, long, strict=True)])
+    note = "65536x1024 less 256x262144, per row"
+    return Result("row_cost", dtype, spread.median, spread.low, spread.high, note=note)
+
+
 def _call_cost(reporter: Reporter) -> None:
-    """What a call costs before it does anything worth timing."""
+    """What a call costs before it does anything worth timing, and what of it is the operator's."""
     for dtype in DTYPES:
         problem = cases.make(NARROW, 1024, 1, dtype)
-        step = Step(functools.partial(fusedkl.divergence, problem.policy, problem.reference))
-        calls = timing.calls_for(step, timing.CPU, 0.01)
-        spread = Spread.of([timing.sample(step, timing.CPU, calls) * 1e6 for _ in range(20)])
-        reporter.emit(
-            Result(
-                "call_cost",
-                dtype,
-                spread.median,
-                spread.low,
-                spread.high,
-                note="divergence(policy, reference)",
-            )
-        )
+        call = functools.partial(fusedkl.divergence, problem.policy, problem.reference)
+        chosen = fusedkl.explain(problem.policy, problem.reference).chosen
+        operator = importlib.import_module("fusedkl.backends").kernels(chosen).row_stats
+        one = problem.policy[:, :1], problem.reference[:, :1]
+        rest = [None] * 6
+        alone = functools.partial(operator, *one, rest[0], ["forward_kl"], *rest[1:])
+        for goal, function, note in (
+            ("call_cost", call, "divergence(policy, reference)"),
+            ("operator_cost", alone, "the kernels' operator called from Python, its two results"),
+        ):
+            step = Step(function)
+            calls = timing.calls_for(step, timing.CPU, 0.01)
+            spread = Spread.of([timing.sample(step, timing.CPU, calls) * 1e6 for _ in range(20)])
+            reporter.emit(Result(goal, dtype, spread.median, spread.low, spread.high, note=note))
