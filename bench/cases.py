@@ -24,7 +24,7 @@ DISTINCT = 32
 
 # Name, how the policy differs from the reference. The KL in brackets holds for logits N(0, 3^2).
 NARROW = "noise 0.1"  # KL 5e-3: a policy after some updates
-KINDS = (NARROW, "noise 1", "noise 4", "noise 24", "collapsed", "half masked")
+KINDS = (NARROW, "noise 1", "noise 4", "noise 24", "collapsed", "half masked", "drifted")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,9 @@ def make(
         policy = reference + 0.1 * noise
         masked = torch.rand(shape, generator=generator) < 0.5
         policy[masked] = reference[masked] = float("-inf")
+    elif kind == "drifted":
+        # All logits higher by as much, which no softmax sees: nothing in training keeps them.
+        policy = reference + 0.1 * noise + 8
     else:
         policy = reference + float(kind.split()[1]) * noise
     name = f"{dtype} {rows}x{vocabulary} {kind}"

@@ -131,6 +131,7 @@ GOALS: dict[str, Goal] = {
     "wide_1": Goal("wide differences vs KL <= 1e-2: noise 1 (KL 0.5)", 1.6, 1.35),
     "wide_4": Goal("wide differences vs KL <= 1e-2: noise 4", 2.0, 1.6),
     "wide_50": Goal("wide differences vs KL <= 1e-2: every row KL > 50", 6.0, 3.0),
+    "drifted": Goal("a policy's logits all higher by 8, vs not"),
     "half_masked": Goal("half of the vocabulary masked at random", 0.8, 0.3, unit="ns/pair"),
     "memory_forward": Goal("peak extra memory, forward", 2.0, 2.0, unit="MiB", isa=None),
     "memory_backward": Goal(

@@ -34,6 +34,7 @@ def run_inputs(reporter: Reporter, settings: Settings) -> None:
             ("wide_50", "noise 24"),
             ("wide_50", "collapsed"),
             ("half_masked", "half masked"),
+            ("drifted", "drifted"),
         ):
             reporter.step(f"{dtype} V = {vocabulary}: {kind}")
             hard = Measurement(cases.make(kind, vocabulary, rows, dtype), settings, reporter)

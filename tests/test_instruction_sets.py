@@ -136,6 +136,30 @@ def test_numbers_of_one_distribution(dtype: torch.dtype, width: int) -> None:
             assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("drift", [0.3, 3.0, -30.0])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_of_rows_that_drifted(dtype: torch.dtype, width: int, drift: float) -> None:
+    """All logits higher by as much: nothing to a distribution, and much to 16-bit differences."""
+    reference = (4 * torch.randn(3, width)).to(dtype)
+    noise = torch.tensor([[0.0], [0.02], [0.7]]) * torch.randn(3, width)
+    policy = (reference.float() + drift + noise).to(dtype)
+    exact = policy.double(), reference.double()
+    for kind in (*cases.KINDS, "jsd"):
+        found = divergences(policy, reference, kind, backend="cpu")
+        true = divergences(*exact, kind, backend="reference")
+        error = oracle.relative_error(found[0], true[0], 1e-12)
+        assert error <= oracle.VALUE_TOLERANCE[found[0].dtype], f"{kind}: {error:.1e}"
+        for a, b in zip(found[1:], true[1:], strict=True):
+            error = oracle.relative_l2(a, b, 2.0**10 * 1e-9)
+            assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {kind}: {error:.1e}"
+    if abs(drift) == 3 and width > 1000:  # what fp32 rows of these numbers have, for its price
+        wide = policy.float(), reference.float()
+        for kind in cases.KINDS:
+            value = fusedkl.divergence(policy, reference, kind, backend="cpu")
+            assert torch.equal(value[:2], fusedkl.divergence(*wide, kind, backend="cpu")[:2])
+
+
 @pytest.mark.parametrize("dtypes", [(0, 1), (1, 0), (2, 1), (0, 3)])
 def test_numbers_of_two_dtypes(dtypes: tuple[int, int]) -> None:
     policy, reference = (

@@ -56,8 +56,9 @@ struct SoftcapKernels {
 // The kernels of one instruction set; arrays are indexed by DType (f32, bf16, f16).
 struct KernelTable {
   const char* isa;
-  // entropies: whether both are wanted too; on return, whether they were made
-  RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies);
+  // entropies: whether both are wanted too; on return, whether they were made. coarse, on return: 16-bit logits whose divergence
+  // wants the sweep over fp32
+  RowState (*divergence[3])(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies, bool& coarse);
   RowState (*single[3])(const void* x, int64_t n, double inv_t, bool entropy);
   bool (*sharpen_mass)(const float* logits, int64_t n, double inv_t, double& max, double& log_mass);
   double (*logit_sum[3])(const void* x, int64_t n);

@@ -58,6 +58,21 @@ float* Widened::fill(std::unique_ptr<float[]>& room, const void* from, DType d, 
   return room.get();
 }
 
+// A segment as it is stored, or in fp32: rows of two dtypes, and 16-bit rows far apart.
+static RowState divergence_in_float(const Logits& x, const Logits& y, int64_t n, double inv_t, bool reverse, bool& entropies,
+                                    Widened& room) {
+  bool coarse = x.dtype != y.dtype, made = entropies;
+  RowState s;
+  if (!coarse) s = kernels().divergence[static_cast<int>(x.dtype)](x.data, y.data, n, inv_t, reverse, made, coarse);
+  if (coarse) {
+    made = entropies;
+    const float *const wide_x = room.policy(x.data, x.dtype, n), *const wide_y = room.reference(y.data, y.dtype, n);
+    s = kernels().divergence[0](wide_x, wide_y, n, inv_t, reverse, made, coarse);
+  }
+  entropies = made;
+  return s;
+}
+
 // A segment under a softcap: in float where that holds, else in double.
 static RowState capped_divergence(const Logits& x, const Logits& y, int64_t n, double inv_t, bool reverse, bool& entropies,
                                   Widened& room) {
@@ -100,8 +115,7 @@ RowState segment_state(const ForwardCall& c, int64_t r, int64_t segment, Widened
     const bool reverse = c.fields.reverse_kl >= 0;
     if (c.in_double(inv_t)) s = divergence_f64({x, dx, c.cap}, {y, dy, c.cap}, n, inv_t), entropies = false;
     else if (c.cap != 0) s = capped_divergence({x, dx, c.cap}, {y, dy, c.cap}, n, inv_t, reverse, entropies, room);
-    else if (dx == dy) s = kernels().divergence[static_cast<int>(dx)](x, y, n, inv_t, reverse, entropies);
-    else s = kernels().divergence[0](room.policy(x, dx, n), room.reference(y, dy, n), n, inv_t, reverse, entropies);
+    else s = divergence_in_float({x, dx}, {y, dy}, n, inv_t, reverse, entropies, room);
     paired = s.residual == s.residual;  // else one side is no distribution; the other may be
     // a float sum knows log S to 1e-7: small entropies take a sweep of their own
     entropies = entropies && s.entropy > 0.05 && s.reference_entropy > 0.05;

@@ -56,9 +56,8 @@ void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
 
 double BackwardCall::token_grad(int64_t field, int64_t k, int64_t r) const { return field < 0 ? 0 : grad_at(field + k, r); }
 
-// The whole row in fp32 (its means are taken over all of it), each gradient over its own logits, then rounded once into its own
-// dtype.
-static void widened_gradient(GradientJob job, DType dx, DType dy, MixedRow& room) {
+// In fp32, each gradient over its own logits, then rounded once into its own dtype.
+static void widened_at_once(GradientJob job, DType dx, DType dy, MixedRow& room) {
   const KernelTable& k = kernels();
   void *const gx = job.gx, *const gy = job.gy;
   room.widen(job, dx, dy);
@@ -68,6 +67,24 @@ static void widened_gradient(GradientJob job, DType dx, DType dy, MixedRow& room
   else k.gradient[0](job);
   if (gx) k.narrow[static_cast<int>(dx)](room.x.data(), gx, job.n);
   if (gy) k.narrow[static_cast<int>(dy)](room.y.data(), gy, job.n);
+}
+
+static GradientJob part_of(GradientJob job, DType dx, DType dy, int64_t from, int64_t most) {
+  job.n = std::min(job.n - from, most);
+  job.state.whole = 0;
+  job.x = at(job.x, dx, from);
+  if (job.y) job.y = at(job.y, dy, from);
+  if (job.gx) job.gx = at(job.gx, dx, from);
+  if (job.gy) job.gy = at(job.gy, dy, from);
+  return job;
+}
+
+// By parts that stay in the cache, unless means are taken over the whole row. 16-bit gradients want no better ones than of rows
+// that are not widened.
+static void widened_gradient(const GradientJob& job, DType dx, DType dy, MixedRow& room) {
+  if (dx != dy || job.gradient.family() || kernels().needs_whole_row[static_cast<int>(dx)](job))
+    return widened_at_once(job, dx, dy, room);
+  for (int64_t i = 0; i < job.n; i += kChunk) widened_at_once(part_of(job, dx, dy, i, kChunk), dx, dy, room);
 }
 
 // The same of a row under a softcap, where float can do it.
@@ -219,15 +236,9 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
 }
 
 // The forward sweep's segments: a logit's gradient is the same wherever its row is cut.
-static void run_segment(GradientJob job, DType d, int64_t segment) {
-  const int64_t size = Segments(job.n).size, from = segment * size;
-  job.n = job.n - from < size ? job.n - from : size;
-  job.state.whole = 0;
-  job.x = at(job.x, d, from);
-  if (job.y) job.y = at(job.y, d, from);
-  if (job.gx) job.gx = at(job.gx, d, from);
-  if (job.gy) job.gy = at(job.gy, d, from);
-  kernels().gradient[static_cast<int>(d)](job);
+static void run_segment(const GradientJob& job, DType d, int64_t segment) {
+  const int64_t size = Segments(job.n).size;
+  kernels().gradient[static_cast<int>(d)](part_of(job, d, d, segment * size, size));
 }
 
 // Few long rows: threads share a row.

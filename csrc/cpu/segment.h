@@ -35,9 +35,13 @@ static bool set_entropies(RowState& out, const CentredSums& row, double E, doubl
          out.entropy > 0.05 * (fabs(log_S) + fabs(below_p) + out.reverse_kl);
 }
 
+// What one sweep over a segment came to. Coarse: the rows are so far apart, and differ so little, that differences of their
+// logits are rounded by too much; fp32's are not.
+enum class Sweep { done, coarse, failed };
+
 // ENTROPY (with REVERSE): both entropies too; `entropies` says whether they hold.
 template <DType D, bool REVERSE, bool ENTROPY>
-static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out, bool& entropies) {
+static Sweep one_sweep_segment(const void* x, const void* y, int64_t n, const Scale& t, RowState& out, bool& entropies) {
   using Kernel = BlockSums (*)(const void*, const void*, int64_t, const Frame&);
   // tiers by the block's largest |u|; the second row also skips tokens masked in both rows
   static constexpr Kernel kTier[2][4] = {{poly_block<D, 4, REVERSE, ENTROPY, false>, poly_block<D, 6, REVERSE, ENTROPY, false>,
@@ -51,7 +55,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   constexpr DType kStored = stored(D);
   float max = D == DType::apart ? 0 : max_block<kStored>(y, sample);  // capped rows are given about their maximum
   if (!(max > -INFINITY)) max = max_block<kStored>(y, n);
-  if (!(fabsf(max) * t.log2e_t <= 1e38f)) return false;
+  if (!(fabsf(max) * t.log2e_t <= 1e38f)) return Sweep::failed;
   Frame f{};
   f.log2e_t = t.log2e_t;
   f.inv_t = t.inv_t_f;
@@ -65,7 +69,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   // the first difference as origin makes a constant difference exactly 0; the sample's mean makes it a centre
   int64_t first = 0;
   while (first < n && !is_finite(difference_at<D>(x, y, first))) first++;
-  if (first == n) return false;
+  if (first == n) return Sweep::failed;
   const double origin = difference_at<D>(x, y, first);
   set_centre(origin);
   Probe probe = probe_block<D>(x, y, sample, f);
@@ -100,7 +104,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     for (;;) {
       b = kTier[masked][now](bx, by, size, f);
       if (!(b.sums.S <= 0x1p60)) {  // the sampled maximum was too small for this block, or there is a NaN
-        if (raised) return false;
+        if (raised) return Sweep::failed;
         raised = true;
         const float higher = max_block<kStored>(by, size);
         if (higher > max) {
@@ -117,11 +121,11 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
       }
       const bool finite = fabs(b.sums.A) <= 0x1p100 && fabs(b.sums.B) <= 0x1p100 && fabs(b.sums.C) <= 0x1p100;
       if (!finite || !(b.reach <= kReach[now])) {
-        if (b.reach > kNear) return false;
+        if (b.reach > kNear) return Sweep::failed;
         if (b.reach > kReach[now])
           while (b.reach > kReach[now]) now++;
         else if (!masked) masked = true;  // -inf minus -inf, most likely, and then not the only ones
-        else return false;
+        else return Sweep::failed;
         continue;
       }
       sum.S = row.S + b.sums.S;
@@ -165,18 +169,21 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
     E += b.E;
     X += b.X;
     noise += fabs(b.sums.B);
+    // told by the first block already, most likely
+    if (kStored != DType::f32 && begin == 0 && difference_too_coarse(f.centre() * t.inv_t, row.forward_kl()))
+      return Sweep::coarse;
   }
 
   const double policy = row.policy_mass(), forward = row.forward_kl();
-  if (!(row.S > 0)) return false;
+  if (!(row.S > 0)) return Sweep::failed;
   const bool equal_rows = row.A == 0 && row.B == 0;           // every difference is the centre, as this sweep rounds them
   const bool constant = equal_rows && kStored == DType::f32;  // exactly
-  if (D != DType::f32 && !constant && difference_too_coarse(f.centre() * t.inv_t, forward)) return false;
+  if (D != DType::f32 && !constant && difference_too_coarse(f.centre() * t.inv_t, forward)) return Sweep::coarse;
   if (!equal_rows) {
-    if (!(noise <= 8 * policy * forward)) return false;
+    if (!(noise <= 8 * policy * forward)) return Sweep::failed;
     if constexpr (REVERSE) {
       const double reverse = row.reverse_kl(), kept = fabs(row.M) > 0.5 * row.S ? fabs(row.M + row.C) : 0;
-      if (!((fabs(row.C) > kept ? fabs(row.C) : kept) <= 10 * reverse * policy)) return false;
+      if (!((fabs(row.C) > kept ? fabs(row.C) : kept) <= 10 * reverse * policy)) return Sweep::failed;
     }
   }
   out = RowState{};
@@ -189,7 +196,7 @@ static bool one_sweep_segment(const void* x, const void* y, int64_t n, const Sca
   out.forward_kl = forward;
   out.reverse_kl = REVERSE ? row.reverse_kl() : 0;
   entropies = ENTROPY && set_entropies(out, row, E, X);
-  return true;
+  return Sweep::done;
 }
 
 static void add_careful(CarefulSums& a, const CarefulSums& b) {
@@ -278,9 +285,8 @@ static RowState careful_segment(const void* x, const void* y, int64_t n, const S
   return out;
 }
 
-// Whether one sweep could do it.
 template <DType D>
-static bool in_one_sweep(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies, RowState& out) {
+static Sweep in_one_sweep(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies, RowState& out) {
   [[maybe_unused]] const FlushSubnormals scope;
   const auto sweep = entropies ? one_sweep_segment<D, true, true>
                      : reverse ? one_sweep_segment<D, true, false>
@@ -289,10 +295,15 @@ static bool in_one_sweep(const void* x, const void* y, int64_t n, double inv_t, 
   return sweep(x, y, n, Scale(inv_t), out, entropies);
 }
 
+// coarse: to be done again with these logits in fp32, whatever is returned.
 template <DType D>
-static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies) {
+static RowState divergence_segment(const void* x, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies,
+                                   bool& coarse) {
   RowState out;
-  if (in_one_sweep<D>(x, y, n, inv_t, reverse, entropies, out)) return out;
+  const Sweep sweep = in_one_sweep<D>(x, y, n, inv_t, reverse, entropies, out);
+  coarse = sweep == Sweep::coarse;
+  if (sweep == Sweep::done) return out;
+  if (coarse) return nan_state();
   [[maybe_unused]] const FlushSubnormals scope;
   return careful_segment<D>(x, y, n, Scale(inv_t));
 }

@@ -103,10 +103,15 @@ static void store_softcapped(const float* gradient, const void* logits, void* to
   }
 }
 
+static bool apart_divergence(const void* d, const void* y, int64_t n, double inv_t, bool reverse, bool& entropies,
+                             RowState& out) {
+  return in_one_sweep<DType::apart>(d, y, n, inv_t, reverse, entropies, out) == Sweep::done;
+}
+
 constexpr SoftcapKernels kSoftcapKernels = {
     softcap_pair,
     softcap_row,
-    in_one_sweep<DType::apart>,
+    apart_divergence,
     gradient_row<DType::apart>,
     family_sums<DType::apart>,
     family_gradient<DType::apart>,
