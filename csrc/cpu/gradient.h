@@ -231,42 +231,15 @@ static void single_gradient(const GradientJob& job) {
   });
 }
 
-// Values without what a gradient cannot use: an infinite one has its coefficients at 0 already, and must only not make 0 * inf.
-struct FiniteKls {
-  double F, R;
-  explicit FiniteKls(const RowState& s)
-      : F(s.forward_kl == INFINITY ? 0 : s.forward_kl), R(s.reverse_kl == INFINITY ? 0 : s.reverse_kl) {}
-};
-
-// What the state of a row that can be read whole is short of.
-struct Lacking {
-  bool means;  // l - R and l + F must be right to the spread of the differences under p and q, where the KLs are large
-  bool ratio;  // l itself must, where they are tiny and the centre of the forward sweep was off
-
-  bool any() const { return means || ratio; }
-};
-
-// A mass beside the top token that is so small against the divergence is known better than the divergence, as is then the
-// log-ratio that it is in.
-static double few_others(double forward_kl) { return 4 * forward_kl; }
-
-// In a peaked row l of the top token is a tiny rest of larger numbers; more so in a row of which the slice is a part.
 template <DType D>
 static Lacking lacking(const GradientJob& job, bool slice) {
   const RowState& s = job.state;
-  const FiniteKls kl(s);
   // The forward sweep's maximum is that of a sample.
   auto peaked = [&] {
-    if (stored(D) != DType::f32) return false;  // 16-bit results round more than that
     return max_policy<D>(job.x, job.y, job.n) * job.inv_t - s.policy_max > s.policy_log_sum - 0.7 ||
            max_block<stored(D)>(job.y, job.n) * job.inv_t - s.reference_max > s.reference_log_sum - 0.7;
   };
-  const bool means = (job.gradient.reverse != 0 || job.gradient.ref_forward != 0) && (kl.F + kl.R > 0.02 || peaked());
-  // A token with nearly all of both masses, which the sample has, and others so far apart that they make the divergence.
-  const bool one_token =
-      stored(D) == DType::f32 && !slice && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
-  const bool ratio = kl.F > 0 && kl.F < 1e-3 && (one_token || ((slice || fabs(s.residual) > 10 * kl.F) && peaked()));
-  return {means, ratio};
+  return lacking_where(job, slice, stored(D) == DType::f32, peaked);
 }
 
 static Means means_of(const GradientJob& job) {

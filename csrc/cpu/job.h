@@ -94,6 +94,40 @@ static inline bool beyond_float(const RowState& s, double inv_t) {
          large(s.reverse_kl, 1e30);
 }
 
+// Values without what a gradient cannot use: an infinite one has its coefficients at 0 already, and must only not make 0 * inf.
+struct FiniteKls {
+  double F, R;
+  FUSEDKL_MEMBER explicit FiniteKls(const RowState& s)
+      : F(s.forward_kl == INFINITY ? 0 : s.forward_kl), R(s.reverse_kl == INFINITY ? 0 : s.reverse_kl) {}
+};
+
+// What the state of a row that can be read whole is short of.
+struct Lacking {
+  bool means;  // l - R and l + F must be right to the spread of the differences under p and q, where the KLs are large
+  bool ratio;  // l itself must, where they are tiny and the centre of the forward sweep was off
+
+  FUSEDKL_MEMBER bool any() const { return means || ratio; }
+};
+
+// A mass beside the top token that is so small against the divergence is known better than the divergence, as is then the
+// log-ratio that it is in.
+static inline double few_others(double forward_kl) { return 4 * forward_kl; }
+
+// In a peaked row l of the top token is a tiny rest of larger numbers; more so in a row of which the slice is a part. Gradients in
+// 16 bits round more than that, unless the rows are so far apart that they are taken in fp32. `peaked` looks at the row.
+template <class Peaked>
+static inline Lacking lacking_where(const GradientJob& job, bool slice, bool in_fp32, const Peaked& peaked) {
+  const RowState& s = job.state;
+  const FiniteKls kl(s);
+  const bool means =
+      (job.gradient.reverse != 0 || job.gradient.ref_forward != 0) && (kl.F + kl.R > 0.02 || (in_fp32 && peaked()));
+  // A token with nearly all of both masses, which the sample has, and others so far apart that they make the divergence.
+  const bool one_token = in_fp32 && !slice && fmax(s.policy_log_sum, s.reference_log_sum) < few_others(kl.F) + 1e-6;
+  const bool off = slice || fabs(s.residual) > 10 * kl.F;
+  const bool ratio = kl.F > 0 && kl.F < 1e-3 && (one_token || (off && in_fp32 && peaked()));
+  return {means, ratio};
+}
+
 // fp64 rows, in double throughout
 RowState divergence_f64(const Logits& x, const Logits& y, int64_t n, double inv_t);
 RowState single_f64(const Logits& x, int64_t n, double inv_t);

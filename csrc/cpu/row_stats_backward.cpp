@@ -79,11 +79,10 @@ static GradientJob part_of(GradientJob job, DType dx, DType dy, int64_t from, in
   return job;
 }
 
-// By parts that stay in the cache, unless means are taken over the whole row. 16-bit gradients want no better ones than of rows
-// that are not widened.
+// By parts that stay in the cache, unless means may be taken over the whole row.
 static void widened_gradient(const GradientJob& job, DType dx, DType dy, MixedRow& room) {
-  if (dx != dy || job.gradient.family() || kernels().needs_whole_row[static_cast<int>(dx)](job))
-    return widened_at_once(job, dx, dy, room);
+  const bool whole = job.state.whole != 0 && lacking_where(job, false, true, [] { return true; }).any();
+  if (whole || job.gradient.family()) return widened_at_once(job, dx, dy, room);
   for (int64_t i = 0; i < job.n; i += kChunk) widened_at_once(part_of(job, dx, dy, i, kChunk), dx, dy, room);
 }
 
