@@ -169,8 +169,8 @@ static Sweep one_sweep_segment(const void* x, const void* y, int64_t n, const Sc
     E += b.E;
     X += b.X;
     noise += fabs(b.sums.B);
-    // told by the first block already, most likely
-    if (kStored != DType::f32 && begin == 0 && difference_too_coarse(f.centre() * t.inv_t, row.forward_kl()))
+    // told by the first of several blocks already, most likely
+    if (kStored != DType::f32 && begin == 0 && size < n && difference_too_coarse(f.centre() * t.inv_t, row.forward_kl()))
       return Sweep::coarse;
   }
 
