@@ -118,8 +118,7 @@ def _call_cost(reporter: Reporter) -> None:
         chosen = fusedkl.explain(problem.policy, problem.reference).chosen
         operator = importlib.import_module("fusedkl.backends").kernels(chosen).row_stats
         one = problem.policy[:, :1], problem.reference[:, :1]
-        rest = [None] * 6
-        alone = functools.partial(operator, *one, rest[0], ["forward_kl"], *rest[1:])
+        alone = functools.partial(operator, *one, None, ["forward_kl"], *[None] * 5)
         for goal, function, note in (
             ("call_cost", call, "divergence(policy, reference)"),
             ("operator_cost", alone, "the kernels' operator called from Python, its two results"),
