@@ -51,7 +51,8 @@ struct RowState {
   double policy_max, policy_log_sum;        // logsumexp(x/T) = max + log_sum, max = (largest sampled x)/T
   double reference_max, reference_log_sum;  // logsumexp(y/T)
   double centre, residual;                  // D = lse(x/T) - lse(y/T) = centre/T + residual: l = ((x - y) - centre)/T - residual
-  double forward_kl, reverse_kl, entropy, reference_entropy;
+  double forward_kl, reverse_kl;  // forward_kl stands for a reverse_kl that was not asked for, where no token is far off
+  double entropy, reference_entropy;
   double whole;              // 1: of the whole row that a backward gets to read; 0: merged from slices, of which it gets one
   double logit_sum, tokens;  // sum of x/T, over how many logits; mean log p = logit_sum / tokens - lse(x/T)
   // of a divergence that takes a second sweep: its value and the means of its slopes (family_math.h); of the whole row only
@@ -241,8 +242,10 @@ FUSEDKL_HD static inline bool difference_too_coarse(double centre, double kl) {
   const double typical = 0.33 * centre;
   return typical * typical * 0x1p-48 > 2e-12 * (kl < 1 ? kl : 1);
 }
+// Of the two KLs the smaller one counts: a few tokens that the policy hardly has make forward_kl as large as they like, or infinite,
+// and say nothing of how much the others differ.
 FUSEDKL_HD static inline bool difference_too_coarse(const RowState& s, double inv_t) {
-  return difference_too_coarse(s.centre * inv_t, s.forward_kl);
+  return difference_too_coarse(s.centre * inv_t, s.reverse_kl < s.forward_kl ? s.reverse_kl : s.forward_kl);
 }
 
 // A side that is no distribution (NaN, +inf, or no mass at all) takes with it what stands on it, and leaves the other side alone.

@@ -240,7 +240,7 @@ def prepare(
         tl.store(out + 29 * n, uniform.to(tl.float32), mask=live)
     beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
     if HALF:
-        beyond = beyond | difference_too_coarse(state[4] * inv_t, state[6])
+        beyond = beyond | difference_too_coarse(state[4] * inv_t, tl.minimum(state[6], state[7]))
     action = tl.where(bad_x | bad_y, 2.0, tl.where(beyond, 3.0, 1.0))
     action = tl.where(alone_x, tl.where(of_y, 5.0, 4.0), action)
     action = tl.where(alone_y, tl.where(of_x, 7.0, 6.0), action)

@@ -168,7 +168,7 @@ def _pair_state(
     p_max = q_max + centre * inv_t
     p_sum = q_sum + residual
     forward = forward_from_sums(safe, a, b, m)
-    reverse = forward * 0.0
+    reverse = forward  # where it was not asked for (RowState of row_math.h)
     entropy = forward * 0.0
     reference_entropy = forward * 0.0
     if REVERSE:

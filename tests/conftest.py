@@ -22,6 +22,12 @@ LONG += ("bad_row_stays_alone", "several_segments")
 # Of many combinations each: a smaller sample.
 LARGE = ("test_family.py", "test_controls.py", "test_topk.py", "test_distillation.py")
 LARGE += ("test_reductions.py",)
+# Begun last, such a test would keep one of two processes waiting for the other.
+MINUTES = ("test_triton_interpreted.py", "test_sharding.py", "test_cuda_cluster.py")
+MINUTES += ("test_cpu_sanitizers.py", "test_wheel.py", "test_avx512_emulated.py")
+# Compiled, the plain operations of the reference backend are in `make test-full` only.
+COMPILED = ("test_inductor[", "test_compiled_and_as_a_module[", "test_fullgraph_and_dynamic")
+COMPILED += ("test_temperature_may_change_without_a_graph_break",)
 # Ten seconds each: in the quarter alone.
 QUARTER = ("strided_and_expanded_masks", "several_blocks_and_slices")
 # Of float64 logits, which this backend does not take.
@@ -46,15 +52,20 @@ def _interpreted(item: pytest.Item, everything: bool) -> bool:
     name = item.nodeid
     if "test_triton.py" in name:
         return True
-    each = 20 if any(part in name for part in LARGE) else 10
+    each = 40 if any(part in name for part in LARGE) else 20
     share = zlib.crc32(name.encode()) % (4 if everything else each) == 0
     share |= everything and "test_opcheck" in name  # one of each operator
     left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else QUARTER)))
     return "[triton" in name and not left and (share or "[triton]" in name)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter, only tests of the backend; more of them if `-m ""` says so."""
+    """The order; under the interpreter, only tests of the backend, more of them if `-m ""`."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in MINUTES))
+    for item in items:
+        if "[reference" in item.nodeid and any(name in item.nodeid for name in COMPILED):
+            item.add_marker("full")
     if INTERPRETED:
         everything = not config.option.markexpr
         left = [item for item in items if not _interpreted(item, everything)]

@@ -12,7 +12,17 @@ from unittest import mock
 import oracle
 import torch
 import torch.distributed as dist
-from sharding_tools import EVERY_KIND, KINDS, SECOND_SWEEP, Traffic, case, cut, grad_error, leaf
+from sharding_tools import (
+    EVERY_KIND,
+    KINDS,
+    SECOND_SWEEP,
+    Traffic,
+    case,
+    cut,
+    grad_error,
+    leaf,
+    whole_rows,
+)
 from torch import Tensor
 
 import fusedkl
@@ -45,6 +55,22 @@ def topk(group: dist.ProcessGroup) -> None:
                 expected.value.sum().backward()
                 assert grad_error(x, full.grad, part) <= 1e-5, f"{kind} {tail} {part}"
                 assert oracle.relative_l2(q.grad, full_q.grad, 1e-6) <= 1e-5, f"{kind} {tail}"
+
+
+@case
+def slices_that_drifted(group: dist.ProcessGroup) -> None:
+    """A difference of 256 and -1.5e-5, of rows that are hardly different otherwise."""
+    policy = torch.tensor([[256.0, 250.0, 150.0, 150.0]]).bfloat16()
+    reference = torch.tensor([[-1.502e-5, -4.0, -100.0, -100.0]]).bfloat16()
+    part = slice(*[(0, 2), (2, 4), (4, 4)][min(group.rank(), 2)])
+    for kind in KINDS:
+        x, y = leaf(policy, part), leaf(reference, part)
+        value = fusedkl.divergence(x, y, kind, group=group)
+        expected, (to_policy, to_reference) = whole_rows(policy, reference, kind)
+        assert oracle.relative_error(value, expected) <= 1e-5, kind
+        value.sum().backward()
+        assert grad_error(x, to_policy, part) <= 4e-3, kind
+        assert grad_error(y, to_reference, part) <= 4e-3, kind
 
 
 @case

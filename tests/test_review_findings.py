@@ -142,3 +142,71 @@ def test_a_far_policy_logit_on_the_top_token(backend: str) -> None:
     true = (p * (p.log() - log_q)).sum(-1)
     found = fusedkl.reverse_kl(policy, reference, backend=backend)
     assert oracle.relative_error(found, true) < 1e-5
+
+
+@pytest.mark.parametrize("top", [-math.inf, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_token_of_no_weight_that_the_policy_lacks(backend: str, kind: str, top: float) -> None:
+    """It makes forward_kl infinite or huge, and does not hide how little the others differ."""
+    policy = torch.full((1, 4096), 70.0).bfloat16()
+    policy[0, 0] = top
+    reference = (1.2e-5 * torch.arange(4096) / 4096).bfloat16()[None].contiguous()
+    reference[0, 0] = -60
+    found = gradients(kind, policy, reference, backend=backend)[0]
+    if kind == "jsd":
+        value = fusedkl.jsd(policy, reference, backend=backend)
+        true = fusedkl.jsd(policy.double(), reference.double(), backend="reference")
+        assert oracle.relative_error(value, true) < 1e-5
+    expected = gradients(kind, policy.double(), reference.double(), backend="reference")[0]
+    assert oracle.relative_l2(found, expected) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height", [16.0, 23.0, 30.0, 36.0, 90.0])
+def test_log_probabilities_beside_a_divergence(
+    backend: str, dtype: torch.dtype, height: float
+) -> None:
+    """Of the top token, far above the tokens that a sample of the row has."""
+    policy = torch.zeros(2, 32768, dtype=dtype)
+    policy[:, 20000] = height
+    policy[1, 30000] = 0.5
+    reference = policy.flip(0).contiguous()
+    ids = torch.tensor([20000, 20000])
+    fields = ["logprob", "ref_logprob", "forward_kl"]
+    found = fusedkl.token_stats(policy, reference, ids, fields=fields, backend=backend)
+    for logits, logprob in ((policy, found.logprob), (reference, found.ref_logprob)):
+        true = torch.log_softmax(logits.double(), -1).gather(-1, ids[:, None])[:, 0]
+        assert float((logprob.double() - true).abs().max()) < 6e-7
+
+
+def test_in_place_where_the_policy_has_no_gradient() -> None:
+    """Terms that cancel: the policy becomes 0, after the reference's gradient was made of it."""
+    policy, reference = torch.randn(2, 1, 40)
+    reference[0, 3] = -math.inf
+    fields = ["forward_kl", "reverse_kl"]
+    _, state = torch.ops.fusedkl.row_stats(
+        policy, reference, None, fields, None, None, None, None, None, "cpu"
+    )
+    row = (torch.tensor([[1.0], [-1.0]]), policy, reference, None, state, fields, None, None)
+    _, expected = torch.ops.fusedkl.row_stats_backward(*row, None, None, True, True, "cpu")
+    found = torch.ops.fusedkl.row_stats_backward_(*row, None, None, True, "cpu")
+    assert torch.equal(found, expected) and bool((found != 0).any())
+    assert bool((policy == 0).all())
+
+
+def test_backward_of_arguments_that_no_forward_had() -> None:
+    policy = torch.randn(2, 9)
+    ids = torch.tensor([[3], [9]])
+    row = (policy, None, ids % 9, ["logprob"], None, None, None, None, None)
+    _, state = torch.ops.fusedkl.row_stats(*row, "cpu")
+
+    def backward(grad: Tensor, ids: Tensor, state: Tensor) -> Tensor:
+        row = (grad, policy, None, ids, state, ["logprob"], None, None, None, None)
+        gradient: Tensor = torch.ops.fusedkl.row_stats_backward(*row, True, False, "cpu")[0]
+        return gradient
+
+    with pytest.raises(RuntimeError, match="token_ids must be from -1 to 8; got 9"):
+        backward(torch.ones(1, 2), ids, state)
+    backward(torch.tensor([[1.0, 0.0]]), ids, state)  # of a masked row it may be anything
+    with pytest.raises(RuntimeError, match="state does not fit"):
+        backward(torch.ones(1, 2), ids % 9, state.float())

@@ -60,7 +60,13 @@ def agree(name: str, models: Any, out: Path, steps: int, **options: Any) -> None
             assert ours[key] == pytest.approx(theirs[key], rel=OTHERS, abs=OTHERS), key
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("grpo", "distillation") else pytest.param(name, marks=pytest.mark.full)
+        for name in RUNS
+    ],
+)
 def test_the_same_logs(models: Any, tmp_path: Path, name: str) -> None:
     agree(name, models, tmp_path, 3)
 

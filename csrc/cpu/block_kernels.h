@@ -77,7 +77,7 @@ SIMD_INLINE vf exact_difference(vf x, vf y, vf hi, vf lo) {
 }
 
 // The one-sweep form. Differences of 16-bit logits are exact unless their exponents are 16 apart, so their centre is one float
-// and nothing is recovered; a certificate sends rows where that matters to the careful sweeps.
+// and nothing is recovered; a certificate sends rows where that matters to the sweep over fp32.
 template <DType D>
 SIMD_INLINE vf centred_difference(vf x, vf y, vf hi, vf lo) {
   if constexpr (D == DType::f32) return exact_difference(x, y, hi, lo);

@@ -222,8 +222,7 @@ static void refine_slopes(GradientJob& job) {
 template <DType D>
 static void family_gradient(GradientJob job) {
   [[maybe_unused]] const FlushSubnormals scope;
-  const bool peaked = stored(D) == DType::f32 && (job.state.reference_log_sum < 0.7 || job.state.policy_log_sum < 0.7);
-  if (peaked && job.state.whole != 0 && job.kind.family == Family::mixture) refine_slopes<D>(job);
+  if (stored(D) == DType::f32 && is_peaked(job.state) && job.state.whole != 0 && job.kind.family == Family::mixture) refine_slopes<D>(job);
   family_switch(job.kind, [&](auto f) { family_gradient_row<D, decltype(f)::value>(job); });
 }
 

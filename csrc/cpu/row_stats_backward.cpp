@@ -22,7 +22,8 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
   cut_rows(policy, reference, controls);
   if (policy_grad_) policy_grad.emplace(*policy_grad_, "policy gradient", policy_grad_->mutable_data_ptr());
   if (reference_grad_) reference_grad.emplace(*reference_grad_, "reference gradient", reference_grad_->mutable_data_ptr());
-  STD_TORCH_CHECK(state.is_contiguous() && state.size(0) == policy.count && state.size(1) == kStateColumns,
+  STD_TORCH_CHECK(state.is_contiguous() && state.dim() == 2 && state.size(0) == policy.count && state.size(1) == kStateColumns &&
+                      state.scalar_type() == ScalarType::Double,
                   "state does not fit the policy");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == fields.rows && grad.size(1) == policy.count, "grad does not fit the fields");
   STD_TORCH_CHECK(!(fields.divergence() || fields.reference()) || reference, "a divergence needs a reference");
@@ -34,6 +35,9 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
   STD_TORCH_CHECK(!ids_per_row || (token_ids->scalar_type() == ScalarType::Long && token_ids->is_contiguous() &&
                                    token_ids->numel() == policy.count * ids_per_row),
                   "token_ids: contiguous int64, the same number for each row");
+  for (int64_t i = 0; i < policy.count * ids_per_row; i++)  // those of a masked row may be anything
+    STD_TORCH_CHECK(ids[i] < policy.length || !live(i / ids_per_row), "token_ids must be from -1 to ", policy.length - 1, "; got ",
+                    ids[i]);
   kernels();
 }
 
@@ -42,6 +46,12 @@ double BackwardCall::grad_at(int64_t field, int64_t r) const {
   const int64_t i = field * grad.stride(0) + r * grad.stride(1);
   return grad.scalar_type() == ScalarType::Double ? static_cast<const double*>(grad.const_data_ptr())[i]
                                                   : static_cast<const float*>(grad.const_data_ptr())[i];
+}
+
+bool BackwardCall::live(int64_t r) const {
+  for (int64_t i = 0; i < fields.rows; i++)
+    if (grad_at(i, r) != 0) return true;
+  return false;
 }
 
 void MixedRow::widen(GradientJob& job, DType dx, DType dy) {
@@ -183,8 +193,7 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
   if (c.reference_grad) job.gy = c.reference_grad->row(r);
 
   // rows without an incoming gradient are exactly 0 and not read, whatever they and their temperature hold
-  bool live = false;
-  for (int64_t i = 0; i < c.fields.rows; i++) live |= c.grad_at(i, r) != 0;
+  const bool live = c.live(r);
   if (live) {
     job.gradient = row_gradient(job.state, job.inv_t, grads_of_row(c, r));
     job.kind = c.fields.kind;
@@ -207,7 +216,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
   if (!job.gx && !job.gy) return;
 
   std::vector<TokenGradient> tokens = token_gradients(c, r, job);
-  if (job.gx && job.gradient.policy_zero()) {
+  // in place, the reference's gradient reads the policy first
+  if (job.gx && job.gradient.policy_zero() && !(job.gx == job.x && job.gy)) {
     zero_from(*c.policy_grad, 0);
     job.gx = nullptr;
   }

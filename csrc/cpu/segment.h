@@ -103,7 +103,9 @@ static Sweep one_sweep_segment(const void* x, const void* y, int64_t n, const Sc
     CentredSums sum;
     for (;;) {
       b = kTier[masked][now](bx, by, size, f);
-      if (!(b.sums.S <= 0x1p60)) {  // the sampled maximum was too small for this block, or there is a NaN
+      // The sampled maximum was too small for this block, or there is a NaN. An exponent is rounded by half an ulp of itself, which
+      // a log-probability shows that stands on a heavy token's.
+      if (!(b.sums.S <= 0x1p16)) {
         if (raised) return Sweep::failed;
         raised = true;
         const float higher = max_block<kStored>(by, size);
@@ -194,7 +196,7 @@ static Sweep one_sweep_segment(const void* x, const void* y, int64_t n, const Sc
   out.policy_max = out.reference_max + f.centre() * t.inv_t;
   out.policy_log_sum = out.reference_log_sum + row.log_ratio_about_centre();
   out.forward_kl = forward;
-  out.reverse_kl = REVERSE ? row.reverse_kl() : 0;
+  out.reverse_kl = REVERSE ? row.reverse_kl() : forward;
   entropies = ENTROPY && set_entropies(out, row, E, X);
   return Sweep::done;
 }

@@ -42,8 +42,9 @@ void sharpen_states(const Tensor& policy_, const Tensor& reference_, Tensor stat
         states[r] = divergence_f64(x, y, job.n, job.inv_t);
         continue;
       }
-      if (dx != dy) room.widen(job, dx, dy);
-      kernels().sharpen[dx == dy ? static_cast<int>(dx) : 0](job, states[r]);
+      const bool widened = is_widened(dx, dy, states[r], job.inv_t);
+      if (widened) room.widen(job, dx, dy);
+      kernels().sharpen[widened ? 0 : static_cast<int>(dx)](job, states[r]);
     }
   });
 }

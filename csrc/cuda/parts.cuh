@@ -164,7 +164,7 @@ FUSEDKL_DEVICE RowState state_of(Part p, const Temperature& t) {
   }
   RowState s{};
   s.forward_kl = p.sums.forward_kl();
-  if constexpr ((MODE & kReverse) != 0) s.reverse_kl = p.sums.reverse_kl();
+  s.reverse_kl = (MODE & kReverse) != 0 ? p.sums.reverse_kl() : s.forward_kl;
   const double policy = p.sums.policy_mass();
   if (!kExactDifference<X, Y> && difference_too_coarse(p.centre * t.inverse, s.forward_kl)) return left_to_exact();
   if (!(p.sums.A == 0 && p.sums.B == 0)) {  // else every difference is the centre
