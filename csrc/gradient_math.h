@@ -8,6 +8,11 @@ namespace fusedkl {
 struct RowGrads {
   double forward_kl = 0, reverse_kl = 0, entropy = 0, logsumexp = 0, mean_logprob = 0, logprob = 0, log_ratio = 0;
   double ref_entropy = 0, ref_logsumexp = 0, ref_logprob = 0;
+
+  FUSEDKL_MEMBER bool any() const {
+    return forward_kl != 0 || reverse_kl != 0 || entropy != 0 || logsumexp != 0 || mean_logprob != 0 || logprob != 0 ||
+           log_ratio != 0 || ref_entropy != 0 || ref_logsumexp != 0 || ref_logprob != 0;
+  }
 };
 
 // One row's gradient, as coefficients of what a sweep can compute per token (l = log p - log q):

@@ -17,6 +17,7 @@ import test_family
 import test_gradients
 import test_offsets64
 import test_reductions
+import test_review_findings
 import test_second_order
 import test_token_stats
 import test_topk
@@ -36,6 +37,7 @@ MODULES = (
     test_gradients,
     test_offsets64,
     test_reductions,
+    test_review_findings,
     test_second_order,
     test_token_stats,
     test_topk,

@@ -57,9 +57,10 @@ FUSEDKL_DEVICE RowPlan plan_of(const GradientArgs& a, int64_t r, const RowState&
   grads.mean_logprob = grad_at(a, a.at.mean_logprob, r);
   grads.ref_entropy = grad_at(a, a.at.ref_entropy, r);
   grads.ref_logsumexp = grad_at(a, a.at.ref_logsumexp, r);
-  // rows without an incoming gradient stay at 0 whatever they hold
-  plan.g = row_gradient(s, inv_t, grads);
-  if (a.at.family >= 0) add_family_gradient(plan.g, a.kind.exact.kind, s, inv_t, grad_at(a, a.at.family, r));
+  const double family = grad_at(a, a.at.family, r);
+  // rows without an incoming gradient stay at 0 whatever they and their temperature hold
+  if (token || ref_token || family != 0 || grads.any()) plan.g = row_gradient(s, inv_t, grads);
+  if (family != 0) add_family_gradient(plan.g, a.kind.exact.kind, s, inv_t, family);
   const bool lost_policy = plan.g.policy_nan(), lost_reference = plan.g.reference_nan();
   plan.fill_policy = lost_policy ? NAN : 0;
   plan.fill_reference = lost_reference ? NAN : 0;
