@@ -20,7 +20,10 @@ HERE = Path(__file__).resolve().parent
 SUITE = {
     "values": (("test_triton.py", "test_values.py", "test_offsets64.py"), 25, 80),
     "gradients": (
-        ("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
+        (
+            *("test_edges.py", "test_gradients.py", "test_inplace_grad.py", "test_token_stats.py"),
+            "test_review_findings.py",
+        ),
         *(20, 80),
     ),
     "more": (("test_family.py", "test_controls.py", "test_topk.py"), 8, 45),

@@ -222,7 +222,8 @@ static void refine_slopes(GradientJob& job) {
 template <DType D>
 static void family_gradient(GradientJob job) {
   [[maybe_unused]] const FlushSubnormals scope;
-  if (stored(D) == DType::f32 && is_peaked(job.state) && job.state.whole != 0 && job.kind.family == Family::mixture) refine_slopes<D>(job);
+  if (stored(D) == DType::f32 && is_peaked(job.state) && job.state.whole != 0 && job.kind.family == Family::mixture)
+    refine_slopes<D>(job);
   family_switch(job.kind, [&](auto f) { family_gradient_row<D, decltype(f)::value>(job); });
 }
 

@@ -36,8 +36,8 @@ BackwardCall::BackwardCall(const Tensor& grad_, const Tensor& policy_, const std
                                    token_ids->numel() == policy.count * ids_per_row),
                   "token_ids: contiguous int64, the same number for each row");
   for (int64_t i = 0; i < policy.count * ids_per_row; i++)  // those of a masked row may be anything
-    STD_TORCH_CHECK(ids[i] < policy.length || !live(i / ids_per_row), "token_ids must be from -1 to ", policy.length - 1, "; got ",
-                    ids[i]);
+    STD_TORCH_CHECK(ids[i] < policy.length || !live(i / ids_per_row), "token_ids must be from -1 to ", policy.length - 1,
+                    "; got ", ids[i]);
   kernels();
 }
 

@@ -146,7 +146,7 @@ struct BackwardCall {
                const Tensor* reference_grad);
 
   double grad_at(int64_t field, int64_t r) const;
-  bool live(int64_t r) const;  // whether any gradient arrives at the row
+  bool live(int64_t r) const;                                    // whether any gradient arrives at the row
   double token_grad(int64_t field, int64_t k, int64_t r) const;  // of a row's k-th token
 };
 
