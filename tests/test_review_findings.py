@@ -162,11 +162,13 @@ def test_a_token_of_no_weight_that_the_policy_lacks(backend: str, kind: str, top
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("height", [16.0, 23.0, 30.0, 36.0, 90.0])
+@pytest.mark.parametrize("height", [12.0, 16.0, 23.0, 30.0, 36.0, 90.0])
 def test_log_probabilities_beside_a_divergence(
     backend: str, dtype: torch.dtype, height: float
 ) -> None:
     """Of the top token, far above the tokens that a sample of the row has."""
+    # 12 above equal tokens: what docs/numerics.md says of a tail that is all alike
+    limit = 4e-6 if height == 12.0 else 1e-6
     policy = torch.zeros(2, 32768, dtype=dtype)
     policy[:, 20000] = height
     policy[1, 30000] = 0.5
@@ -176,7 +178,7 @@ def test_log_probabilities_beside_a_divergence(
     found = fusedkl.token_stats(policy, reference, ids, fields=fields, backend=backend)
     for logits, logprob in ((policy, found.logprob), (reference, found.ref_logprob)):
         true = torch.log_softmax(logits.double(), -1).gather(-1, ids[:, None])[:, 0]
-        assert float((logprob.double() - true).abs().max()) < 1e-6
+        assert float((logprob.double() - true).abs().max()) < limit
 
 
 def test_in_place_where_the_policy_has_no_gradient() -> None:
