@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from . import distributed, ops, reference
 from .forward_mode import applied
 from .layout import dense
+from .saving import keep, kept, ordinary
 
 # The namespace of the operators that ops.py has defined.
 OPS = getattr(torch.ops, ops.NAMESPACE)
@@ -106,7 +107,7 @@ class _RowStats(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         policy, reference_, token_ids, fields, parameter, inv_temperature, mask, *rest = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(policy, reference_, token_ids, inv_temperature, mask, output[1])
+        keep(ctx, policy, reference_, token_ids, inv_temperature, mask, output[1])
         ctx.fields = fields
         ctx.parameter = parameter
         ctx.valid_vocab, ctx.softcap, ctx.inplace, ctx.shards, ctx.backend = rest
@@ -116,7 +117,7 @@ class _RowStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace and ctx.needs_input_grad[0]:
             _refuse_reuse(ctx)
-        policy, reference_, token_ids, inv_temperature, mask, state = ctx.saved_tensors
+        policy, reference_, token_ids, inv_temperature, mask, state = kept(ctx)
         policy_grad, reference_grad = ctx.needs_input_grad[:2]
         grad = grads[0].contiguous() if mask is None else torch.where(mask, grads[0], 0)
         fields = list(ctx.fields)
@@ -201,7 +202,7 @@ def composed_gradients(
     """The gradients as a differentiable composition, for double backward."""
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     x = policy.view_as(policy)
-    y = None if reference_ is None else reference_.view_as(reference_)
+    y = None if reference_ is None else ordinary(reference_.view_as(reference_))
     values, _ = reference.rows(
         x.reshape(-1, x.shape[-1]),
         None if y is None else y.reshape(-1, y.shape[-1]),
@@ -293,11 +294,11 @@ class _OrderedSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
+        keep(ctx, inputs[0], inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values, weight = ctx.saved_tensors
+        values, weight = kept(ctx)
         grad = grads[0].expand(values.shape)
         if weight is None:
             return grad, None, None
@@ -341,9 +342,9 @@ def row_stats(
         def of(place: distributed.Shards) -> Tensor:
             values, _ = applied(
                 _RowStats, policy, reference_,
-                None if token_ids is None else place.local_ids(token_ids), fields, parameter,
-                inv_temperature, mask, place.local_vocabulary(valid_vocab), softcap,
-                inplace_grad, place, backend,
+                None if token_ids is None else place.local_ids(token_ids, valid_vocab),
+                fields, parameter, inv_temperature, mask, place.local_vocabulary(valid_vocab),
+                softcap, inplace_grad, place, backend,
             )  # fmt: skip
             found: Tensor = values
             return found
@@ -353,7 +354,7 @@ def row_stats(
             raise ValueError("backend='reference' has no gradients of slices (group=)")
         values, shards = distributed.placed(shards, of)
         if token_ids is not None:
-            shards.check_ids(token_ids, mask)
+            shards.check_ids(token_ids, mask, valid_vocab)
         return values
     args = (
         policy,

@@ -30,13 +30,16 @@ _MISSING = _load()
 
 # Of sm_80, sm_90a, sm_100 and sm_120 (setup.py), and of nothing older.
 _OLDEST = (8, 0)
+_WITHOUT_CODE = 11  # between two of them
 
 
 def _no_code_for(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
+    own, least = (".".join(map(str, number)) for number in (found, _OLDEST))
+    if found[0] == _WITHOUT_CODE:
+        return f"the GPU has compute capability {own}, for which the library has no kernels"
     if found >= _OLDEST:
         return None
-    own, least = (".".join(map(str, number)) for number in (found, _OLDEST))
     return (
         f"the GPU has compute capability {own}, and the kernels are compiled for {least} and later"
     )

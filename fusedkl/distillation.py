@@ -11,6 +11,7 @@ from . import autograd, distributed, divergences, dtensors, reductions, referenc
 from .autograd import OPS, recorded
 from .backends import needs, resolve
 from .layout import inverse_temperature, row_parts, rows, token_ids
+from .saving import keep, kept, ordinary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -221,17 +222,17 @@ class _TwoTemperatures(torch.autograd.Function):
             values.append(torch.cat([soft, hard.to(soft.dtype)]))
             states.append(torch.stack([soft_state, hard_state]))
         ctx.call = call
-        ctx.save_for_backward(x, y, torch.cat(states, 1))
+        keep(ctx, x, y, torch.cat(states, 1))
         return torch.cat(values, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, y, state = ctx.saved_tensors
+        x, y, state = kept(ctx)
         call: _Call = ctx.call
         to_x, to_y = ctx.needs_input_grad[:2]
         grad = grads[0] if call.read is None else torch.where(call.read, grads[0], 0)
         if recorded(x, y, grad):
-            views = [t.view_as(t) for t in (x, y)]
+            views = [ordinary(t.view_as(t)) for t in (x, y)]
             wanted = [t for t, asked in zip(views, (to_x, to_y), strict=True) if asked]
             values = _apart(views[0], views[1], call)
             found = iter(torch.autograd.grad(values, wanted, grad, create_graph=True))

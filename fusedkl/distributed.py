@@ -54,8 +54,8 @@ class Shards(NamedTuple):
             return None
         return min(max(valid_vocab - self.begin, 0), self.size)
 
-    def local_ids(self, ids: Tensor) -> Tensor:
-        """Ids [N, K] of the whole vocabulary as those of this slice.
+    def local_ids(self, ids: Tensor, valid_vocab: int | None = None) -> Tensor:
+        """Ids [N, K] of the whole vocabulary, so much of it as exists, as those of this slice.
 
         -1 for those of other slices, -2 for those of none, where nobody looks at them: see
         `sliced_rows.token_logits`.
@@ -66,20 +66,23 @@ class Shards(NamedTuple):
             here = torch.full((1,), self.size, dtype=torch.int64, device=ids.device)
             sizes = _gather(here, self)
             begin, total = sizes[: self.rank].sum(), sizes.sum()
-        held = (ids >= begin) & (ids < begin + self.size)
-        elsewhere = torch.where((ids >= 0) & (ids < total), -1, -2)
-        return torch.where(held, ids - begin, elsewhere)
+        known = (ids >= 0) & (ids < (total if valid_vocab is None else valid_vocab))
+        held = known & (ids >= begin) & (ids < begin + self.size)
+        return torch.where(held, ids - begin, torch.where(known, -1, -2))
 
-    def check_ids(self, ids: Tensor, mask: Tensor | None = None) -> None:
+    def check_ids(
+        self, ids: Tensor, mask: Tensor | None = None, valid_vocab: int | None = None
+    ) -> None:
         """A ValueError for ids outside of the vocabulary; on CPU. After the call: see `placed`."""
         if ids.numel() and _looked_at(ids):
             counted = ids if mask is None else ids[mask]
             low, high = (int(v) for v in counted.aminmax()) if counted.numel() else (0, 0)
-            if low < 0 or high >= self.total:
+            total = self.total if valid_vocab is None else valid_vocab
+            if low < 0 or high >= total:
                 low += low < 0  # as it was given: layout.of_no_slice
                 raise ValueError(
                     f"{self.ids_name} must hold token ids of the whole vocabulary, from 0 to "
-                    f"{self.total - 1}; got {low} to {high}"
+                    f"{total - 1}; got {low} to {high}"
                 )
 
     def check_topk(self, ids: Tensor) -> None:

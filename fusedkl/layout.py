@@ -80,7 +80,7 @@ def inverse_temperature(
         validation.tensor_temperature(temperature, policy)
         t = temperature.reshape(-1).to(reference.inside(policy.device))
         return logit_scale / (t if policy.device.type == "cpu" else positive_or_nan(t))
-    validation.number_temperature(temperature)
+    temperature = validation.number_temperature(temperature)
     if temperature == logit_scale:
         return None
     dtype = reference.inside(policy.device)

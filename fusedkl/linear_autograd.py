@@ -18,6 +18,7 @@ from .forward_mode import applied
 from .linear_arguments import DIFFERENTIABLE, OF_TOKENS, Inputs
 from .linear_reference import composed, slopes
 from .linear_topk import NAMES
+from .saving import keep, kept, ordinary
 
 
 def _named(forward: Any) -> Any:
@@ -45,11 +46,11 @@ class _LinearStats(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.names = [name for name, _ in i.tensors()]
         ctx.rest = i.changed(dict.fromkeys(ctx.names))
-        ctx.save_for_backward(*[t for _, t in i.tensors()], output[1])
+        keep(ctx, *[t for _, t in i.tensors()], output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, states = ctx.saved_tensors
+        *tensors, states = kept(ctx)
         i = ctx.rest.changed(dict(zip(ctx.names, tensors, strict=True)))
         wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE])
         grad = grads[0].contiguous() if i.mask is None else torch.where(i.mask, grads[0], 0)
@@ -77,7 +78,7 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     """The gradients as a differentiable composition."""
     names = [name for name, ask in zip(i._fields, wanted, strict=False) if ask]
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
-    fresh = {n: t.view_as(t) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
+    fresh = {n: ordinary(t.view_as(t)) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
     given = dict(fresh)
     number = _numbers(i)
     for name in OF_TOKENS:  # what other tokens hold would reach the weights as 0 * NaN

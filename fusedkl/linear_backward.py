@@ -54,7 +54,10 @@ def _scale_of(asked: list[Rows], grads: list[Tensor], sides: list[_Sums]) -> _Sc
     bounds = []
     for one, grad in zip(asked, grads, strict=True):
         size = torch.where(grad.isfinite(), grad.abs(), 0).to(reference.inside(grad.device))
-        bounds.append((size if one.inverse is None else size * one.inverse).amax())
+        if one.inverse is not None:  # of a row that does not count it may be no number
+            size = size * one.inverse
+            size = torch.where(size.isfinite(), size, 0)
+        bounds.append(size.amax())
     most = torch.stack(bounds).amax() * max(1.0, *(abs(side.side.scale) for side in sides))
     shift = (_LARGEST - torch.frexp(most).exponent).clamp(-120, 120).to(most.dtype)
     return _Scale(torch.exp2(shift), torch.exp2(-shift))

@@ -135,5 +135,7 @@ def put_back(x: Tensor, apart: Apart) -> None:
 
 def add_gradient(gx: Tensor, grad: Tensor, apart: Apart, inverse: Tensor | None) -> None:
     """grad [K, n] to the logits over T, into gx [n, columns], where these tokens have 0."""
-    scaled = (grad if inverse is None else grad * inverse).t()
+    if inverse is not None:  # of a row that does not count it may be no number
+        grad = torch.where(grad != 0, grad * inverse, 0)
+    scaled = grad.t()
     gx.scatter_add_(1, apart.at, torch.where(apart.inside, scaled, 0).to(gx.dtype))

@@ -74,8 +74,9 @@ def kl_estimate(
         value = ratio.abs()
     if name == kind:
         return value
-    square = ratio * ratio / 2
-    return value.detach() + (square - square.detach())
+    # k2's derivatives and the value 0, also where the square would overflow
+    still = ratio.detach()
+    return value.detach() + (ratio - still) * (ratio / 2 + still / 2)
 
 
 class _Clamp(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, validation
+from .saving import ordinary
 
 
 def counted_tokens(
@@ -40,7 +41,7 @@ def counted_tokens(
         counted = labelled if counted is None else counted & labelled
     elif ignore_index != -100:
         raise ValueError(f"ignore_index={ignore_index} has no effect without labels")
-    return None if counted is None else counted.reshape(-1).contiguous()
+    return None if counted is None else ordinary(counted.reshape(-1).contiguous())
 
 
 def token_weights(
@@ -52,7 +53,7 @@ def token_weights(
     weight = validation.per_row(name, weight, policy)
     if not weight.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor; got {weight.dtype}")
-    return weight.reshape(-1).to(dtype)
+    return ordinary(weight.reshape(-1).to(dtype))
 
 
 def rows_to_read(counted: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -102,8 +103,8 @@ def shares(
     share = like.new_ones(1, dtype=dtype)
     if by is not None:
         share = share / by
-    if weight is not None:
-        share = share * weight
+    if weight is not None:  # a divisor of 0 or NaN must not reach what does not count
+        share = torch.where(weight != 0, share * weight, 0)
     elif counted is not None:
         share = torch.where(counted, share, 0)
     return share.expand(values).contiguous()

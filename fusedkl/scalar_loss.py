@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from .autograd import batched, call, composed_gradients, recorded
 from .backends import BACKENDS
+from .saving import hooked, keep, kept
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _ScalarLoss(torch.autograd.Function):
             softcap,
             backend,
         )
-        ctx.save_for_backward(policy, reference_, inv_temperature, mask, state, share)
+        keep(ctx, policy, reference_, inv_temperature, mask, state, share)
         ctx.fields = fields
         ctx.parameter, ctx.valid_vocab, ctx.softcap = parameter, valid_vocab, softcap
         ctx.backend = backend
@@ -61,7 +62,7 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Unpacked first: it raises where the logits were changed since, as any backward does.
-        policy, reference_, inv_temperature, mask, state, share = ctx.saved_tensors
+        policy, reference_, inv_temperature, mask, state, share = kept(ctx)
         ahead, ctx.ahead = ctx.ahead, None
         if recorded(policy, reference_, grads[0]):
             grad = (grads[0] * share).expand(len(ctx.fields), -1)
@@ -100,7 +101,7 @@ def _scales_exactly(gradient: Tensor, factor: Tensor) -> bool:
     """
     if gradient.device.type != "cpu":
         return True
-    by = float(factor)
+    by = float(factor if gradient.dtype == torch.float64 else factor.float())  # as kernels have it
     if gradient.dtype != torch.bfloat16:  # digits to spare
         return math.isfinite(by)
     return abs(math.frexp(by)[0]) in (0.0, 0.5)
@@ -111,7 +112,8 @@ def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, ba
 
     float16 gradients must be scaled before their only rounding, so they cannot be made ahead of
     the loss scale. A graph being traced or transformed takes the plain operators, and so does the
-    reference backend, whose sweeps are not of the kind that gains.
+    reference backend, whose sweeps are not of the kind that gains. So does one under checkpointing,
+    which would make this gradient twice and hold all of them.
     """
     if not BACKENDS[backend].gradient_ahead:
         return False
@@ -120,6 +122,8 @@ def gradient_ahead(policy: Tensor, reference_: Tensor, weight: Tensor | None, ba
     if policy.dtype == torch.float16 or (weight is not None and weight.requires_grad):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if hooked():
         return False
     return type(policy) in (Tensor, torch.nn.Parameter) and forward_ad._current_level < 0
 

@@ -181,13 +181,15 @@ def packed(
     per_token = 1
     if token_ids is not None and token_ids.dim() == like.dim():
         per_token = token_ids.shape[-1]
-    sizes = [per_token if divergences.FIELDS[name].needs_token_ids else 1 for name in wanted]
-    for name, part in zip(wanted, values.split(sizes), strict=True):
+    at = 0
+    for name in wanted:  # not by split(), of whose outputs none may be written to
         if divergences.FIELDS[name].needs_token_ids:
             assert token_ids is not None
-            found[name] = part.t().reshape(token_ids.shape)
+            found[name] = values[at : at + per_token].t().reshape(token_ids.shape)
+            at += per_token
         else:
-            found[name] = part[0].reshape(shape)
+            found[name] = values[at].reshape(shape)
+            at += 1
     return TokenStats(**found)
 
 

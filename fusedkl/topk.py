@@ -11,6 +11,7 @@ from torch import Tensor
 from . import autograd, contents, distributed, dtensors, reductions, reference, validation
 from .backends import needs, resolve
 from .layout import inverse_temperature, rows
+from .saving import ordinary
 from .sharded_topk import topk_logprobs as sharded_outcomes
 from .topk_ops import KERNELS
 from .topk_ops import topk_logprobs as outcomes
@@ -207,9 +208,13 @@ def topk_divergence(
 
 def _logits_at(x: Tensor, ids: Tensor) -> Tensor:
     """[N, K] of x [..., V], where it lies; any logit for padding."""
-    row = torch.arange(ids.shape[0], device=x.device)[:, None]
+    rest = torch.arange(ids.shape[0], device=x.device)[:, None]
+    row: list[Tensor] = []
+    for size in reversed(x.shape[:-1]):  # torch.unravel_index would wait for the device
+        row.insert(0, rest % size)
+        rest = rest // size
     # not gather, whose derivative adds 16-bit numbers up in float32 logits
-    return x[(*torch.unravel_index(row, x.shape[:-1]), ids.clamp(min=0))]
+    return x[(*row, ids.clamp(min=0))]
 
 
 def teacher_rows(
@@ -226,8 +231,7 @@ def teacher_rows(
         raise ValueError(f"{names[0]} must hold from 1 to {most} tokens a row; got {k}")
     ids = topk_ids.reshape(-1, k)
     log_q = topk_logprobs.reshape(-1, k).to(reference.inside(topk_ids.device))
-    if counted is not None:
-        ids = torch.where(counted[:, None], ids, -1)
+    ids = ordinary(ids) if counted is None else torch.where(counted[:, None], ids, -1)
     log_q = torch.where(ids == -1, -torch.inf, log_q)
     if ids.device.type == "cpu" and not autograd.intercepted(ids, log_q):
         _check_contents(ids, log_q, width, names)

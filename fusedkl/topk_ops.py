@@ -24,6 +24,7 @@ from ._library import LIB, NAMESPACE, TAGS
 from .autograd import front, per_row, recorded
 from .backends import kernels
 from .forward_mode import applied
+from .saving import keep, kept
 
 ARGUMENTS = {
     "topk_logprobs": (
@@ -91,11 +92,11 @@ class _TopkLogprobs(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, output[1])
+        keep(ctx, *tensors, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        policy, token_ids, inv_temperature, mask, state = ctx.saved_tensors
+        policy, token_ids, inv_temperature, mask, state = kept(ctx)
         grad = grads[0] if mask is None else torch.where(mask[:, None], grads[0], 0)
         if recorded(policy, grad):
             x = policy.view_as(policy)  # see autograd.composed_gradients

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 
 from . import divergences
 from . import reference as reference_
+from .saving import hooked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -218,8 +219,8 @@ def positive(name: str, value: object) -> float:
     return number
 
 
-def number_temperature(value: object) -> None:
-    """A finite number > 0."""
+def number_temperature(value: object) -> float:
+    """A finite number > 0, of Python or the compiler: one of numpy's may divide in its own type."""
     number = isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt))
     if isinstance(value, bool) or not number:
         raise TypeError(
@@ -229,6 +230,10 @@ def number_temperature(value: object) -> None:
     given: Any = value
     if not (given > 0 and given < math.inf):
         raise ValueError(f"temperature must be positive and finite; got {given}")
+    if not isinstance(given, (float, int, torch.SymFloat, torch.SymInt)):
+        given = float(given)
+    accepted: float = given
+    return accepted
 
 
 def token_range(name: str, ids: Tensor, width: int, besides: str = "") -> None:
@@ -305,6 +310,12 @@ def inplace_grad(policy: Tensor, reference: Tensor) -> None:
         )
     if torch.compiler.is_compiling() or policy.numel() == 0 or policy.device.type == "meta":
         return
+    if torch.is_grad_enabled() and policy.requires_grad and hooked():
+        raise RuntimeError(
+            "inplace_grad=True under hooks for saved tensors (checkpoint, save_on_cpu): autograd "
+            "would not notice that policy_logits are gone where something else has saved them. "
+            "Use inplace_grad=False there."
+        )
     (begin, end), (other_begin, other_end) = _memory(policy), _memory(reference)
     if isinstance(policy, FakeTensor) and _storage(policy) != _storage(reference):
         return

@@ -40,9 +40,13 @@ def _bounded(v, most):
 
 
 @triton.jit
-def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr):
+def _moved(v, p_less_q, q, inv_t, series, ACCURATE: tl.constexpr, ROBUST: tl.constexpr):
     """p - q, from v = T l where they are close."""
-    if ACCURATE:
+    if ROBUST:  # powers of 1/T may leave the range
+        u = v * inv_t
+        near = q * u * tl.fma(u, gap_polynomial(u, gap_coefficients(1.0)), 1.0)
+        return tl.where(tl.abs(u) <= NEAR, near, p_less_q)
+    elif ACCURATE:
         near = q * v * tl.fma(v, gap_polynomial(v, series), inv_t)
         return tl.where(tl.abs(v) <= (1.0 / inv_t) * NEAR, near, p_less_q)
     else:
@@ -116,7 +120,7 @@ def _token(
             gy = tl.where(c[28] == 0.0, 0.0, gy)
     if FORWARD or REVERSE:
         v = centred(d, x, y, c[0], c[1], EXACT)
-        moved = _moved(v, tl.fma(of_x, per_x, -q), q, inv_t, series, ACCURATE)
+        moved = _moved(v, tl.fma(of_x, per_x, -q), q, inv_t, series, ACCURATE, ROBUST)
         if POLICY:
             gx = moved if PLAIN and not ROBUST else moved * c[16]
             if REVERSE:

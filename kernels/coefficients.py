@@ -209,8 +209,8 @@ def prepare(
     _, _, _, _, _, _, _, _, of_both, of_x, of_y = gradients
     bad_x = is_none(state[1])
     bad_y = is_none(state[3])
-    alone_x = bad_y & (bad_x == 0) & (of_both == 0)
-    alone_y = bad_x & (bad_y == 0) & (of_both == 0)
+    alone_x = bad_y & (of_both == 0) & ((bad_x == 0) | (of_y == 0))
+    alone_y = bad_x & (of_both == 0) & ((bad_y == 0) | (of_x == 0)) & (alone_x == 0)
     FAMILY: tl.constexpr = family_of(FIELDS)
     if FAMILY != "":
         alone_x = alone_x & (alone_x == 0)
@@ -239,6 +239,7 @@ def prepare(
         uniform = uniform_coefficient(gradients, states, row, live, inv_t)
         tl.store(out + 29 * n, uniform.to(tl.float32), mask=live)
     beyond = (tl.abs(state[0]) > FAR) | (tl.abs(state[2]) > FAR)
+    beyond = beyond | (inv_t > 1e5) | (inv_t < 1e-5)
     if HALF:
         beyond = beyond | difference_too_coarse(state[4] * inv_t, tl.minimum(state[6], state[7]))
     action = tl.where(bad_x | bad_y, 2.0, tl.where(beyond, 3.0, 1.0))

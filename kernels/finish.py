@@ -25,6 +25,7 @@ from .layout import is_half, row_pointer, unspecialised
 from .state import (
     STATE_COLUMNS,
     empty,
+    family_of,
     has,
     is_of_second_sweep,
     is_of_tokens,
@@ -198,7 +199,10 @@ def _pair_state(
     if REVERSE:
         careful = careful | ((equal == 0) & (small == 0) & (c > 10.0 * total_x * reverse))
     if not EXACT:  # a centre that one float does not hold
-        coarse = difference_too_coarse(centre * inv_t, forward)
+        # Of the smaller divergence, as row_math.h has it. Where that was not asked for, one beyond
+        # what rows come to is that of a few tokens that the policy hardly has.
+        least = tl.minimum(forward, reverse) if REVERSE else tl.where(forward > 100.0, 0.0, forward)
+        coarse = difference_too_coarse(centre * inv_t, least)
         careful = careful | ((equal | (small == 0)) & coarse)
     # neither row has a token here
     none = (found == 0) & (total_x == 0.0) & (reach <= -FAR)
@@ -250,6 +254,7 @@ def finish(
     state = empty(inv_t)
     careful = live & (counted == 0) & counted
     segments = (vocab + segment - 1) // segment
+    highest = inv_t * 0.0 - float("inf")
     logit_sum = inv_t * 0.0
     tokens = inv_t * 0.0
     for i in range(segments):
@@ -262,6 +267,8 @@ def finish(
             careful = careful | unsure
         else:
             part = single_state(sums, n, inv_t, live)
+        own = tl.where(part[1] > float("-inf"), part[4] * inv_t + part[5], -float("inf"))
+        highest = tl.maximum(highest, own)
         if has(FIELDS, "mean_logprob"):
             origin = tl.load(sums + 15 * n, mask=live, other=0.0).to(tl.float64)
             size = tl.minimum(segment, vocab - i * segment)
@@ -269,6 +276,8 @@ def finish(
             tokens += size
         # the first one as it is: merging with nothing would lose a NaN
         state = select((i == 0) | (inv_t != inv_t), part, merge(state, part, inv_t))
+    if family_of(FIELDS) != "":  # a second sweep goes by the row's log-ratio, and reaches no further
+        careful = careful | (highest - (state[4] * inv_t + state[5]) > FAREST)
     tl.store(parts + segments * COLUMNS * n + row, (careful & counted).to(tl.float32), mask=live)
     x_row = row_pointer(policy, local, inner, x_outer, x_inner)
     y_row = row_pointer(reference, local, inner, y_outer, y_inner)

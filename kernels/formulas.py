@@ -243,6 +243,8 @@ def merge(a, b, inv_t):
     spread = tl.where(has_other, lighter * (gap(other) + other), 0.0)
     bare = (aqs == float("-inf")) & (aps > float("-inf"))
     bare = bare | ((bqs == float("-inf")) & (bps > float("-inf")))
+    # a share too small for a double, of a segment that the policy has all the same
+    bare = bare | ((lighter == 0.0) & (other > 600.0))
     direct = ((p_max - q_max) - centre * inv_t) + (p_sum - q_sum)
     held = (spread > -0.5) & (spread < 1e6) & (bare == 0)
     residual = tl.where(held, origin + log1p(tl.where(held, spread, 0.0)), direct)

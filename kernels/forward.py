@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .careful import CAREFUL_BLOCK, careful
 from .finish import finish, merge_rows
-from .launch import LANES, Call, aligned, on, pieces
+from .launch import LANES, PAIR_FIELDS, Call, aligned, on, pieces
 from .single import sweep_single
 from .state import STATE_COLUMNS
 from .sums import sweep_again
@@ -80,7 +80,7 @@ def merge_states(
     states = parts.new_empty(parts.shape[1:])
     given = 0 if inv_temperature is None else 2 | (4 if inv_temperature.numel() > 1 else 0)
     inverse = states if inv_temperature is None else inv_temperature
-    pair = any(name in ("forward_kl", "reverse_kl") for name in fields)
+    pair = any(name in PAIR_FIELDS for name in fields)
     if n:
         with on(parts.device):
             merge_rows[(math.ceil(n / LANES),)](

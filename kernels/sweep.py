@@ -197,7 +197,8 @@ def _tile(
             kept_sx = sx
             if REF_ENTROPY:  # ties with what is no longer the largest go back to the rest
                 tie_log = tl.fma(anchor, slope, shift)
-                tie = tl.where(first, ties_y * tl.exp2(tie_log), 0.0)
+                # without ties there is no anchor yet, most likely, and its weight no number
+                tie = tl.where(first, ties_y * tl.where(ties_y > 0.0, tl.exp2(tie_log), 0.0), 0.0)
                 s += tie
                 kept_s = tl.where(jumped, s, kept_s)
                 hy = tl.where(jumped, hy + tie * tie_log, hy)
@@ -205,7 +206,7 @@ def _tile(
             if ENTROPY:
                 new_top = tl.maximum(top, tl.max(tl.maximum(x0, x1)))
                 tie_log = top_exponent(top, anchor, high, low, slope, shift, EXACT)
-                tie = tl.where(first, ties_x * tl.exp2(tie_log), 0.0)
+                tie = tl.where(first, ties_x * tl.where(ties_x > 0.0, tl.exp2(tie_log), 0.0), 0.0)
                 sx += tie
                 higher = new_top > top
                 kept_sx = tl.where(higher, sx, kept_sx)

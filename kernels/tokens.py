@@ -79,9 +79,8 @@ def token_gradients(
     ratio = p * 0.0
     if PAIR:
         ratio = ((x - y) - state[4]) * inv_t - state[5]
-        moved = tl.where(
-            (q > 0.0) & (ratio < 1.0), q * (gap(tl.minimum(ratio, 1.0)) + ratio), p - q
-        )
+        near = tl.maximum(tl.minimum(ratio, 1.0), -800.0)  # -inf where only the policy lacks it
+        moved = tl.where((q > 0.0) & (ratio < 1.0), q * (gap(near) + near), p - q)
     if POLICY:
         own = p * (c[2] + tl.where(c[3] != 0.0, c[3] * (log_p + state[8]), 0.0))
         own += tl.where(c[1] != 0.0, c[1] * p * (ratio - state[7]), 0.0)
@@ -112,7 +111,8 @@ def token_gradients(
     bad = of_both & (is_none(state[1]) | is_none(state[3]))
     bad = bad | ((of_x & is_none(state[1])) if POLICY else (of_y & is_none(state[3])))
     nan = tl.where(bad, float("nan"), 0.0)
-    tl.store(found + row * k + j, value * slope + nan, mask=j < k)
+    value = tl.where(value == 0.0, 0.0, value * slope)  # the slope at a NaN is one
+    tl.store(found + row * k + j, value + nan, mask=j < k)
 
 
 @unspecialised

@@ -77,6 +77,8 @@ def test_a_gpu_without_code_is_not_taken(gpus: list[tuple[int, int]]) -> None:
     assert "capability 7.5, and the kernels are compiled for 8.0 and later" in str(why_not(old))
     assert [why_not(device) for device in served] == [None, None]
     assert why_not(None) is None  # one GPU will do
+    gpus.append((11, 0))  # newer than the oldest, and none that the kernels are compiled for
+    assert "capability 11.0, for which" in str(why_not(torch.device("cuda", 3)))
     del gpus[1:]
     assert why_not(None) == why_not(old)
     gpus.clear()

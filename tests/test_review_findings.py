@@ -212,3 +212,155 @@ def test_backward_of_arguments_that_no_forward_had() -> None:
     backward(torch.tensor([[1.0, 0.0]]), ids, state)  # of a masked row it may be anything
     with pytest.raises(RuntimeError, match="state does not fit"):
         backward(torch.ones(1, 2), ids % 9, state.float())
+
+
+def close_to_the_truth(
+    kind: str, policy: Tensor, reference: Tensor, backend: str, **options: object
+) -> None:
+    """Value and gradients, where float32's are finite."""
+    value = fusedkl.divergence(policy, reference, kind, backend=backend, **options)
+    pair = policy.double(), reference.double()
+    true = fusedkl.divergence(*pair, kind, backend="reference", **options)
+    torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-12)
+    expected = gradients(kind, *pair, backend="reference", **options)
+    limit = 1e-5 if policy.dtype == torch.float32 else 4e-3
+    for found, right in zip(
+        gradients(kind, policy, reference, backend=backend, **options), expected, strict=True
+    ):
+        assert oracle.relative_l2(found, right, 1e-6) < limit, kind
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("dtype", "width", "begin"),
+    [(torch.float32, 512, 256), (torch.bfloat16, 264, 256), (torch.bfloat16, 32768, 24576)],
+)
+def test_a_block_that_only_the_policy_has(
+    backend: str, kind: str, dtype: torch.dtype, width: int, begin: int
+) -> None:
+    """All that one group of threads gets to see."""
+    policy, reference = torch.randn(2, 1, width).to(dtype)
+    reference[:, begin:] = -math.inf
+    close_to_the_truth(kind, policy, reference, backend)
+    close_to_the_truth(kind, reference, policy, backend)
+
+
+@pytest.mark.parametrize(("width", "begin"), [(512, 256), (264, 256), (2048, 1024)])
+def test_a_block_of_nan(backend: str, width: int, begin: int) -> None:
+    logits = torch.randn(1, width)
+    logits[:, begin:] = math.nan
+    assert fusedkl.logsumexp(logits, backend=backend).isnan()
+    assert fusedkl.forward_kl(torch.randn(1, width), logits, backend=backend).isnan()
+    assert fusedkl.forward_kl(logits, torch.randn(1, width), backend=backend).isnan()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("width", [2048, 65536])
+def test_half_of_the_reference_is_masked_by_a_number(backend: str, kind: str, width: int) -> None:
+    """A number so low that none of its weights is one."""
+    policy, reference = torch.randn(2, 1, width)
+    reference[:, width // 2 :] = -1e4
+    close_to_the_truth(kind, policy, reference, backend)
+
+
+def test_a_record_of_the_policy_where_the_reference_is_masked_by_a_number(backend: str) -> None:
+    reference = torch.full((1, 2048), -1e4)
+    reference[:, :256] = 0.0
+    reference[:, 256:1024] = 3.0
+    policy = reference.clone()
+    policy[:, 1024] = 6.0
+    fields = ["forward_kl", "entropy"]
+    found = fusedkl.token_stats(policy, reference, fields=fields, backend=backend)
+    true = fusedkl.token_stats(
+        policy.double(), reference.double(), fields=fields, backend="reference"
+    )
+    assert found.forward_kl is not None and true.forward_kl is not None
+    assert oracle.relative_error(found.forward_kl, true.forward_kl) < 1e-5
+    value = fusedkl.jsd(policy, reference, backend=backend)
+    expected = fusedkl.jsd(policy.double(), reference.double(), backend="reference")
+    assert oracle.relative_error(value, expected) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-7, 1e-5, 1e5, 1e10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_top_tokens_at_extreme_temperatures(
+    backend: str, temperature: float, dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([[0.0, 1.0]], dtype=dtype)
+    for kind in ("forward_kl", "reverse_kl"):
+        for found in gradients(
+            kind, logits, logits.clone(), temperature=temperature, backend=backend
+        ):
+            assert bool((found == 0).all())
+
+
+def test_a_mean_beyond_float(backend: str) -> None:
+    policy, reference = torch.zeros(2, 1, 1000)
+    policy[:, :2] = 8200.0
+    reference[:, 0] = -5000.0
+    close_to_the_truth("reverse_kl", policy, reference, backend, temperature=100.0)
+
+
+def test_the_gradient_of_many_rows_far_apart(backend: str) -> None:
+    """Weights of a policy far above the sampled logit, times a small share of each row."""
+    policy, reference = torch.zeros(2, 1, 1000)
+    policy[:, 0] = 85.0
+    reference[:, 0] = -50.0
+    leaf, exact = policy.clone().requires_grad_(), policy.double().requires_grad_()
+    (fusedkl.forward_kl(leaf, reference, backend=backend) * 2.0**-15).sum().backward()
+    true = fusedkl.forward_kl(exact, reference.double(), backend="reference") * 2.0**-15
+    true.sum().backward()
+    assert leaf.grad is not None and exact.grad is not None
+    assert oracle.relative_l2(leaf.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kl", ["forward_kl", "reverse_kl"])
+def test_log_probability_of_a_token_that_only_the_policy_lacks(backend: str, kl: str) -> None:
+    pair = torch.tensor([[-math.inf, 0.0, 0.0]]), torch.zeros(1, 3)
+    ids, fields = torch.tensor([[0]]), [kl, "ref_logprob"]
+    limits = (0.5, None, None, None)
+    _, state = torch.ops.fusedkl.row_stats(*pair, ids, fields, *limits, None, backend)
+    upstream = 1.0 if kl == "reverse_kl" else 0.0  # that of the others is infinite, or has none
+    grad = torch.tensor([[upstream], [1.0]])
+    _, found = torch.ops.fusedkl.row_stats_backward(
+        grad, *pair, ids, state, fields, *limits, True, True, backend
+    )
+    q = torch.full((1, 3), 1 / 3)
+    expected = torch.tensor([[1.0, 0.0, 0.0]]) - q
+    expected += upstream * (q - torch.tensor([[0.0, 0.5, 0.5]]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_side_without_upstream_is_zero_beside_nan(backend: str) -> None:
+    pair = [torch.randn(1, 9) for _ in range(2)]
+    for t in pair:
+        t[0, 3] = math.nan
+    leaves = [t.requires_grad_() for t in pair]
+    stats = fusedkl.token_stats(*leaves, fields=["entropy", "ref_entropy"], backend=backend)
+    gradient = torch.autograd.grad(stats.entropy.sum(), leaves)
+    assert bool(gradient[0].isnan().all()) and bool((gradient[1] == 0).all())
+    if backend == "reference":  # autograd's product of a slope that is NaN and 0
+        return
+    leaves = [torch.randn(1, 9) for _ in range(2)]
+    leaves[0][0, 3] = math.nan
+    leaves = [t.requires_grad_() for t in leaves]
+    stats = fusedkl.token_stats(
+        *leaves, torch.tensor([3]), fields=["logprob", "ref_logprob"], softcap=30.0, backend=backend
+    )
+    gradient = torch.autograd.grad(stats.ref_logprob.sum(), leaves)
+    assert bool((gradient[0] == 0).all()) and bool(gradient[1].isfinite().all())
+
+
+def test_slices_without_mass_merge_to_nan(backend: str) -> None:
+    fields = ["ref_logsumexp", "ref_entropy"]
+    policy, nothing = torch.randn(1, 5), torch.full((1, 5), -math.inf)
+    states = [
+        torch.ops.fusedkl.row_stats(
+            policy, nothing, None, fields, None, None, None, None, None, backend
+        )[1]
+        for _ in range(2)
+    ]
+    for state in states:  # as a slice keeps it: no mass, and no NaN
+        state[:, 2:4] = torch.tensor([0.0, -math.inf])
+    values, _ = torch.ops.fusedkl.merge_states(torch.stack(states), fields, None, backend)
+    assert bool(values.isnan().all())

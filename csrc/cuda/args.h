@@ -6,7 +6,7 @@
 namespace fusedkl {
 namespace gpu {
 
-constexpr int kMaxDims = 6;
+constexpr int kMaxDims = 7;  // of the leading ones: layout.py copies what has more
 
 // What a forward sweep is asked for besides forward KL and the masses.
 constexpr int kReverse = 1, kEntropy = 2, kReferenceEntropy = 4;

@@ -42,14 +42,16 @@ static __global__ void __launch_bounds__(kElementwiseThreads) ordered_sum_kernel
   if (threadIdx.x == 0) store_any(static_cast<char*>(a.out), a.dtype, 0, total);
 }
 
-// Nothing is touched where the factor is 1, and 0 silences even NaN.
+// Nothing is touched where the factor is 1, and 0 silences even NaN: a factor of 0, and the gradient of a masked row.
 static __global__ void __launch_bounds__(kElementwiseThreads) scale_kernel(ScaleArgs a) {
   const double factor = load_any(static_cast<const char*>(a.factor), a.factor_dtype, 0);
   if (factor == 1) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * static_cast<int64_t>(blockDim.x);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * static_cast<int64_t>(blockDim.x) + static_cast<int64_t>(threadIdx.x);
-       i < a.count; i += step)
-    store_any(a.data, a.dtype, i, factor == 0 ? 0 : load_any(a.data, a.dtype, i) * factor);
+       i < a.count; i += step) {
+    const double gradient = load_any(a.data, a.dtype, i);
+    store_any(a.data, a.dtype, i, factor == 0 || gradient == 0 ? 0 : gradient * factor);
+  }
 }
 
 }  // namespace gpu

@@ -40,6 +40,7 @@ class WarpSweep {
       if (attempt == 0) done = tiles();
       rest(done);
       if (anchor_.exponent > -INFINITY) flush();
+      else bad_ = !is_nothing(stretch_of<MODE>(sums_, anchor_));  // tokens, and none that the reference has
       if (!bad_) return;
     }
   }

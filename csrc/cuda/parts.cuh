@@ -53,6 +53,11 @@ FUSEDKL_DEVICE bool usable(const Stretch& s) {
   return is_finite((s.reference + (s.a + s.b)) + (s.c + (s.policy_log + s.reference_log)));
 }
 
+// No token was added; a NaN is something.
+FUSEDKL_DEVICE bool is_nothing(const Stretch& s) {
+  return s.reference == 0 && s.policy == 0 && s.a == 0 && s.b == 0 && s.c == 0;
+}
+
 template <int MODE>
 FUSEDKL_DEVICE Part part_of(const Stretch& s, const Temperature& t) {
   Part p = no_part();
@@ -120,7 +125,7 @@ FUSEDKL_DEVICE Part gather(Part p, const Temperature& t) {
   if (holders != 0) {
     const int lane = __ffs(static_cast<int>(holders)) - 1;
     const double exponent = __shfl_sync(kAllLanes, p.exponent, lane), centre = __shfl_sync(kAllLanes, p.centre, lane);
-    if (has) {
+    if (p.exponent > -INFINITY) {  // also one whose reference weights are all too small for a float
       const double step = (centre - p.centre) * t.inverse, factor = exp2(p.exponent - exponent);
       p.sums.scale(factor);
       p.noise *= factor;

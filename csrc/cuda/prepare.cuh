@@ -21,7 +21,7 @@ struct RowPlan {
 FUSEDKL_DEVICE bool beyond_sweeps(const Inputs& in, const RowState& s, double inv_t) {
   auto large = [](double v, double limit) { return fabs(v) > limit && v != INFINITY; };
   return !(inv_t < 2e3 && inv_t > 5e-4) || large(s.policy_max, 1e37) || large(s.reference_max, 1e37) ||
-         large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30) ||
+         large(s.forward_kl, 1e30) || large(s.reverse_kl, 1e30) || s.policy_log_sum > 64 || s.reference_log_sum > 64 ||
          (in.dx != DType::f32 && in.dy != DType::f32 && difference_too_coarse(s, inv_t));
 }
 
@@ -147,8 +147,9 @@ FUSEDKL_DEVICE void refine_means(const GradientArgs& a, int64_t r, RowPlan& plan
   for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
     const double u = load_any(x, a.in.dx, i), v = load_any(y, a.in.dy, i);
     if (u == -INFINITY || v == -INFINITY) continue;
-    const float p = exp2_fast(fmaf(static_cast<float>(u), f.slope, -f.p.shift));
-    const float q = exp2_fast(fmaf(static_cast<float>(v), f.slope, -f.q.shift));
+    // with the weights, or a heavy token far above the sampled one would leave the range
+    const float p = exp2_fast(fmaf(static_cast<float>(u), f.slope, -f.p.shift)) * f.p.weight;
+    const float q = exp2_fast(fmaf(static_cast<float>(v), f.slope, -f.q.shift)) * f.q.weight;
     weight_p += p;
     weight_q += q;
     moment_p = fmaf(p, static_cast<float>(((u - v) - centre) - plan.mean_p), moment_p);
