@@ -93,7 +93,8 @@ def divergence(
         inplace_grad: backward overwrites policy_logits with their gradient instead of allocating
             one. For logits that nothing else needs: autograd refuses to use them afterwards, and a
             second backward or create_graph raises. A leaf's .grad then shares its memory. Under
-            torch.compile the compiler decides whether memory is reused.
+            torch.compile the compiler decides whether memory is reused. Refused under hooks for
+            saved tensors (checkpoint, save_on_cpu), where autograd would not notice.
         group: a torch.distributed.ProcessGroup whose ranks each hold a slice of the vocabulary, in
             the order of ranks, of any size; docs/sharding.md. The result is the same on every
             rank. DTensors say it themselves, and make the result one. No double backward.

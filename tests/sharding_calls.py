@@ -74,6 +74,23 @@ def slices_that_drifted(group: dist.ProcessGroup) -> None:
 
 
 @case
+def ids_in_the_padding(group: dist.ProcessGroup) -> None:
+    """What whole rows refuse, slices refuse too."""
+    logits = torch.randn(2, 6 * group.size())
+    part = slice(6 * group.rank(), 6 * (group.rank() + 1))
+    ids, valid = torch.tensor([0, logits.shape[1] - 1]), logits.shape[1] - 2
+    whole = {"fields": ["logprob"], "valid_vocab": valid}
+    for given in ({}, {"group": group}):
+        x = logits[:, part] if given else logits
+        try:
+            fusedkl.token_stats(x, None, ids, **whole, **given)
+        except ValueError as error:
+            assert f"from 0 to {valid - 1}" in str(error), error
+        else:
+            raise AssertionError(f"{given} took an id of the padding")
+
+
+@case
 def topk_of_bad_ids(group: dist.ProcessGroup) -> None:
     """What whole rows refuse, slices refuse too."""
     h, ids = 4 * group.size(), torch.arange(3).expand(2, 3).contiguous()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import cases
 import mpmath
@@ -19,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fusedkl import reference_backend
 from fusedkl.kernels import backend as triton_backend
+from fusedkl.kernels import forward
 from fusedkl.kernels.family import kind_of
 from fusedkl.kernels.launch import choose, pieces
 
@@ -50,6 +53,31 @@ def test_fields_of_the_reference_are_those_of_a_policy(scenario: str) -> None:
         expected.append(torch.where(ids[:, j] == -1, 0, chosen))
     expected.append(own["entropy"])
     assert oracle.relative_error(found, torch.stack(expected), 1e-2) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fields", [["forward_kl"], ["forward_kl", "entropy"], [*FIELDS, "ref_entropy"]]
+)
+def test_ordinary_rows_are_read_once(
+    monkeypatch: pytest.MonkeyPatch, fields: list[str], dtype: torch.dtype
+) -> None:
+    """None is left to the careful kernel."""
+    policy = torch.randn(3, 700).to(dtype)
+    reference = (policy + 0.1 * torch.randn(3, 700)).to(dtype)
+    launch, left = forward.careful, []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def call(*args: Any, **options: Any) -> None:
+                left.append(args[2][-3:].clone())
+                launch[grid](*args, **options)
+
+            return call
+
+    monkeypatch.setattr(forward, "careful", Spy())
+    stats(policy, reference, fields)
+    assert len(left) == 1 and bool((left[0] == 0).all())
 
 
 def test_slices_of_a_vocabulary_merge_to_the_row() -> None:

@@ -54,9 +54,7 @@ FUSEDKL_DEVICE bool usable(const Stretch& s) {
 }
 
 // No token was added; a NaN is something.
-FUSEDKL_DEVICE bool is_nothing(const Stretch& s) {
-  return s.reference == 0 && s.policy == 0 && s.a == 0 && s.b == 0 && s.c == 0;
-}
+FUSEDKL_DEVICE bool is_nothing(const Stretch& s) { return s.reference == 0 && s.policy == 0 && s.a == 0 && s.b == 0 && s.c == 0; }
 
 template <int MODE>
 FUSEDKL_DEVICE Part part_of(const Stretch& s, const Temperature& t) {
