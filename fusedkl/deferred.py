@@ -102,14 +102,14 @@ class Plan:
         self.value: Tensor | None = None
         self._severed = False
         self._made: tuple[Any, ...] = ()
-        self._found = [(x, _state(x)) for x in logits]
+        self._found = [(x, _state(x), x.grad_fn) for x in logits]
         self._lock = threading.Lock()
 
     def check_unchanged(self) -> None:
         """RuntimeError if the logits are not those of the calls any more."""
         for part in self.parts:
             part.check_unchanged()
-        if all(_state(x) == found for x, found in self._found):
+        if all(_state(x) == found for x, found, _ in self._found):
             return
         raise RuntimeError(
             f"the logits given to {self.name} were changed in place or resized before its result "
@@ -118,14 +118,17 @@ class Plan:
         )
 
     def severed(self) -> bool:
-        """Whether logits that the calls recorded have come off the graph (requires_grad_(False)).
+        """Whether logits that the calls recorded have come off the graph (detach_()).
 
-        If so when the result was computed, it has no graph; its Deferred, made before, has.
+        They may be a leaf by now. If so when the result was computed, it has no graph, or another
+        one; its Deferred, made before, has that of the calls.
         """
         if self.value is not None:
             return self._severed
-        both = zip(self.logits, self.recorded, strict=False)
-        return any(wanted and not x.requires_grad for x, wanted in both)
+        both = zip(self._found, self.recorded, strict=False)
+        return any(
+            wanted and not (x.requires_grad and x.grad_fn is node) for (x, _, node), wanted in both
+        )
 
     def sources(self) -> tuple[Tensor, ...]:
         """The logits, without a gradient where the original calls recorded none; () once gone."""
@@ -179,7 +182,9 @@ class Plan:
     def tensor(self) -> Tensor:
         """What the user gets."""
         if self.requires_grad:
-            out: Tensor = _Recorded.apply(self, *self.sources())
+            out: Deferred = _Recorded.apply(self, *self.sources())
+            with _UNTOUCHED():
+                out.node = out.grad_fn
             return out
         return _wrapper(self)
 
@@ -245,12 +250,18 @@ def plan_of(value: object) -> Plan | None:
 
 def _stands(value: Any) -> bool:
     """Whether a Deferred's own metadata are right: nobody has its result, who may change them."""
-    return type(value) is not Deferred or value.plan.value is None or _adopted(value)
+    if type(value) is not Deferred:
+        return True
+    return value.own is None and (value.plan.value is None or _adopted(value))
 
 
 def _adopted(deferred: Deferred) -> bool:
+    """Whether an autograd.Function of others has returned it, as its own output."""
     with _UNTOUCHED():
-        return deferred.requires_grad is not deferred.plan.requires_grad
+        required = deferred.plan.requires_grad
+        return deferred.requires_grad is not required or (
+            required and deferred.grad_fn is not deferred.node
+        )
 
 
 def under_later_hooks(*plans: Plan) -> bool:
@@ -269,8 +280,13 @@ def result(value: Any) -> Any:
         return value
     if not _adopted(value) and not value.plan.severed():
         return value.plan.evaluate()
-    with torch.enable_grad():
-        return _Value.apply(value)
+    if value.own is None or torch._C._are_functorch_transforms_active():
+        with torch.enable_grad():
+            own: Tensor = _Value.apply(value)
+        if torch._C._are_functorch_transforms_active():  # of one of their levels
+            return own
+        value.own = own
+    return value.own
 
 
 def _without_graph(value: Any) -> Any:
@@ -309,6 +325,8 @@ class Deferred(torch.Tensor):
     """A tensor whose elements are computed when something asks for them; see the module."""
 
     plan: Plan
+    node: Any = None  # its gradient function, where the plan has a graph
+    own: Tensor | None = None  # the result with another graph than the plan's, see _Value
 
     @classmethod
     def __torch_function__(

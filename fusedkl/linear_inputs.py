@@ -116,7 +116,7 @@ def inputs_of(
         ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, None, list(fields),
         None, None, None, [float(s) for s in scales], [float(c or 0) for c in softcaps],
         precision == "fast", [] if tile is None else list(tile),
-        resolve(backend, hidden.device, needs(*fields)),
+        resolve(backend, hidden.device, needs(hidden, ref_logits, *fields)),
     )  # fmt: skip
 
 

@@ -86,8 +86,16 @@ def slopes(
     )
 
 
+def _with_temperatures(i: Any) -> Any:
+    """Those of masked tokens may be anything, and must not reach the weights as 0 * NaN."""
+    if i.mask is None or i.inv_temperature is None or i.inv_temperature.numel() == 1:
+        return i
+    return i._replace(inv_temperature=torch.where(i.mask, i.inv_temperature, 1))
+
+
 def values(i: Any) -> Tensor:
     """Operator linear_stats, values only."""
+    i = _with_temperatures(i)
     n, width = i.hidden.shape[0], i.weight.shape[0]
     parts = [composed(i.tokens(_range(block, i.hidden))) for block in blocks(n, width)]
     return torch.cat(parts, -1)
@@ -95,6 +103,7 @@ def values(i: Any) -> Tensor:
 
 def gradients(grad: Tensor, i: Any, states: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """Operator linear_stats_backward, by autograd through `composed`."""
+    i = _with_temperatures(i)
     names = [name for name, ask in zip(i._fields, wanted, strict=False) if ask]
     per_token = ("hidden", "ref_hidden", "ref_logits")
     total: dict[str, list[Tensor]] = {name: [] for name in names}

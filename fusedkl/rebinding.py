@@ -124,10 +124,13 @@ def names_of(values: set[int], but: set[int]) -> Iterator[tuple[ModuleType, str,
     Not of torch's modules, nor ours, nor those in `but` (ids), to which the others are added.
     """
     for module in list(sys.modules.values()):
-        if id(module) in but or not isinstance(module, ModuleType) or _internal(module.__name__):
+        if id(module) in but or not isinstance(module, ModuleType):
+            continue
+        # past a lazy module's own lookup, which would import it
+        names = ModuleType.__getattribute__(module, "__dict__")
+        if _internal(names.get("__name__") or ""):
             continue
         but.add(id(module))
-        names = vars(module)
         if not values.isdisjoint(map(id, list(names.values()))):
             for name, value in list(names.items()):
                 if id(value) in values:

@@ -73,6 +73,7 @@ class _ScalarLoss(torch.autograd.Function):
             call("scale_gradient_", ahead, grads[0], ctx.backend)
             gx = ahead
         else:
+            del ahead  # before another one is allocated
             grad = torch.where(share != 0, grads[0] * share, 0).expand(len(ctx.fields), -1)
             gx, _ = call(
                 "row_stats_backward",

@@ -193,3 +193,57 @@ def test_logits_that_come_off_the_graph_before_the_result(
     results = both(loss, x, y.requires_grad_(teacher))
     assert (results[0][1][0] is None) == (way == "requires_grad_")
     agree(results, 1e-5)
+
+
+def in_place(x: Tensor, y: Tensor) -> Tensor:
+    p = checkpoint(F.softmax, x, -1, use_reentrant=True)
+    p[:, 0] = 0
+    p.mul_(3)
+    return (p * F.softmax(y, -1)).sum()
+
+
+def hooked(x: Tensor, y: Tensor) -> Tensor:
+    p = checkpoint(F.softmax, x, -1, use_reentrant=True)
+    p.register_hook(lambda g: 5 * g)
+    p.retain_grad()
+    return (p * F.softmax(y, -1)).sum()
+
+
+def reshaped(x: Tensor, y: Tensor) -> Tensor:
+    p = checkpoint(F.softmax, x, -1, use_reentrant=True)
+    p.unsqueeze_(0)
+    return (p[0, :, 1] * y[:, 0]).sum()
+
+
+class Sevens(torch.autograd.Function):
+    """A forward with gradients on: what it returns has a graph, which is not its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return torch.log_softmax(x, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.full_like(grads[0], 7)
+
+
+def own_backward(x: Tensor, y: Tensor) -> Tensor:
+    p = Sevens.apply(x)  # type: ignore[no-untyped-call]
+    return F.kl_div(p, F.softmax(y, -1), reduction="sum") + (p * y).sum()
+
+
+def new_leaf(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    p = F.log_softmax(z, -1)
+    z.detach_().requires_grad_()
+    return F.kl_div(p, F.softmax(y, -1), reduction="sum") + p.exp().square().sum()
+
+
+@pytest.mark.parametrize("loss", [in_place, hooked, reshaped, own_backward, new_leaf])
+def test_what_becomes_of_a_result_that_others_returned(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Found by reading; patched, gradients went past what was done to the result."""
+    x, y = logits()
+    agree(both(loss, x, y), 1e-5)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fusedkl
+from fusedkl import ops
+from fusedkl.integrations import trl_functions
 
 MASK = torch.tensor([True, True, False])
 
@@ -188,3 +194,43 @@ def test_a_token_of_no_temperature_that_does_not_count(name: str) -> None:
     value.sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert bool((hidden.grad[1] == 0).all()) and bool(weight.grad.isfinite().all())
+
+
+def test_no_second_gradient_is_allocated_beside_one_made_ahead() -> None:
+    """A factor that is no power of two: a bfloat16 gradient is computed again."""
+    policy = torch.randn(64, 20_000).bfloat16().requires_grad_()
+    reference = torch.randn(64, 20_000).bfloat16()
+    value = fusedkl.forward_kl(policy, reference, reduction="sum") / 3
+    seen: list[int] = []
+    backward = ops.run
+
+    def run(name: str, *args: object) -> object:
+        if name == "row_stats_backward":
+            gc.collect()
+            shapes = (t.shape for t in gc.get_objects() if type(t) is Tensor)
+            seen.append(sum(shape == policy.shape for shape in shapes))
+        return backward(name, *args)
+
+    with mock.patch.object(ops, "run", run):
+        value.backward()
+    assert seen == [2]  # the logits of both
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_head_of_many_tiles_on_every_backend(backend: str) -> None:
+    """The trainers' one, whose tiles the reference backend takes for rows."""
+    hidden = torch.randn(5, 8, requires_grad=True)
+    weight = torch.randn(9000, 8, requires_grad=True)
+    targets = torch.randint(0, 9000, (5,))
+    with mock.patch.dict(os.environ, FUSEDKL_BACKEND=backend):
+        (found, *_) = trl_functions.ChunkedLogProb.apply(hidden, weight, None, targets, 1.0, 64)
+        found.sum().backward()
+    logprobs = torch.log_softmax(hidden.detach().double() @ weight.detach().double().T, -1)
+    rows = torch.nn.functional.one_hot(targets, 9000) - logprobs.exp()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(
+        hidden.grad.double(), rows @ weight.detach().double(), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        weight.grad.double(), rows.T @ hidden.detach().double(), rtol=1e-5, atol=1e-5
+    )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import divergences
-from ..linear_arguments import Inputs
+from .. import divergences, linear_reference
+from ..linear_arguments import DIFFERENTIABLE, Inputs
 from ..linear_backward import Wanted, backward
 from ..linear_ops import engine_of
 from ..linear_tiles import Rows, forward
@@ -69,6 +69,11 @@ class _HeadNumbers(torch.autograd.Function):
             return (*none[:3], None, None)
         i = _about(i, [name for name, _ in asked])
         grad = torch.stack([g for _, g in asked])
+        if i.backend == "reference":  # whose gradients are of whole rows, and not of tiles
+            given = [*ctx.needs_input_grad[:3], *[False] * (DIFFERENTIABLE - 3)]
+            whole = linear_reference.gradients(grad, i, state, given)[:3]
+            both = zip(whole, i, strict=False)
+            return *(None if g is None else g.to(t.dtype) for g, t in both), None, None
         made, _ = backward(engine_of(i), [_question(i)], [grad], [state], (wanted, Wanted()))
         to_hidden = None if made.hidden is None else made.hidden.to(i.hidden.dtype)
         return to_hidden, made.weight, made.bias, None, None
