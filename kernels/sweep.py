@@ -186,7 +186,6 @@ def _tile(
             y1 = tl.where(none1, ABSENT, y1)
         far = _most(tl.where(none0, -FAR, d0), tl.where(none1, -FAR, d1), ALIGNED)
         if tl.max(larger.to(tl.int32), 0) > 0:
-            first = tl.arange(0, s.shape[0]) == 0
             new_anchor, new_high, new_low = _fresh(d0, x0, y0, d1, x1, y1, inv_t, EXACT)
             jumped = new_anchor > anchor + (0.0 if REF_ENTROPY else (1.0 / inv_t) * JUMP)
             new_anchor = tl.where(jumped, new_anchor, anchor)
@@ -197,8 +196,9 @@ def _tile(
             kept_sx = sx
             if REF_ENTROPY:  # ties with what is no longer the largest go back to the rest
                 tie_log = tl.fma(anchor, slope, shift)
-                # without ties there is no anchor yet, most likely, and its weight no number
-                tie = tl.where(first, ties_y * tl.where(ties_y > 0.0, tl.exp2(tie_log), 0.0), 0.0)
+                # in their columns, as excess_mass goes by column; before there is an anchor its
+                # weight is no number
+                tie = tl.where(ties_y > 0.0, ties_y * tl.exp2(tie_log), 0.0)
                 s += tie
                 kept_s = tl.where(jumped, s, kept_s)
                 hy = tl.where(jumped, hy + tie * tie_log, hy)
@@ -206,7 +206,7 @@ def _tile(
             if ENTROPY:
                 new_top = tl.maximum(top, tl.max(tl.maximum(x0, x1)))
                 tie_log = top_exponent(top, anchor, high, low, slope, shift, EXACT)
-                tie = tl.where(first, ties_x * tl.where(ties_x > 0.0, tl.exp2(tie_log), 0.0), 0.0)
+                tie = tl.where(ties_x > 0.0, ties_x * tl.exp2(tie_log), 0.0)
                 sx += tie
                 higher = new_top > top
                 kept_sx = tl.where(higher, sx, kept_sx)
@@ -257,13 +257,13 @@ def _tile(
     if ENTROPY:
         if cold:
             # counted here: a block without a reduction would be turned into selects for every tile
-            ties_x += tl.sum((x0 == top).to(tl.float32) + (x1 == top).to(tl.float32))
+            ties_x += tl.sum((x0 == top).to(tl.float32) + (x1 == top).to(tl.float32), 0)
             wx0 = tl.where(x0 == top, 0.0, wx0)
             wx1 = tl.where(x1 == top, 0.0, wx1)
         hx += tl.sum(tl.fma(wx0, zx0, wx1 * zx1), 0)
     if REF_ENTROPY:
         if cold:
-            ties_y += tl.sum((y0 == anchor).to(tl.float32) + (y1 == anchor).to(tl.float32))
+            ties_y += tl.sum((y0 == anchor).to(tl.float32) + (y1 == anchor).to(tl.float32), 0)
             wy0 = tl.where(y0 == anchor, 0.0, wy0)
             wy1 = tl.where(y1 == anchor, 0.0, wy1)
         hy += tl.sum(tl.fma(wy0, zy0, wy1 * zy1), 0)
@@ -304,7 +304,7 @@ def sweep_pair(
     anchor = nothing - FAR
     state = (
         zero, zero, zero, zero, zero, zero, zero, reach,
-        anchor, inv_t * LOG2E * FAR, nothing, nothing, anchor, nothing, nothing,
+        anchor, inv_t * LOG2E * FAR, nothing, nothing, anchor, zero, zero,
     )  # fmt: skip
     cell = tl.arange(0, HALVES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = size // (2 * HALF) * (2 * HALF)
@@ -361,8 +361,8 @@ def sweep_pair(
     tl.store(out + 9 * n, high)
     tl.store(out + 10 * n, low)
     tl.store(out + 11 * n, top)
-    tl.store(out + 12 * n, ties_x)
-    tl.store(out + 13 * n, ties_y)
+    tl.store(out + 12 * n, tl.sum(ties_x, 0))
+    tl.store(out + 13 * n, tl.sum(ties_y, 0))
     if MEAN:
         tl.store(out + 14 * n, sum_in_order(total))
         tl.store(out + 15 * n, origin)
