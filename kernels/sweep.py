@@ -361,8 +361,8 @@ def sweep_pair(
     tl.store(out + 9 * n, high)
     tl.store(out + 10 * n, low)
     tl.store(out + 11 * n, top)
-    tl.store(out + 12 * n, tl.sum(ties_x, 0))
-    tl.store(out + 13 * n, tl.sum(ties_y, 0))
+    tl.store(out + 12 * n, sum_in_order(ties_x))
+    tl.store(out + 13 * n, sum_in_order(ties_y))
     if MEAN:
         tl.store(out + 14 * n, sum_in_order(total))
         tl.store(out + 15 * n, origin)
