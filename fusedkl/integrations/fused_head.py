@@ -72,8 +72,8 @@ class _HeadNumbers(torch.autograd.Function):
         if i.backend == "reference":  # whose gradients are of whole rows, and not of tiles
             given = [*ctx.needs_input_grad[:3], *[False] * (DIFFERENTIABLE - 3)]
             whole = linear_reference.gradients(grad, i, state, given)[:3]
-            both = zip(whole, i, strict=False)
-            return *(None if g is None else g.to(t.dtype) for g, t in both), None, None
+            dtype = i.hidden.dtype  # that of weight and bias too
+            return *(None if g is None else g.to(dtype) for g in whole), None, None
         made, _ = backward(engine_of(i), [_question(i)], [grad], [state], (wanted, Wanted()))
         to_hidden = None if made.hidden is None else made.hidden.to(i.hidden.dtype)
         return to_hidden, made.weight, made.bias, None, None
