@@ -136,6 +136,7 @@ def test_numbers_of_one_distribution(dtype: torch.dtype, width: int) -> None:
             assert error <= oracle.GRADIENT_TOLERANCE[dtype], f"d {name}: {error:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [0.3, 3.0, -30.0])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -37,6 +37,7 @@ def per_token(h: Heads, kind: str, names: list[str], **options: Any) -> list[Ten
     return [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["hidden", "ref_hidden", "ref_logits"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,7 @@ def merged(
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", ["T=1", "T per row"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("scenario", cases.SCENARIOS)
