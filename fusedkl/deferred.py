@@ -26,11 +26,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from . import saving
+
 __all__ = ["SPECIAL", "Deferred", "Plan", "plan_of", "result", "under_later_hooks"]
 
 _Compute = Callable[..., Tensor]
 _UNTOUCHED = torch._C.DisableTorchFunctionSubclass
-_Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
 _NO_MEMORY = (
     "what {} returned under fusedkl.patch() has no memory before Python code uses it. Where it is "
     "assigned to the .data of a tensor, or handed to C++ code, use its .detach()"
@@ -41,13 +42,8 @@ def _state(t: Tensor) -> tuple[Any, ...]:
     return t._version, t.data_ptr(), t.shape, t.stride()
 
 
-def _saving_hooks() -> _Hooks:
-    found: _Hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return found
-
-
 @contextmanager
-def _observed_as(hooks: _Hooks) -> Iterator[None]:
+def _observed_as(hooks: saving.Hooks) -> Iterator[None]:
     """Out of reach of what observes operations now and did not when `hooks` were in force.
 
     A checkpoint whose region uses an earlier softmax would count it and what it saves, and meet
@@ -59,8 +55,8 @@ def _observed_as(hooks: _Hooks) -> Iterator[None]:
         yield
         return
     off = []
-    if hooks != _saving_hooks():
-        while (pair := _saving_hooks()) is not None:
+    if hooks != saving.hooks():
+        while (pair := saving.hooks()) is not None:
             off.append(pair)
             torch._C._autograd._pop_saved_tensors_default_hooks()
     try:
@@ -95,7 +91,7 @@ class Plan:
         device = logits[0].device.type
         enabled = torch.is_autocast_enabled(device)
         self.autocast = (device, torch.get_autocast_dtype(device) if enabled else None, enabled)
-        self.hooks = _saving_hooks()
+        self.hooks = saving.hooks()
         given = [part.requires_grad for part in parts] or [x.requires_grad for x in logits]
         self.requires_grad: bool = torch.is_grad_enabled() and any(given)
         self.recorded = [self.requires_grad and wanted for wanted in given]
@@ -270,7 +266,7 @@ def under_later_hooks(*plans: Plan) -> bool:
     They may be a checkpoint's. Its recomputation would not fuse what its first run did, if a result
     has been asked for in between.
     """
-    now = _saving_hooks()
+    now = saving.hooks()
     return now is not None and any(plan.hooks != now for plan in plans)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Hooks = tuple[Callable[..., Any], Callable[..., Any]] | None
 
 
 def _of_inference_mode(t: Tensor | None) -> bool:
@@ -42,9 +45,15 @@ def ordinary(t: Tensor) -> Tensor:
     return t.clone() if _of_inference_mode(t) else t
 
 
-def hooked() -> bool:
-    """Whether hooks (checkpointing, offloading) take what autograd saves, and ask for no version.
+def hooks() -> Hooks:
+    """Those that take what autograd saves now (checkpointing, offloading), and ask for no version.
 
     Not for torch.compile to trace.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    found: Hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return found
+
+
+def hooked() -> bool:
+    """Whether there are any."""
+    return hooks() is not None

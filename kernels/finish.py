@@ -276,9 +276,8 @@ def finish(
             tokens += size
         # the first one as it is: merging with nothing would lose a NaN
         state = select((i == 0) | (inv_t != inv_t), part, merge(state, part, inv_t))
-    if (
-        family_of(FIELDS) != ""
-    ):  # a second sweep goes by the row's log-ratio, and reaches no further
+    if family_of(FIELDS) != "":
+        # a second sweep goes by the row's log-ratio, and reaches no further
         careful = careful | (highest - (state[4] * inv_t + state[5]) > FAREST)
     tl.store(parts + segments * COLUMNS * n + row, (careful & counted).to(tl.float32), mask=live)
     x_row = row_pointer(policy, local, inner, x_outer, x_inner)
