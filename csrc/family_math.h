@@ -30,9 +30,10 @@ struct FamilyKind {
   static FamilyKind renyi(double alpha) { return {Family::tilted, alpha, 0, 0, false}; }
   static FamilyKind squared_hellinger() { return {Family::tilted, 0.5, 0, 0, true}; }
 
-  // Whether the parameter is so near an end of its range that a token's terms cancel to less than float holds.
+  // Whether the parameter is so near an end of its range that a token's terms cancel to less than float holds, or so large an
+  // order that its series leaves the range of float.
   FUSEDKL_MEMBER bool is_delicate() const {
-    if (family == Family::tilted) return fabs(beta - 1) < 0.01;
+    if (family == Family::tilted) return fabs(beta - 1) < 0.01 || beta > 1000;
     return family == Family::mixture && (weight_p != 0 ? beta < 0.01 || beta > 0.99 : beta < 0.02 || beta > 0.95);
   }
 };
@@ -113,9 +114,10 @@ FUSEDKL_HD static inline void set_family(RowState& s, const FamilyKind& k, const
   s.reference_slope = sums.reference_slope;
 }
 
-// log of sum q^a p^(1-a), from the value that the state keeps
+// log of sum q^a p^(1-a), from what the state keeps. 1 - hellinger is but rounding where the rows hardly overlap.
 FUSEDKL_HD static inline double tilted_log_z(const FamilyKind& k, const RowState& s) {
-  return k.hellinger ? log1p(-s.divergence) : (k.beta - 1) * s.divergence;
+  if (!k.hellinger) return (k.beta - 1) * s.divergence;
+  return s.divergence < 0.5 ? log1p(-s.divergence) : log(s.policy_slope);
 }
 
 // Whether a gradient takes double: float knows a token's w = q^a p^(1-a) / Z no better than the logarithm of Z.
@@ -141,11 +143,11 @@ FUSEDKL_HD static inline double gradient_value(const FamilyKind& k, const RowSta
 // The incoming gradient of the divergence times this is the coefficient of
 //   p (slope - mean slope) and q (slope - mean slope), or for tilted, with w = q^a p^(1-a) / Z, of p - w and of w - q.
 FUSEDKL_HD static inline double policy_factor(const FamilyKind& k, const RowState& s) {
-  return k.hellinger ? 0.5 * (1 - s.divergence) : 1;
+  return k.hellinger ? 0.5 * exp(tilted_log_z(k, s)) : 1;
 }
 FUSEDKL_HD static inline double reference_factor(const FamilyKind& k, const RowState& s) {
   if (k.family != Family::tilted) return 1;
-  return k.hellinger ? -0.5 * (1 - s.divergence) : k.beta / (k.beta - 1);
+  return k.hellinger ? -policy_factor(k, s) : k.beta / (k.beta - 1);
 }
 
 // The gradient of such a divergence, put to the row's other coefficients. An infinite one pulls the policy as an infinite KL does.

@@ -195,6 +195,19 @@ FUSEDKL_MEMBER auto family_switch(const FamilyKind& k, R run) {
   }
 }
 
+// One token's part of the sums.
+FUSEDKL_HD static inline FamilySums family_sums_at(const FamilyConstants<ScalarOps>& c, const RowState& s, double x, double y,
+                                                   double inv_t) {
+  const FamilyToken<ScalarOps> t = family_token(c.kind.family, s, x, y, inv_t);
+  auto terms = family_switch(c.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(c, t); });
+  if (c.kind.family == Family::tilted && t.big == 0) {  // p and q underflow, which q^a p^(1-a) need not
+    const double kept = exp2(tilted_log2(c, t, 0.0));
+    terms = {-kept, kept, 0};
+  }
+  const double apart = t.big * t.d;
+  return {terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart};
+}
+
 // Gradients by one token's logits without their coefficients.
 FUSEDKL_HD static inline FamilyGradient<ScalarOps> family_gradient_at(const FamilyConstants<ScalarOps>& c, const RowState& s,
                                                                       double x, double y, double inv_t) {

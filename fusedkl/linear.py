@@ -116,8 +116,9 @@ def linear_divergence(
     shape = validation.tensor("hidden", hidden).shape[:-1]
     if reduction == "batchmean" and not shape:
         raise ValueError('reduction="batchmean" needs hidden with a batch dim; got shape [H]')
+    others = ref_topk if isinstance(ref_topk, (tuple, list)) else (ref_hidden, ref_logits)
     inverse, counted, weights = per_token(
-        hidden, temperature, mask, labels, ignore_index, token_weight
+        hidden, temperature, mask, labels, ignore_index, token_weight, *others
     )
     inputs = inputs_of(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits, fields, precision, tile,

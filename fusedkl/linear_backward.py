@@ -42,18 +42,27 @@ class _Scale(NamedTuple):
     down: Tensor
 
 
-# The largest upstream gradient becomes 2^8: a float16 tile holds 2^-14 of 1 to 2^8 times 1 of it
-# with all digits. Gradients per upstream are at most 1 of forward_kl, log-ratios of the others.
+# The largest gradient that an upstream one may give becomes 2^8 to 2^9: a float16 tile holds 2^-14
+# of 1 to 2^8 times 1 of it with all digits.
 _LARGEST = 8
+# Per upstream it is at most 1, but for the KL whose slopes by a side's logits are log-ratios less
+# their mean: of that at most 1 and itself.
+_OF_LOG_RATIOS = {"policy": "reverse_kl", "reference": "forward_kl"}
+_WHOLE = reference.STATE.index("whole")
 
 
-def _scale_of(asked: list[Rows], grads: list[Tensor], sides: list[_Sums]) -> _Scale | None:
+def _scale_of(
+    asked: list[Rows], grads: list[Tensor], states: list[Tensor], sides: list[_Sums]
+) -> _Scale | None:
     """So that float16 tiles neither underflow, as 1 / (N V) would, nor overflow; None without."""
     if not any(side.products.narrow for side in sides):
         return None
     bounds = []
-    for one, grad in zip(asked, grads, strict=True):
+    for one, grad, state in zip(asked, grads, states, strict=True):
         size = torch.where(grad.isfinite(), grad.abs(), 0).to(reference.inside(grad.device))
+        for name in {_OF_LOG_RATIOS[side.name] for side in sides if side.wanted} & set(one.fields):
+            kl = state[:, reference.STATE.index(name)]
+            size = size + size * torch.where(kl.isfinite(), kl, 0)
         if one.inverse is not None:  # of a row that does not count it may be no number
             size = size * one.inverse
             size = torch.where(size.isfinite(), size, 0)
@@ -203,6 +212,17 @@ def _tile(
         policy.take(dx, x, tokens, columns)
 
 
+def _of_slices(state: Tensor) -> Tensor:
+    """The state as a backward over slices takes it.
+
+    A forward of more tokens may have had whole rows in a tile. Given its state, a kernel would take
+    the mean over the slice that it reads for that of the row.
+    """
+    state = state.clone()
+    state[:, _WHOLE].clamp_(max=0)
+    return state
+
+
 def backward(
     engine: Engine,
     asked: list[Rows],
@@ -217,7 +237,9 @@ def backward(
         shared = policy if engine.other.weight is engine.policy.weight else None
         other = _Sums("reference", engine.other, engine.of_other, wanted[1], shared)
     sides = [side for side in (policy, other) if side is not None]
-    scale = _scale_of(asked, grads, sides)
+    if engine.tile.vocabulary < engine.vocabulary:
+        states = [_of_slices(state) for state in states]
+    scale = _scale_of(asked, grads, states, sides)
     if scale is not None:
         grads = [grad * scale.up for grad in grads]
         for side in sides:

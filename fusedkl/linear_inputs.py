@@ -48,11 +48,13 @@ def per_token(
     labels: Tensor | None,
     ignore_index: int,
     weight: Tensor | None,
+    *others: object,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """1/T, what counts, and weights, as [N]."""
+    """1/T, what counts, and weights, as [N]; others: what else the results' dtype depends on."""
     inverse = inverse_temperature(temperature, hidden)
     counted = reductions.counted_tokens(hidden, mask, labels, ignore_index)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (hidden, *others))
+    dtype = torch.float64 if wide else torch.float32
     weights = reductions.token_weights(hidden, weight, dtype, "token_weight")
     if inverse is not None and inverse.device.type == "cpu" and not intercepted(inverse):
         # here, since not all that reads them looks at them
@@ -116,7 +118,7 @@ def inputs_of(
         ref_bias, None if ref_logits is None else _flat(ref_logits), None, None, None, list(fields),
         None, None, None, [float(s) for s in scales], [float(c or 0) for c in softcaps],
         precision == "fast", [] if tile is None else list(tile),
-        resolve(backend, hidden.device, needs(hidden, ref_logits, *fields)),
+        resolve(backend, hidden.device, needs(hidden, ref_hidden, ref_logits, *fields)),
     )  # fmt: skip
 
 

@@ -134,9 +134,9 @@ def renyi(
 ) -> Tensor:
     """D_alpha(q || p) = log(sum q^alpha p^(1 - alpha)) / (alpha - 1) of every row, alpha > 0.
 
-    Nats. alpha = 1 is exactly forward_kl. An alpha within 0.01 of 1 takes double on cpu and cuda,
-    which is slow, and loses digits on triton (docs/numerics.md). Options, shapes, dtypes, gradients
-    and errors: `divergence`. Equivalent to::
+    Nats. alpha = 1 is exactly forward_kl. An alpha within 0.01 of 1 or above 1000 takes double on
+    cpu and cuda, which is slow, and loses digits on triton (docs/numerics.md). Options, shapes,
+    dtypes, gradients and errors: `divergence`. Equivalent to::
 
         log_p, log_q = (torch.log_softmax(z.float() / T, -1) for z in (policy, reference))
         torch.logsumexp(alpha * log_q + (1 - alpha) * log_p, -1) / (alpha - 1)

@@ -105,6 +105,12 @@ def _given(name: str, parameter: float | None) -> float:
 def value(name: str, parameter: float | None, p: Softmax, q: Softmax, l: Tensor) -> Tensor:  # noqa: E741
     """The divergence of every row [n, 1]; +inf where the supports say so."""
     total = row_sum(terms(name, parameter, p, q, l))
+    if name == "hellinger":
+        # Where the rows hardly overlap, the gradients of the terms of N all but cancel. Not expm1,
+        # whose derivative is expm1 + 1.
+        small = total < 0.5
+        log_z = torch.where(small, 0, _log_sum(_affinity(p, q, l, 0.5)[1]))
+        return torch.where(small, total, 1 - log_z.exp())
     if name != "renyi":
         return total
     order = _given(name, parameter)

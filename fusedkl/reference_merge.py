@@ -31,13 +31,16 @@ def total(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top.gather(0, heaviest)[0], log_sum.gather(0, heaviest)[0] + more, share
 
 
-def _terms(weight: Tensor, other: Tensor, own: Tensor, log_ratio: Tensor) -> Tensor:
-    """sum of weight (own + g(log_ratio)), log_ratio that of other to weight; inf where it must."""
+def _terms(weight: Tensor, has: Tensor, other: Tensor, own: Tensor, log_ratio: Tensor) -> Tensor:
+    """sum of weight (own + g(log_ratio)), log_ratio that of other to weight; inf where it must.
+
+    has: where there is a weight, which may underflow.
+    """
     near = weight * gap(log_ratio.clamp(max=1))
     # weight e^l is `other`: beyond 1 it may be 0 times infinity, and no longer cancels
     between = torch.where(log_ratio > 1, (other - weight) - weight * log_ratio, near)
-    infinite = (weight > 0) & ((other == 0) & (log_ratio == -torch.inf) | (own == torch.inf))
-    terms = torch.where(weight > 0, weight * own + between, other)
+    infinite = has & ((log_ratio == -torch.inf) | (own == torch.inf))
+    terms = torch.where(has, weight * own + between, other)
     return torch.where(infinite, torch.inf, terms).sum(0)
 
 
@@ -76,8 +79,8 @@ def merge_states(
         merged["residual"] = torch.where(centred, residual[0] + torch.log1p(spread), plain)
         log_ratio = (column["centre"] - centre) * inv_t + (column["residual"] - merged["residual"])
         log_ratio = torch.where(has_q, torch.where(has_p, log_ratio, -torch.inf), torch.inf)
-        merged["forward_kl"] = _terms(q, p, column["forward_kl"], log_ratio)
-        merged["reverse_kl"] = _terms(p, q, column["reverse_kl"], -log_ratio)
+        merged["forward_kl"] = _terms(q, has_q, p, column["forward_kl"], log_ratio)
+        merged["reverse_kl"] = _terms(p, has_p, q, column["reverse_kl"], -log_ratio)
         for mine, log_share, share in (("entropy", log_p, p), ("reference_entropy", log_q, q)):
             terms = share * (column[mine] - log_share)
             merged[mine] = torch.where(log_share > -torch.inf, terms, 0).sum(0)

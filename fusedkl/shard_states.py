@@ -2,8 +2,9 @@
 
 Of a divergence 2 numbers for logsumexp(y/T), 2 for D = logsumexp(x/T) - logsumexp(y/T), and 2 for
 its value: 6 per row for one kind. A slice without any y sends logsumexp(x/T) in the place of D.
-What is asked of one side alone adds 2 for its logsumexp, where that is not sent already, and 1 for
-each number; a token's log-probability adds its logit, 0 from the ranks that do not have the token.
+What is asked of one side alone adds 2 for its logsumexp, where that is not sent already, 1 for each
+number and 2 for a sum of logits; a token's log-probability adds its logit, 0 from the ranks that do
+not have the token.
 
 A pair of numbers is one sum a + b in two parts of the payload's dtype, the first of which is a
 multiple of 1/T: a logit, or a difference of logits, that is exact stays so, and the second part
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import divergences, reference
+from . import contents, divergences, reference
 from ._library import LIB, NAMESPACE, TAGS
 from .sliced_rows import of_parts, token_sides
 
@@ -45,7 +46,7 @@ class _Packing(NamedTuple):
     policy: bool  # logsumexp of a side
     reference: bool
     ratio: bool  # D
-    exact: tuple[str, ...]  # columns of the state that gradients subtract from
+    exact: tuple[str, ...]  # columns of the state that something is subtracted from
     plain: tuple[str, ...]  # other columns
 
     @property
@@ -60,7 +61,7 @@ def _packing(
     known = [divergences.FIELDS[name] for name in fields]
     sides = {field.side for field in known}
     columns = [c for field in known for c in (field.column, *_BESIDE.get(field.name, ())) if c]
-    exact = tuple(c for c in columns if c in ("forward_kl", "reverse_kl"))
+    exact = tuple(c for c in columns if c in ("forward_kl", "reverse_kl", "logit_sum"))
     plain = tuple(c for c in columns if c not in (*exact, "divergence"))
     both = "both" in sides
     narrow = sent != reference.inside(device)
@@ -260,6 +261,8 @@ def _slice_state(
     backend: str,
 ) -> Tensor:
     if valid_vocab == 0 or policy.shape[-1] == 0:
+        if inv_temperature is not None and inv_temperature.device.type == "cpu":
+            contents.temperatures(inv_temperature, mask)  # the other ranks raise too
         return empty_state(policy)
     controls = (inv_temperature, mask, valid_vocab)
     state: Tensor

@@ -299,7 +299,7 @@ def _dropped(log_p: Tensor, log_q: Tensor, kind: str, counted: Tensor | None) ->
     value = torch.where(joint, terms, 0).sum(-1)
     infinite = ((weight > -torch.inf) & (other == -torch.inf)).any(-1)
     bad = (log_p.isnan() | log_q.isnan()).any(-1)
-    value = torch.where(infinite, torch.inf, torch.where(bad, torch.nan, value))
+    value = torch.where(bad, torch.nan, torch.where(infinite, torch.inf, value))
     if torch.is_grad_enabled():
         slope = torch.where(infinite[:, None], log_p.exp() - log_q.exp(), 0)
         slope = torch.where(bad[:, None], torch.nan, slope).detach()

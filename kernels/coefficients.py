@@ -171,11 +171,12 @@ def family_coefficients(gradients, states, row, live, inv_t, kind, FIELD: tl.con
     at = states + row * STATE_COLUMNS
     value = tl.load(at + 13, mask=live, other=0.0)
     infinite = value == float("inf")
-    policy, reference = row_factors(value, kind[0], kind[1], FIELD)
+    policy_mean = tl.load(at + 14, mask=live, other=0.0)  # of a tilted one: what it keeps
+    policy, reference = row_factors(value, policy_mean, kind[0], kind[1], FIELD)
     return (
-        tl.load(at + 14, mask=live, other=0.0),
+        policy_mean,
         tl.load(at + 15, mask=live, other=0.0),
-        row_number(value, kind[1], FIELD),
+        row_number(value, policy_mean, kind[1], FIELD),
         tl.where(infinite, 0.0, g * policy),
         tl.where(infinite, 0.0, g * reference),
         tl.where(infinite, g, 0.0),

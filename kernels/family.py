@@ -199,13 +199,18 @@ def family_value(a, b, c, d, log_b, rest, forward_kl, FIELD: tl.constexpr):
 
 
 @triton.jit
-def row_number(divergence, rest, FIELD: tl.constexpr):
+def row_number(divergence, kept, rest, FIELD: tl.constexpr):
     """What a token's gradient needs of the row besides the means: log Z of a tilted one.
 
-    Where that is infinite its factor is 0, which a finite number keeps 0.
+    kept: the second of `family_sums`. Where log Z is infinite its factor is 0, which a finite
+    number keeps 0.
     """
     if FIELD == "hellinger":
-        return tl.maximum(log1p(-divergence), -80.0)
+        # 1 - divergence is but rounding where the rows hardly overlap
+        near = divergence < 0.5
+        return tl.where(
+            near, log1p(-tl.where(near, divergence, 0.0)), tl.log(tl.maximum(kept, 1e-35))
+        )
     elif FIELD == "renyi":
         return tl.where(divergence == float("inf"), 0.0, -rest * divergence)
     else:
@@ -213,11 +218,12 @@ def row_number(divergence, rest, FIELD: tl.constexpr):
 
 
 @triton.jit
-def row_factors(divergence, beta, rest, FIELD: tl.constexpr):
+def row_factors(divergence, kept, beta, rest, FIELD: tl.constexpr):
     """What the incoming gradient is multiplied by, for `family_slopes` of the policy, reference."""
     one = divergence * 0.0 + 1.0
     if FIELD == "hellinger":
-        return 0.5 * (1.0 - divergence), -0.5 * (1.0 - divergence)
+        half = 0.5 * tl.where(divergence < 0.5, 1.0 - divergence, kept) * one
+        return half, -half
     elif FIELD == "renyi":
         return one, -beta / rest * one
     else:

@@ -28,8 +28,8 @@ MINUTES += ("test_cpu_sanitizers.py", "test_wheel.py", "test_avx512_emulated.py"
 # Compiled, the plain operations of the reference backend are in `make test-full` only.
 COMPILED = ("test_inductor[", "test_compiled_and_as_a_module[", "test_fullgraph_and_dynamic")
 COMPILED += ("test_temperature_may_change_without_a_graph_break",)
-# Ten seconds each: in the quarter alone.
-QUARTER = ("strided_and_expanded_masks", "several_blocks_and_slices")
+# Ten seconds each: in the larger sample alone.
+MORE = ("strided_and_expanded_masks", "several_blocks_and_slices")
 # Of float64 logits, which this backend does not take.
 DOUBLE = ("torch.float64", "any_combination[triton]", "token_of_another_slice", "double_backward")
 DOUBLE += ("test_inequalities", "triton-float64", "gradcheck", "differentiates_twice")
@@ -52,10 +52,10 @@ def _interpreted(item: pytest.Item, everything: bool) -> bool:
     name = item.nodeid
     if "test_triton.py" in name:
         return True
-    each = 40 if any(part in name for part in LARGE) else 20
-    share = zlib.crc32(name.encode()) % (4 if everything else each) == 0
+    each = 60 if any(part in name for part in LARGE) else 30
+    share = zlib.crc32(name.encode()) % (each // 6 if everything else each) == 0
     share |= everything and "test_opcheck" in name  # one of each operator
-    left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else QUARTER)))
+    left = any(part in name for part in (*LONG, *DOUBLE, *(() if everything else MORE)))
     return "[triton" in name and not left and (share or "[triton]" in name)
 
 

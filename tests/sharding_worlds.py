@@ -3,8 +3,8 @@
     python tests/sharding_worlds.py OUT [CASE ...]
 
 imports torch once and forks: 2 and 4 ranks that run every case of sharding_cases, _families,
-_calls, _dtensors, _groups, _linear, _linear_calls and _megatron.py, and worlds that go wrong on
-purpose.
+_findings, _calls, _dtensors, _groups, _linear, _linear_calls and _megatron.py, and worlds that go
+wrong on purpose.
 OUT/<world>.<rank>.json: the name of a case -> None or what went wrong.
 """
 
@@ -24,6 +24,7 @@ import sharding_calls
 import sharding_cases
 import sharding_dtensors  # noqa: F401 - its cases
 import sharding_families
+import sharding_findings  # noqa: F401
 import sharding_groups  # noqa: F401
 import sharding_linear  # noqa: F401
 import sharding_linear_calls  # noqa: F401

@@ -215,3 +215,15 @@ def test_gradients_of_capped_tokens(backend: str) -> None:
         assert oracle.relative_l2(slope, wanted) <= 1e-5
         worst = (slope[:, [4, 9]] - wanted[:, [4, 9]]).abs() / wanted[:, [4, 9]].abs()
         assert float(worst.max()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["jsd", "skew_kl", "hellinger"])
+def test_a_token_of_one_row_in_one_segment_under_a_softcap(kind: str) -> None:
+    """What that segment, taken in double, finds of a row's log-ratio is of that segment alone."""
+    policy, reference = torch.randn(2, 1, 140_001)
+    policy[0, 7] = -torch.inf
+    found, true = (
+        fusedkl.divergence(policy.to(dtype), reference.to(dtype), kind, softcap=5.0, backend=name)
+        for dtype, name in ((torch.float32, "cpu"), (torch.float64, "reference"))
+    )
+    assert oracle.relative_error(found, true) <= 1e-5

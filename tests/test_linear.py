@@ -48,7 +48,9 @@ def compare(h: Heads, names: tuple[str, ...], kind: str, tolerance: float, **opt
         assert oracle.relative_l2(a.reshape(1, -1), e.reshape(1, -1)) < tolerance, name
 
 
-@pytest.mark.parametrize("tile", [None, TILE, (1, 7), (64, 512)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [None, TILE, (1, 7), pytest.param((64, 512), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_values_and_gradients(

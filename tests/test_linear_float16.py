@@ -11,6 +11,7 @@ from linear_cases import TILE, Heads, heads
 from test_linear import ALL, call, expected
 from torch import Tensor
 
+import fusedkl
 from fusedkl import linear_products
 from fusedkl.linear_products import Products
 
@@ -128,3 +129,16 @@ def test_the_gradient_of_given_logits(options: dict[str, Any]) -> None:
     found = torch.autograd.grad(got, leaves, torch.tensor(2.0**12))
     for name, a, e in zip(names, found, truth, strict=True):
         assert oracle.relative_l2(a.reshape(1, -1), e.reshape(1, -1)) < 1e-3, name
+
+
+@Paths
+def test_log_ratios_of_the_promised_range_do_not_overflow(options: dict[str, Any]) -> None:
+    """A KL of 999 times the scale that keeps an upstream gradient of 1/3."""
+    hidden, weight = torch.zeros(3, 1).half(), torch.tensor([[0.0], [1.0]]).half()
+    given = {"ref_logits": torch.tensor([[0.0, -2000.0]]).expand(3, 2)}
+    hidden.requires_grad_()
+    kl = fusedkl.linear_divergence(
+        hidden, weight, **given, kind="reverse_kl", reduction="mean", **options
+    )
+    (slope,) = torch.autograd.grad(kl, hidden)
+    torch.testing.assert_close(slope, torch.full_like(slope, 500 / 3), rtol=1e-3, atol=0)

@@ -93,6 +93,7 @@ def test_tiles(tile: tuple[int, int] | None) -> None:
     check(Case(torch.float32), 1e-5, 1e-5, "cpu", tile=tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"t": 1}, {"k": 1}, {"v": 7, "k": 7}, {"v": 1, "k": 1}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes(sizes: dict[str, int], kind: str, backend: str) -> None:

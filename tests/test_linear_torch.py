@@ -149,6 +149,7 @@ def arguments(backend: str, **changed: Any) -> Inputs:
     return given._replace(**changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_slice", [False, True])
 def test_opcheck(of_slice: bool, backend: str) -> None:
     mask = torch.rand(linear_cases.T) < 0.5

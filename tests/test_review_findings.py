@@ -364,3 +364,28 @@ def test_slices_without_mass_merge_to_nan(backend: str) -> None:
         state[:, 2:4] = torch.tensor([0.0, -math.inf])
     values, _ = torch.ops.fusedkl.merge_states(torch.stack(states), fields, None, backend)
     assert bool(values.isnan().all())
+
+
+@pytest.mark.parametrize("apart", [3.0, 12.0, 34.0, 90.0])
+def test_hellinger_gradients_of_rows_that_hardly_overlap(backend: str, apart: float) -> None:
+    """They are sum sqrt(p q) times as large, of which 1 - value was but rounding."""
+    x, y = torch.randn(2, 3, 501)
+    x[:, :250] += apart
+    y[:, 250:] += apart
+    found = gradients("hellinger", x, y, backend=backend)
+    true = gradients("hellinger", x.double(), y.double(), backend="reference")
+    assert max(oracle.relative_l2(*pair) for pair in zip(found, true, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("alpha", [900.0, 1e4, 1e6])
+def test_renyi_of_an_order_whose_series_leaves_float(backend: str, alpha: float) -> None:
+    if backend == "triton" and alpha > 1000:
+        pytest.skip("its range of orders is smaller: docs/numerics.md")
+    x = torch.randn(2, 300)
+    y = x + 0.1 * torch.randn(2, 300) / alpha
+    options = {"alpha": alpha, "backend": backend}
+    exact = x.double(), y.double()
+    true = fusedkl.renyi(*exact, alpha=alpha, backend="reference")
+    assert oracle.relative_error(fusedkl.renyi(x, y, **options), true, 1e-12) < 1e-5
+    found, slopes = (gradients("renyi", *rows, **options) for rows in ((x, y), exact))
+    assert max(oracle.relative_l2(*pair) for pair in zip(found, slopes, strict=True)) < 1e-5

@@ -58,7 +58,7 @@ def check_value(name: str, found: Tensor, true: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("temperature", ["T=1", "T per row"])
+@pytest.mark.parametrize("temperature", ["T=1", pytest.param("T per row", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_values_and_gradients(
     backend: str, scenario: str, dtype: torch.dtype, temperature: str

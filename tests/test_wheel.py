@@ -115,7 +115,14 @@ def oldest_torch(into: Path) -> Path:
     return into
 
 
-@pytest.mark.parametrize("which", ["this torch", "oldest torch"])
+# With this torch the sources have passed them all: what shows that the library is the wheel's.
+QUICK = {
+    "this torch": ([f"tests/test_{name}.py" for name in ("values", "edges", "errors")], 300),
+    "oldest torch": ([], 1000),
+}
+
+
+@pytest.mark.parametrize("which", QUICK)
 def test_installed_it_passes_the_quick_tests(
     which: str, artefacts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -147,9 +154,10 @@ def test_installed_it_passes_the_quick_tests(
     file, missing = run(python, "-I", "-c", where, cwd=away).strip().split("|")
     assert Path(file).is_relative_to(site) and missing == "None"
     tests = ("pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-m", "not full and not slow")
-    summary = run(python, "-I", "-m", *tests, cwd=away).splitlines()[-1]
+    files, least = QUICK[which]
+    summary = run(python, "-I", "-m", *tests, *files, cwd=away).splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
-    assert passed and int(passed[1]) > 1000, summary
+    assert passed and int(passed[1]) > least, summary
     print(f"{which}: {summary}")
 
 

@@ -215,7 +215,10 @@ FamilySums segment_sums(const ForwardCall& c, int64_t r, int64_t segment, const 
   if (in_float && sums_in_float(job, dx, dy, room, sums) && is_finite(sums.value) && is_finite(sums.policy_slope) &&
       !(exact && one_sided(sums)))
     return sums;
-  return family_sums_f64(job, dx, dy);
+  sums = family_sums_f64(job, dx, dy);
+  // which sweeps in float leave out then: of one segment or slice alone they would be no sums over the row
+  if (job.kind.family != Family::tvd && !may_want_mending(row)) sums.apart = sums.excess = 0;
+  return sums;
 }
 
 // A second sweep sums p and q themselves, not their differences: the masses of a sharp row must be as exact as its log-ratio is.

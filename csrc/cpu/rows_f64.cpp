@@ -63,12 +63,7 @@ FamilySums family_sums_f64(const GradientJob& job, DType dx, DType dy) {
   const FamilyConstants<ScalarOps> c(job.kind);
   const Logits x{job.x, dx, job.cap}, y{job.y, dy, job.cap};
   FamilySums out;
-  for (int64_t i = 0; i < job.n; i++) {
-    const FamilyToken<ScalarOps> t = family_token(c.kind.family, job.state, x[i], y[i], job.inv_t);
-    const auto terms = family_switch(c.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(c, t); });
-    const double apart = t.big * t.d;
-    out.add({terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart});
-  }
+  for (int64_t i = 0; i < job.n; i++) out.add(family_sums_at(c, job.state, x[i], y[i], job.inv_t));
   return out;
 }
 

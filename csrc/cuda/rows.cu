@@ -79,13 +79,8 @@ FUSEDKL_DEVICE FamilySums family_exact_sums(const FamilyArgs& a, int64_t r, cons
   const ExactRows rows = exact_rows(a.in, r);
   const double inv_t = a.in.inv_t(r);
   FamilySums own;
-  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x)) {
-    const FamilyToken<ScalarOps> t = fusedkl::family_token(a.kind.exact.kind.family, s, rows.policy(i), rows.reference(i), inv_t);
-    const auto terms =
-        family_switch(a.kind.exact.kind, [&](auto f) { return family_terms<decltype(f)::value, ScalarOps>(a.kind.exact, t); });
-    const double apart = t.big * t.d;
-    own.add({terms.value, terms.policy, terms.reference, apart, t.policy_big ? apart : -apart});
-  }
+  for (int64_t i = static_cast<int64_t>(threadIdx.x); i < a.in.length; i += static_cast<int64_t>(blockDim.x))
+    own.add(family_sums_at(a.kind.exact, s, rows.policy(i), rows.reference(i), inv_t));
   return {block_sum(own.value, room), block_sum(own.policy_slope, room), block_sum(own.reference_slope, room),
           block_sum(own.apart, room), block_sum(own.excess, room)};
 }

@@ -71,7 +71,8 @@ def read(node: Node) -> tuple[str, dict[str, Any]] | None:
         return None
     name, names = found
     arguments = dict(zip(names, node.args, strict=False))
-    arguments.update((_ALIASES.get(key, key), value) for key, value in node.kwargs.items())
+    named = ((_ALIASES.get(key, key), value) for key, value in node.kwargs.items())
+    arguments.update((key, value) for key, value in named if key in names)  # others are None
     return name, arguments
 
 

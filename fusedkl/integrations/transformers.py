@@ -137,8 +137,8 @@ def distillation_loss_func(
     Returns:
         A callable (outputs, labels, num_items_in_batch=None) -> float32 0-d tensor, nats per token.
         It divides by num_items_in_batch, the Trainer's count over all batches of a gradient
-        accumulation step, if that is given, and by its own count otherwise. `.remove()` takes the
-        hook off again.
+        accumulation step, if that is given, and by its own count otherwise. The Trainer counts
+        labels other than -100, whatever ignore_index is. `.remove()` takes the hook off again.
 
     Raises:
         TypeError, ValueError: naming the argument; what `divergence` raises, at the first call.
