@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear_shards
+from . import divergences, linear_shards
 from .autograd import OPS, recorded
 from .distributed import Shards, placed, refuse
 from .forward_mode import applied
@@ -80,31 +80,59 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     fresh = {n: ordinary(t.view_as(t)) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
     given = dict(fresh)
-    number = _numbers(i)
-    for name in OF_TOKENS:  # what other tokens hold would reach the weights as 0 * NaN
-        if name in given:
-            given[name] = torch.where(number[:, None], given[name], 0)
+    number = {side: _numbers(i, tensors) for side, tensors in _OF_TOKENS.items()}
+    for side, tensors in _OF_TOKENS.items():  # what a token holds would reach others as 0 * NaN
+        for name in tensors & given.keys():
+            given[name] = torch.where(number[side][:, None], given[name], 0)
     values = composed(i.changed(given))
     found = slopes(values, [fresh[n] for n in names], grad, create_graph=True)
     # not above, where a gradient of torch.func's would hide that values depend on the tokens
-    lost = torch.where(~number & (grad != 0).any(0), torch.nan, 0.0)
-    lost = lost if i.mask is None else torch.where(i.mask, lost, 0)
-    got = {
-        name: g + (lost[:, None] if name in OF_TOKENS else lost.sum()).to(g.dtype)
-        for name, g in zip(names, found, strict=True)
-    }
+    lost = _lost(grad, i, number)
+    got = {}
+    for name, g in zip(names, found, strict=True):
+        own = lost["reference" if name.startswith("ref_") else "policy"]
+        if name == "weight" and i.ref_weight is None:  # of both sides
+            own = own + lost["reference"]
+        got[name] = g + (own[:, None] if name in OF_TOKENS else own.sum()).to(g.dtype)
     return [got.get(name) for name in i._fields[:DIFFERENTIABLE]]
 
 
-def _numbers(i: Inputs) -> Tensor:
-    """The tokens that count and hold no NaN and no infinity."""
+# By side, what each token has of its own.
+_OF_TOKENS = {"policy": {"hidden"}, "reference": {"ref_hidden", "ref_logits"}}
+
+
+def _numbers(i: Inputs, tensors: set[str]) -> Tensor:
+    """The tokens that count and hold no NaN and no infinity there."""
     number = torch.ones(i.hidden.shape[:1], dtype=torch.bool, device=i.hidden.device)
-    for name in OF_TOKENS:
+    for name in tensors:
         t = getattr(i, name)
         if t is not None:
             absent = t == -torch.inf if name == "ref_logits" else False  # not a token of the row
             number = number & (t.isfinite() | absent).all(-1)
     return number if i.mask is None else number & i.mask
+
+
+def _lost(grad: Tensor, i: Inputs, number: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By side, NaN for the tokens of which a value that is asked for is no number, 0 for others."""
+    per_row = 0 if i.token_ids is None else i.token_ids.shape[1]
+    reads = [
+        divergences.FIELDS[name].side
+        for name in i.fields
+        for _ in range(divergences.value_rows([name], per_row))
+    ]
+    if i.topk_ids is not None:
+        reads = ["policy"] * (i.topk_ids.shape[1] + 1)
+    reads += ["policy"] * (len(grad) - len(reads))  # the labels
+    asked = {side: torch.zeros_like(number["policy"]) for side in ("policy", "reference", "both")}
+    for side, row in zip(reads, grad, strict=True):
+        asked[side] = asked[side] | (row != 0)
+    bad = {side: ~each for side, each in number.items()}
+    found = {}
+    for side in bad:
+        none = bad[side] & asked[side] | (bad["policy"] | bad["reference"]) & asked["both"]
+        none = none if i.mask is None else none & i.mask
+        found[side] = torch.where(none, torch.nan, 0.0)
+    return found
 
 
 def linear_stats(inputs: Inputs, shards: Shards | None = None) -> Tensor:

@@ -122,3 +122,24 @@ def test_renyi_of_a_token_that_underflows_in_both_rows(low: float) -> None:
     assert value.tolist() == [0.0 if math.isfinite(low) else math.inf]
     (slope,) = torch.autograd.grad(value.sum(), bias)
     assert bool((slope.abs() < 1e-12).all())
+
+
+@pytest.mark.parametrize("bad", ["hidden", "ref_hidden"])
+@pytest.mark.parametrize(
+    "field", ["logprob", "ref_logprob", "entropy", "ref_entropy", "reverse_kl"]
+)
+def test_a_bad_side_under_create_graph(bad: str, field: str) -> None:
+    """Of what does not read it, gradients are those without create_graph."""
+    parts = [torch.randn(shape) for shape in ((3, 4), (9, 4), (3, 4), (9, 4))]
+    parts[0 if bad == "hidden" else 2][0] = math.nan
+    leaves = [t.requires_grad_() for t in parts]
+    del leaves[1 if bad == "hidden" else 3]  # 0 times its side's NaN
+    ids = torch.tensor([[1, 2]]).expand(3, 2)
+    fields = ("logprob", "ref_logprob") if "logprob" in field else (field,)
+    stats = fusedkl.linear_token_stats(*parts, ids, fields=fields, backend="cpu")
+    loss = getattr(stats, field).sum()
+    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    plain = torch.autograd.grad(loss, leaves, **options)
+    again = torch.autograd.grad(loss, leaves, create_graph=True, **options)
+    for a, b in zip(again, plain, strict=True):
+        torch.testing.assert_close(a.detach(), b, equal_nan=True)

@@ -366,6 +366,17 @@ def test_slices_without_mass_merge_to_nan(backend: str) -> None:
     assert bool(values.isnan().all())
 
 
+def test_a_side_without_upstream_is_zero_in_place() -> None:
+    """A policy of NaN stayed where its gradient of 0 belongs, if the reference had one."""
+    ops, x, y = torch.ops.fusedkl, torch.randn(2, 70), torch.randn(2, 70)
+    x[0] = math.nan
+    rest = (["logsumexp", "ref_entropy"], None, None)
+    values, state = ops.row_stats(x, y, None, *rest, None, None, None, "cpu")
+    grad = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    ops.row_stats_backward_(grad, x, y, None, state, *rest, None, None, True, "cpu")
+    assert values.isnan().any() and torch.equal(x, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("apart", [3.0, 12.0, 34.0, 90.0])
 def test_hellinger_gradients_of_rows_that_hardly_overlap(backend: str, apart: float) -> None:
     """They are sum sqrt(p q) times as large, of which 1 - value was but rounding."""

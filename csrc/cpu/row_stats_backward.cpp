@@ -216,8 +216,8 @@ void gradient_of_row(const BackwardCall& c, int64_t r, MixedRow& room, LaterSwee
   if (!job.gx && !job.gy) return;
 
   std::vector<TokenGradient> tokens = token_gradients(c, r, job);
-  // in place, the reference's gradient reads the policy first
-  if (job.gx && job.gradient.policy_zero() && !(job.gx == job.x && job.gy)) {
+  // in place, the reference's gradient may read the policy first
+  if (job.gx && job.gradient.policy_zero() && !(job.gx == job.x && job.gy && job.gradient.paired())) {
     zero_from(*c.policy_grad, 0);
     job.gx = nullptr;
   }
