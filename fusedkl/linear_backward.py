@@ -48,7 +48,6 @@ _LARGEST = 8
 # Per upstream it is at most 1, but for the KL whose slopes by a side's logits are log-ratios less
 # their mean: of that at most 1 and itself.
 _OF_LOG_RATIOS = {"policy": "reverse_kl", "reference": "forward_kl"}
-_WHOLE = reference.STATE.index("whole")
 
 
 def _scale_of(
@@ -212,17 +211,6 @@ def _tile(
         policy.take(dx, x, tokens, columns)
 
 
-def _of_slices(state: Tensor) -> Tensor:
-    """The state as a backward over slices takes it.
-
-    A forward of more tokens may have had whole rows in a tile. Given its state, a kernel would take
-    the mean over the slice that it reads for that of the row.
-    """
-    state = state.clone()
-    state[:, _WHOLE].clamp_(max=0)
-    return state
-
-
 def backward(
     engine: Engine,
     asked: list[Rows],
@@ -237,8 +225,6 @@ def backward(
         shared = policy if engine.other.weight is engine.policy.weight else None
         other = _Sums("reference", engine.other, engine.of_other, wanted[1], shared)
     sides = [side for side in (policy, other) if side is not None]
-    if engine.tile.vocabulary < engine.vocabulary:
-        states = [_of_slices(state) for state in states]
     scale = _scale_of(asked, grads, states, sides)
     if scale is not None:
         grads = [grad * scale.up for grad in grads]

@@ -45,8 +45,8 @@ _OPTIONS = (
 )
 
 
-def engine_of(i: Inputs, live: Tensor | None = None) -> Engine:
-    """live: the rows of ref_logits, where they are more than the tokens."""
+def engine_of(i: Inputs, live: Tensor | None = None, read: int | None = None) -> Engine:
+    """live: the rows of ref_logits, where they are more than the tokens. read: see Engine."""
     policy = Side(i.hidden, i.weight, i.bias, i.scales[0], i.softcaps[0] or None)
     other: Side | None = None
     if i.paired:
@@ -60,7 +60,7 @@ def engine_of(i: Inputs, live: Tensor | None = None) -> Engine:
             i.ref_logits,
             live,
         )
-    return Engine(policy, other, i.fast, (i.tile[0], i.tile[1]) if i.tile else None)
+    return Engine(policy, other, i.fast, (i.tile[0], i.tile[1]) if i.tile else None, read)
 
 
 def questions(i: Inputs) -> list[Rows]:
@@ -176,7 +176,10 @@ def _linear_stats_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
             if i.backend == "reference":
                 found = linear_reference.gradients(grad, i, states, wanted)
             else:
-                found = _by_tiles(grad, i, states, wanted, index)
+                read = whole.hidden.shape[0]
+                if index is not None and whole.mask is not None:
+                    read = int(whole.mask.sum())
+                found = _by_tiles(grad, i, states, wanted, index, read)
         return tuple(
             _as_given(name, like, gradient, index, _gradient_dtype(name, like, of_slice))
             if ask and like is not None
@@ -209,14 +212,14 @@ def _as_given(
 
 
 def _by_tiles(
-    grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool], live: Tensor | None
+    grad: Tensor, i: Inputs, states: Tensor, wanted: list[bool], live: Tensor | None, read: int
 ) -> list[Tensor | None]:
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logits = wanted
     shared = i.ref_weight is None and i.ref_hidden is not None
     asked = questions(i)
     last = grad.shape[0] - (i.labels is not None)
     x, y = backward(
-        engine_of(i, live),
+        engine_of(i, live, read),
         asked,
         [part for part in (grad[:last], grad[last:]) if part.shape[0]],
         list(states),

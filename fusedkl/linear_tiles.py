@@ -99,14 +99,22 @@ class Engine:
     """Tiles of the logits of both sides, and of their gradients."""
 
     def __init__(
-        self, policy: Side, other: Side | None, fast: bool, tile: tuple[int, int] | None
+        self,
+        policy: Side,
+        other: Side | None,
+        fast: bool,
+        tile: tuple[int, int] | None,
+        read: int | None = None,  # by the forward, if the tokens are fewer now
     ) -> None:
         assert policy.hidden is not None and policy.weight is not None
         self.policy, self.other = policy, other
         self.tokens, self.vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
         device = policy.hidden.device.type
         size = tile_dtype(policy.hidden.dtype, device, fast).itemsize
-        self.tile: Tiles = tiles(self.tokens, self.vocabulary, size, device, tile)
+        # The columns of the forward: where a tile had whole rows, the state says so, and a kernel
+        # that is given a part takes its mean for the row's.
+        read = self.tokens if read is None else read
+        self.tile: Tiles = tiles(read, self.vocabulary, size, device, tile)
         self.products = Products(policy.hidden, fast, self.tile.inner)
         self.of_other = self.products
         hidden = None if other is None else other.hidden
