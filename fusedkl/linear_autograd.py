@@ -80,33 +80,33 @@ def _composed_gradients(grad: Tensor, i: Inputs, wanted: list[bool]) -> list[Ten
     # Fresh views: a reference computed from the policy must not lead this gradient back to it.
     fresh = {n: ordinary(t.view_as(t)) for n, t in i.tensors() if n in i._fields[:DIFFERENTIABLE]}
     given = dict(fresh)
-    number = {side: _numbers(i, tensors) for side, tensors in _OF_TOKENS.items()}
-    for side, tensors in _OF_TOKENS.items():  # what a token holds would reach others as 0 * NaN
-        for name in tensors & given.keys():
-            given[name] = torch.where(number[side][:, None], given[name], 0)
+    number = {side: _numbers(i, side) for side in ("policy", "reference")}
+    for name in OF_TOKENS:  # what other tokens hold would reach the weights as 0 * NaN
+        if name in given:
+            given[name] = torch.where(number[_side(name)][:, None], given[name], 0)
     values = composed(i.changed(given))
     found = slopes(values, [fresh[n] for n in names], grad, create_graph=True)
     # not above, where a gradient of torch.func's would hide that values depend on the tokens
     lost = _lost(grad, i, number)
     got = {}
     for name, g in zip(names, found, strict=True):
-        own = lost["reference" if name.startswith("ref_") else "policy"]
-        if name == "weight" and i.ref_weight is None:  # of both sides
+        own = lost[_side(name)]
+        if name == "weight" and i.ref_hidden is not None and i.ref_weight is None:  # of both sides
             own = own + lost["reference"]
         got[name] = g + (own[:, None] if name in OF_TOKENS else own.sum()).to(g.dtype)
     return [got.get(name) for name in i._fields[:DIFFERENTIABLE]]
 
 
-# By side, what each token has of its own.
-_OF_TOKENS = {"policy": {"hidden"}, "reference": {"ref_hidden", "ref_logits"}}
+def _side(name: str) -> str:
+    return "reference" if name.startswith("ref_") else "policy"
 
 
-def _numbers(i: Inputs, tensors: set[str]) -> Tensor:
-    """The tokens that count and hold no NaN and no infinity there."""
+def _numbers(i: Inputs, side: str) -> Tensor:
+    """The tokens that count and hold no NaN and no infinity on this side."""
     number = torch.ones(i.hidden.shape[:1], dtype=torch.bool, device=i.hidden.device)
-    for name in tensors:
+    for name in OF_TOKENS:
         t = getattr(i, name)
-        if t is not None:
+        if t is not None and _side(name) == side:
             absent = t == -torch.inf if name == "ref_logits" else False  # not a token of the row
             number = number & (t.isfinite() | absent).all(-1)
     return number if i.mask is None else number & i.mask

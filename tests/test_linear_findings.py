@@ -143,3 +143,13 @@ def test_a_bad_side_under_create_graph(bad: str, field: str) -> None:
     again = torch.autograd.grad(loss, leaves, create_graph=True, **options)
     for a, b in zip(again, plain, strict=True):
         torch.testing.assert_close(a.detach(), b, equal_nan=True)
+
+
+def test_bad_logits_of_the_reference_leave_the_weight_alone() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True)
+    given = torch.randn(3, 9)
+    given[0] = math.nan
+    options = {"ref_logits": given.requires_grad_(), "fields": ("entropy", "ref_entropy")}
+    stats = fusedkl.linear_token_stats(hidden, weight, **options, backend="cpu")
+    (slope,) = torch.autograd.grad(stats.ref_entropy.sum(), weight, create_graph=True)
+    assert torch.equal(slope, torch.zeros_like(weight))
